@@ -1,0 +1,62 @@
+# Two commands need nothing but Python 3.10 to 3.14 (with venv and pip) and make:  make demo,  make test
+# Everything is installed into .venv, nothing has to be activated. Variables, given as `make demo NAME=value`:
+#   PYTHON           the Python to build .venv with (default: python3)
+#   TORCH_INDEX_URL  package index to take torch from. On Linux the default wheel brings CUDA, several GB; without a
+#                    GPU, give the address of the CPU wheels that pytorch.org shows under "Start locally"
+#   DEMO_OUTPUT      where `make demo` saves the predictor (default: runs/demo)
+#   PYTEST_FLAGS     further arguments to pytest, for example PYTEST_FLAGS="-k splits -x"
+
+PYTHON ?= python3
+TORCH_INDEX_URL ?=
+TORCH = torch==2.13.0
+DEMO_OUTPUT ?= runs/demo
+PYTEST_FLAGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test lint format clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## train a predictor on real conversations (CPU, under 15 minutes), then predict with it
+	$(BIN)/mope-train --recipe demo --output $(DEMO_OUTPUT)
+	$(BIN)/mope predict $(DEMO_OUTPUT) "Explain TCP slow start."
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(INSTALLED) build/typed ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy --package mope
+
+format: $(INSTALLED) ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and build products, but not runs/
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The packages as they lie once installed (training/ is mope.training, ...), for mypy, which cannot follow package-dir.
+.PHONY: build/typed
+build/typed:
+	@rm -rf $@ && mkdir -p $@/mope
+	@ln -s $(abspath $(wildcard mope/*) training export serving_hooks) $@/mope/
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install $(TORCH) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
+	$(PIP) install 'pip>=23.1'
+	$(PIP) install -e '.[train,demo,dev]' -c constraints.txt
+	@touch $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no '$(PYTHON)' found; Python 3.10 to 3.14 is needed," \
+		"for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' || { echo "error: $(PYTHON) is" \
+		"$$($(PYTHON) --version 2>&1); Python 3.10 to 3.14 is needed, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "error: $(PYTHON) could not make .venv; on Debian and Ubuntu" \
+		"install its venv module: apt install python3-venv" >&2; exit 1; }

@@ -1,0 +1,1 @@
+"""Export of trained predictors to other runtimes."""

@@ -1,0 +1,38 @@
+"""What can go wrong, and whose mistake it is.
+
+    MopeError
+    └── UserError                       one clear line on the terminal, exit status 2
+        ├── DataError(ValueError)       rows, files or columns that cannot be used
+        ├── ConfigError(ValueError)     a recipe, flag or option that cannot be used
+        ├── ArtifactError(ValueError)   a saved predictor that is damaged, foreign or of another format
+        └── MissingExtraError(ImportError)   an optional package that is not installed
+
+Every leaf is also the builtin error that a caller who does not know mope would catch. Anything that is not
+a `UserError` is a bug and ends in a traceback.
+"""
+
+from __future__ import annotations
+
+
+class MopeError(Exception):
+    """Any error that mope raises on purpose."""
+
+
+class UserError(MopeError):
+    """A mistake that the user can mend; its message says what was got, what was expected and what to type."""
+
+
+class DataError(UserError, ValueError):
+    """Rows, files or columns that cannot be used."""
+
+
+class ConfigError(UserError, ValueError):
+    """A recipe, flag or option that cannot be used."""
+
+
+class ArtifactError(UserError, ValueError):
+    """A saved predictor that is damaged, foreign or of another format."""
+
+
+class MissingExtraError(UserError, ImportError):
+    """An optional package that is not installed."""

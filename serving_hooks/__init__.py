@@ -1,0 +1,1 @@
+"""Plugins that bring predicted lengths and fair scheduling into serving engines."""
