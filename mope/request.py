@@ -1,0 +1,97 @@
+"""A request as the predictor sees it, in training and in serving alike.
+
+Knows what a server knows before the first token: the prompt, what was said before, the flags. Does not know
+tokenizers, numbers for a network, or the true length of the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mope.errors import DataError
+
+MAX_EARLIER_ANSWERS = 8  # earlier answers whose lengths are kept, counted from the newest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request to an LLM.
+
+    Attributes:
+        prompt: the text of the last user message.
+        system: the system prompt, empty if there is none.
+        previous_prompt: the user message before `prompt`, empty on a first turn.
+        answer_bytes: UTF-8 bytes of the conversation's earlier answers, oldest first, at most the newest
+            `MAX_EARLIER_ANSWERS`. Bytes, not tokens, so that training and every server count alike and free.
+        num_earlier_turns: how many answers the conversation already has.
+        target_llm: name of the LLM that will answer, if known.
+        max_tokens: the request's cap on response tokens, if any.
+        temperature: sampling temperature, if known.
+        tools: whether tools are offered.
+        response_format: `"json_object"`, `"json_schema"`, ... or empty for free text.
+        thinking: whether a reasoning LLM is asked to think; None if unknown.
+    """
+
+    prompt: str
+    system: str = ""
+    previous_prompt: str = ""
+    answer_bytes: tuple[int, ...] = ()
+    num_earlier_turns: int = 0
+    target_llm: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    tools: bool = False
+    response_format: str = ""
+    thinking: bool | None = None
+
+    @classmethod
+    def from_messages(cls, messages: Sequence[Mapping[str, Any]], **flags: Any) -> Request:
+        """Build a request from OpenAI-style messages (`{"role", "content"}`), the last of them the user's.
+
+        Content given as parts (`[{"type": "text", "text": ...}, ...]`) is joined; parts that are not text
+        are passed over.
+
+        Raises:
+            DataError: no user message, or a message without role and content.
+        """
+        system: list[str] = []
+        prompts: list[str] = []
+        answers: list[int] = []
+        for position, message in enumerate(messages):
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise DataError(
+                    f"message {position} is {type(message).__name__} without a role; expected "
+                    '{"role": "user" | "assistant" | "system", "content": "..."}'
+                )
+            text = message_text(message.get("content"))
+            role = message["role"]
+            if role in ("system", "developer"):
+                system.append(text)
+            elif role == "user":
+                prompts.append(text)
+            elif role == "assistant":
+                answers.append(len(text.encode("utf-8", "replace")))
+        if not prompts:
+            raise DataError(f"no message with role 'user' among {len(messages)} messages; the prompt is the last of them")
+        return cls(
+            prompt=prompts[-1],
+            system="\n".join(system),
+            previous_prompt=prompts[-2] if len(prompts) > 1 else "",
+            answer_bytes=tuple(answers[-MAX_EARLIER_ANSWERS:]),
+            num_earlier_turns=len(answers),
+            **flags,
+        )
+
+
+def message_text(content: Any) -> str:
+    """The text of an OpenAI message's `content`: a string, a list of parts, or None."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence):
+        texts = [part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+        return "\n".join(texts)
+    raise DataError(f"message content is {type(content).__name__}; expected a string or a list of parts")

@@ -1,0 +1,1 @@
+"""Training of MoPE predictors: data, router, experts, calibration, evaluation (extra `train`)."""

@@ -1,0 +1,121 @@
+"""What was wrong with the data: counted by reason, with examples, and what is reported in the end.
+
+Knows reasons and how to print them; does not know files or formats.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+MAX_EXAMPLES = 3
+
+# reasons: what is written on the terminal and in the report
+UNREADABLE = "unreadable record, skipped"
+WRONG_COLUMNS = "record without the format's columns, skipped"
+NO_MESSAGES = "conversation without messages, skipped"
+NO_ANSWER = "conversation without an answer to a prompt, skipped"
+BAD_LENGTH = "length that is not a whole number, skipped"
+REDACTED = "redacted conversation, dropped as asked"
+FLAGGED = "conversation flagged by moderation, dropped as asked"
+OTHER_LANGUAGE = "conversation in another language, dropped as asked"
+REPEATED_ID = "conversation with an id and content seen before, dropped"
+SHARED_ID = "conversation with an id seen before and other content, kept under a new id"
+NOT_UTF8 = "piece with bytes that are not UTF-8, kept with U+FFFD in their place"
+NUL_REMOVED = "text with NUL characters, kept without them"
+BROKEN_TEXT = "text with lone surrogates, kept with U+FFFD in their place"
+EMPTY_ANSWER = "row with an empty answer, dropped"
+TOO_SHORT = "row with fewer than min_response_tokens, dropped"
+TOO_LONG = "row with more than max_response_tokens, dropped"
+DUPLICATE = "row with prompt and answer seen before, dropped"
+EVALUATION_PROMPT = "row with a prompt of a public evaluation set, dropped"
+LATER_TURN = "row of a later turn, dropped as asked"
+
+
+class Problems:
+    """Counts by reason, with up to three places each, and warnings in words."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+        self.warnings: list[str] = []
+
+    def add(self, reason: str, location: str) -> None:
+        """Count one case of `reason`, seen at `location` (`"file:line"`)."""
+        self.counts[reason] += 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < MAX_EXAMPLES:
+            places.append(location)
+
+    def warn(self, message: str) -> None:
+        """Keep a warning for the report, once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """What was read, what was kept and why the rest was not.
+
+    Attributes:
+        source: the source as it was asked for.
+        data_format: the format the records were read as.
+        label_tokenizer: what counted the response tokens.
+        num_records: records read.
+        num_chats: conversations among them that gave at least one row.
+        num_rows: rows kept in each split; `"reserved"` ones are counted, never returned.
+        counts: reason -> cases.
+        examples: reason -> up to three places.
+        warnings: what a user should know before trusting the rows.
+        from_cache: whether the rows come from an earlier run.
+    """
+
+    source: str
+    data_format: str
+    label_tokenizer: str
+    num_records: int
+    num_chats: int
+    num_rows: Mapping[str, int]
+    counts: Mapping[str, int]
+    examples: Mapping[str, tuple[str, ...]]
+    warnings: tuple[str, ...]
+    from_cache: bool = False
+
+    def __post_init__(self) -> None:
+        """Freeze the mappings."""
+        examples = {reason: tuple(places) for reason, places in self.examples.items()}
+        object.__setattr__(self, "num_rows", MappingProxyType(dict(self.num_rows)))
+        object.__setattr__(self, "counts", MappingProxyType(dict(self.counts)))
+        object.__setattr__(self, "examples", MappingProxyType(examples))
+        object.__setattr__(self, "warnings", tuple(self.warnings))
+
+    def lines(self) -> list[str]:
+        """The report for a terminal, one finding per line."""
+        kept = ", ".join(f"{name} {count:,}" for name, count in self.num_rows.items())
+        lines = [
+            f"{self.source}: {self.num_records:,} records read as {self.data_format}, "
+            f"{self.num_chats:,} conversations, lengths in {self.label_tokenizer} tokens"
+            + (" (from the cache)" if self.from_cache else ""),
+            f"rows: {kept}",
+        ]
+        for reason, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0])):
+            lines.append(f"{count:,} x {reason} ({', '.join(self.examples[reason])})")
+        return lines + [f"warning: {warning}" for warning in self.warnings]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        mappings = {name: dict(getattr(self, name)) for name in ("num_rows", "counts")}
+        examples = {reason: list(places) for reason, places in self.examples.items()}
+        plain = {
+            name: getattr(self, name)
+            for name in ("source", "data_format", "label_tokenizer", "num_records", "num_chats", "from_cache")
+        }
+        return {**plain, **mappings, "examples": examples, "warnings": list(self.warnings)}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> DataReport:
+        """The inverse of `to_json`."""
+        return cls(**fields)

@@ -1,0 +1,99 @@
+"""The table that training reads: one row per answer, columns in Arrow, text decoded only where it is asked for.
+
+Knows the columns and their types; does not know files, formats, tokenizers or how splits are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mope.request import Request
+
+SCHEMA = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),  # conversations that must stay in one split
+        pa.field("split", pa.string(), nullable=False),  # train, validation, test (reserved rows never get here)
+        pa.field("turn_index", pa.int32(), nullable=False),  # 0: the first answer of a conversation
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("system", pa.string(), nullable=False),
+        pa.field("previous_prompt", pa.string(), nullable=False),
+        pa.field("answer_bytes", pa.list_(pa.int32()), nullable=False),  # of earlier answers, oldest first
+        pa.field("answer_tokens", pa.list_(pa.int32()), nullable=False),  # the same answers, label tokens
+        pa.field("num_earlier_turns", pa.int32(), nullable=False),
+        pa.field("target_llm", pa.string()),
+        pa.field("language", pa.string()),  # ISO 639-1 or the data set's own word, null if unknown
+        pa.field("max_tokens", pa.int32()),
+        pa.field("temperature", pa.float32()),
+        pa.field("tools", pa.bool_(), nullable=False),
+        pa.field("response_format", pa.string(), nullable=False),
+        pa.field("thinking", pa.bool_()),
+        pa.field("response_tokens", pa.int32(), nullable=False),  # the label
+        pa.field("censored", pa.bool_(), nullable=False),  # the answer hit a cap: it would have been longer
+    ]
+)
+
+
+class RowTable:
+    """Rows of one or more splits, in a fixed order.
+
+    Args:
+        table: an Arrow table with the columns of `SCHEMA`.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table.select(SCHEMA.names)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def take(self, rows: npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> RowTable:
+        """The rows at the given positions, or where a boolean mask is true, in that order."""
+        positions = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
+        return RowTable(self.table.take(pa.array(positions, pa.int64())))
+
+    def split(self, name: str) -> RowTable:
+        """The rows of one split: `"train"`, `"validation"` or `"test"`."""
+        return RowTable(self.table.filter(pc.equal(self.table["split"], name)))
+
+    def strings(self, column: str) -> list[str]:
+        """A text column as Python strings; null becomes the empty string."""
+        return [value or "" for value in self.table[column].to_pylist()]
+
+    @cached_property
+    def response_tokens(self) -> npt.NDArray[np.int64]:
+        """Labels, shape (rows,), in label tokens."""
+        return self.table["response_tokens"].to_numpy().astype(np.int64)
+
+    @cached_property
+    def censored(self) -> npt.NDArray[np.bool_]:
+        """True where the answer hit a cap, shape (rows,)."""
+        return np.asarray(self.table["censored"].to_numpy(), dtype=bool)
+
+    @cached_property
+    def first_turn(self) -> npt.NDArray[np.bool_]:
+        """True where the row is the first answer of its conversation, shape (rows,)."""
+        return np.asarray(self.table["turn_index"].to_numpy() == 0)
+
+    @cached_property
+    def groups(self) -> npt.NDArray[np.int64]:
+        """A number per conversation group, shape (rows,)."""
+        return self.table["group"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+
+    def earlier_answer_tokens(self) -> list[Sequence[int]]:
+        """Label tokens of each row's earlier answers, oldest first."""
+        return [value or () for value in self.table["answer_tokens"].to_pylist()]
+
+    def requests(self) -> list[Request]:
+        """What a server would have known of each row."""
+        columns = self.table.select(
+            ["prompt", "system", "previous_prompt", "answer_bytes", "num_earlier_turns", "target_llm",
+             "max_tokens", "temperature", "tools", "response_format", "thinking"]
+        )  # fmt: skip
+        return [Request(**{**row, "answer_bytes": tuple(row["answer_bytes"] or ())}) for row in columns.to_pylist()]
