@@ -1,0 +1,279 @@
+"""`metrics.json` as tables, on the terminal and as Markdown for the model card.
+
+Knows the shape of the metrics dictionary and renders whatever part of it is there; computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mope.errors import DataError
+
+Metrics = Mapping[str, Any]
+
+PARTS = {"first_turn": "first turns", "all_turns": "all turns"}
+PREDICTORS = {
+    "mope": "MoPE",
+    "mope_oracle_routed": "oracle-routed (1)",
+    "single_expert": "single expert",
+    "ranker": "ranker",
+    "tfidf_ridge": "TF-IDF ridge",
+    "lexical_gbm": "lexical GBM",
+    "embedding_gbm": "embedding GBM",
+    "previous_answers": "previous answers",
+    "prompt_length": "prompt length",
+    "constant": "constant",
+}
+ORACLE_NOTE = "(1) not reachable by a server: it knows the true bucket"
+BREAKDOWNS = {
+    "by_length": "true length (tokens)",
+    "by_expert": "expert",
+    "by_language": "language",
+    "by_target_llm": "target LLM",
+}
+
+
+def _tokens(value: float) -> str:
+    return f"{value:,.1f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+,.1f}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one metric is headed, written and compared; `distance` is 0 for the best value that can be."""
+
+    heading: str
+    write: Callable[[float], str]
+    distance: Callable[[float], float] | None = None
+
+
+def _lower(value: float) -> float:
+    return value
+
+
+def _higher(value: float) -> float:
+    return -value
+
+
+COLUMNS = {
+    "num_rows": Column("rows", _count),
+    "mae": Column("MAE", _tokens, _lower),
+    "mae_end_to_end": Column("MAE\nend to end", _tokens, _lower),
+    "median_ae": Column("median\nAE", _tokens, _lower),
+    "rmse": Column("RMSE", _tokens, _lower),
+    "bias": Column("bias", _signed),
+    "kendall_tau": Column("tau", _three_digits, _higher),
+    "r2": Column("R²", _three_digits, _higher),
+    "pinball": Column("pinball", _tokens, _lower),
+    "coverage_90": Column("≤ q90", _percent, lambda value: abs(value - 0.9)),
+    "accuracy": Column("accuracy", _percent, _higher),
+    "log_loss": Column("log loss", _three_digits, _lower),
+    "stated": Column("stated", _percent),
+    "observed": Column("observed", _percent),
+}
+INTERVALS = {"mae": "mae_ci", "observed": "observed_ci"}
+PREDICTOR_COLUMNS = ("mae", "median_ae", "rmse", "kendall_tau", "r2", "pinball", "coverage_90")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table that is not yet drawn: cells as text, and which of them are the best of their column."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    best: set[tuple[int, int]] = field(default_factory=set)
+    note: str = ""
+
+    def rich(self) -> Table:
+        """Drawn for a terminal; it fits 80 columns."""
+        table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, min_width=len(self.title))
+        table.title, table.title_style, table.title_justify = self.title, "bold", "left"
+        table.caption, table.caption_justify = self.note or None, "left"
+        for index, heading in enumerate(self.header):
+            table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
+        for row, cells in enumerate(self.rows):
+            styles = ["bold green" if (row, column) in self.best else "" for column in range(len(cells))]
+            table.add_row(*(Text(cell, style) for cell, style in zip(cells, styles, strict=True)))
+        return table
+
+    def markdown(self) -> str:
+        """Drawn as a Markdown table, the title as a heading of the third level."""
+        lines = [f"### {self.title}", "", _markdown_row(self.header), "|---" + "|---:" * (len(self.header) - 1) + "|"]
+        for row, cells in enumerate(self.rows):
+            lines.append(
+                _markdown_row(
+                    [f"**{cell}**" if (row, column) in self.best else cell for column, cell in enumerate(cells)]
+                )
+            )
+        return "\n".join([*lines, *(["", self.note] if self.note else [])])
+
+
+def metrics_table(metrics: Metrics, part: str) -> Table:
+    """All predictors on one part of the test rows, for a terminal.
+
+    Args:
+        metrics: what `metrics.json` holds.
+        part: `"first_turn"` or `"all_turns"`.
+
+    Raises:
+        DataError: the metrics have no such part.
+    """
+    parts = metrics.get("test", {})
+    if part not in parts:
+        raise DataError(f"got the part {part!r}; these metrics have {', '.join(map(repr, parts)) or 'no test results'}")
+    return _predictors(part, parts[part]).rich()
+
+
+def metrics_markdown(metrics: Metrics) -> str:
+    """Everything that `metrics.json` holds as Markdown tables, for the model card."""
+    return "\n\n".join(section.markdown() for section in _sections(metrics)) + "\n"
+
+
+def print_metrics(metrics: Metrics, console: Console) -> None:
+    """Everything that `metrics.json` holds, on the terminal."""
+    for section in _sections(metrics):
+        console.print(section.rich())
+
+
+def _sections(metrics: Metrics) -> Iterator[Section]:
+    for part, results in metrics.get("test", {}).items():
+        yield _predictors(part, results)
+    yield from _coverage(metrics.get("test", {}))
+    yield from _router(metrics.get("router", {}))
+    for key, heading in BREAKDOWNS.items():
+        yield from _breakdown(metrics.get(key, {}), heading, f"MoPE by {heading}")
+    yield from _calibration(metrics.get("calibration", {}))
+
+
+def _predictors(part: str, results: Metrics) -> Section:
+    """MoPE first, then its oracle-routed number, then the others from best to worst; the oracle never wins."""
+    first = [name for name in ("mope", "mope_oracle_routed") if name in results]
+    names = first + sorted(results.keys() - first, key=lambda name: (results[name]["mae"], name))
+    rows = {
+        PREDICTORS.get(name, name): {**results[name], "coverage_90": results[name].get("coverage", {}).get("0.9")}
+        for name in names
+    }
+    sizes = {row["num_rows"] for row in rows.values() if "num_rows" in row}
+    shown_size = f", {sizes.pop():,} test rows" if len(sizes) == 1 else ""
+    oracle = PREDICTORS["mope_oracle_routed"]
+    return _section(
+        f"Response tokens, {PARTS.get(part, part)}{shown_size}",
+        "predictor",
+        rows,
+        columns=PREDICTOR_COLUMNS,
+        compared=[label for label in rows if label != oracle],
+        note=ORACLE_NOTE if oracle in rows else "",
+    )
+
+
+def _coverage(parts: Metrics) -> Iterator[Section]:
+    rows: dict[str, Metrics] = {}
+    for part, results in parts.items():
+        mope = results.get("mope", {})
+        for level, observed in mope.get("coverage", {}).items():
+            name = f"{PARTS.get(part, part)}, {100 * float(level):g} % quantile"
+            interval = mope.get("coverage_ci", {}).get(level)
+            rows[name] = {"stated": float(level), "observed": observed, "observed_ci": interval}
+    if rows:
+        yield _section("MoPE: share of true lengths below each quantile", "quantile", rows)
+
+
+def _router(router: Metrics) -> Iterator[Section]:
+    title = "Router"
+    if "accuracy" in router:
+        title += f": {_percent(router['accuracy'])} of rows in their true bucket"
+    if "ablation" in router:
+        yield _section(title, "parts", router["ablation"], compared=list(router["ablation"]))
+    elif "accuracy" in router:
+        yield _section(title, "", {"router": {"accuracy": router["accuracy"]}})
+    confusion = router.get("confusion")
+    if confusion:
+        header = ("true bucket", *(f"to expert {expert}" for expert in range(len(confusion))))
+        rows = [(f"bucket {bucket}", *map(_count, counts)) for bucket, counts in enumerate(confusion)]
+        yield Section("Router: rows by true bucket and chosen expert", header, rows)
+
+
+def _breakdown(values: Metrics, heading: str, title: str) -> Iterator[Section]:
+    """One table, or one for each key where results are grouped once more (by part or predictor)."""
+    if values and all("mae" in row for row in values.values()):
+        yield _section(title, heading, values)
+        return
+    for key, inner in values.items():
+        yield from _breakdown(inner, heading, f"{title}, {PARTS.get(key, PREDICTORS.get(key, key))}")
+
+
+def _calibration(values: Metrics) -> Iterator[Section]:
+    rows = list(_numbers(values, ""))
+    if rows:
+        yield Section("Calibration", ("quantity", "value"), rows)
+
+
+def _numbers(values: Metrics, prefix: str) -> Iterator[tuple[str, ...]]:
+    """Every number in nested dictionaries, under the words that lead to it; lists are left to the plots."""
+    for key, value in values.items():
+        words = f"{prefix} {key}".replace("_", " ").strip()
+        if isinstance(value, Mapping):
+            yield from _numbers(value, words)
+        elif isinstance(value, (int, float)):
+            yield words, f"{value:,.4g}"
+
+
+def _section(
+    title: str,
+    heading: str,
+    rows: Mapping[str, Metrics],
+    *,
+    columns: Sequence[str] = tuple(COLUMNS),
+    compared: Sequence[str] = (),
+    note: str = "",
+) -> Section:
+    """Known columns of which at least one row has a number, the best of the compared rows marked."""
+    header, cells = [heading], [[name] for name in rows]
+    best: set[tuple[int, int]] = set()
+    for key in columns:
+        column = COLUMNS[key]
+        values = {name: row[key] for name, row in rows.items() if row.get(key) is not None}
+        if not values:
+            continue
+        written = {name: column.write(value) for name, value in values.items()}
+        rivals = [name for name in compared if name in values]
+        if column.distance is not None and len(rivals) > 1:
+            winner = min((column.distance(values[name]), written[name]) for name in rivals)[1]
+            best |= {(row, len(header)) for row, name in enumerate(rows) if name in rivals and written[name] == winner}
+        header.append(column.heading)
+        intervals = {name: row[INTERVALS[key]] for name, row in rows.items() if row.get(INTERVALS.get(key, ""))}
+        if intervals:
+            header.append("95 %\ninterval")
+        for line, name in zip(cells, rows, strict=True):
+            line.append(written.get(name, "-"))
+            if intervals:
+                low_high = intervals.get(name)
+                line.append("-".join(map(column.write, low_high)) if low_high else "-")
+    return Section(title, tuple(header), [tuple(line) for line in cells], best, note)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
