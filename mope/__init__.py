@@ -1,0 +1,35 @@
+"""mope: how many tokens an LLM will answer, known before the first one, and fair scheduling by it.
+
+Nothing heavy is imported here: names are looked up when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mope.prediction import LengthPrediction
+    from mope.predictor import LengthPredictor
+    from mope.request import Request
+
+__all__ = ["LengthPrediction", "LengthPredictor", "Request", "__version__"]
+
+_HOMES = {
+    "LengthPrediction": "mope.prediction",
+    "LengthPredictor": "mope.predictor",
+    "Request": "mope.request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module, metadata
+
+    if name == "__version__":
+        return metadata.version("mope-llm")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'mope' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

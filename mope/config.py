@@ -1,0 +1,52 @@
+"""`config.json` of a saved predictor: everything that turns weights back into the same predictor.
+
+Frozen; unknown fields are an error; defaults that an artifact was saved with are written out, so they never
+change under it. Knows no paths and opens no files.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT_VERSION = 1
+
+Design = Literal["shared", "separate"]
+Combination = Literal["top1", "mixture"]
+RouterPart = Literal["gate", "rules", "lookup"]
+
+
+class Frozen(BaseModel):
+    """A config that cannot be changed and takes no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class PredictorConfig(Frozen):
+    """What a saved predictor is."""
+
+    format_version: int = Field(description="version of the artifact folder's layout")
+    preset: str = Field(description="micro, small or base: where the predictor is meant to run")
+    design: Design = Field(description="shared: one trunk, K heads; separate: a gate network and K expert networks")
+    num_experts: int = Field(ge=1, le=8, description="experts, shortest answers first")
+    boundaries: tuple[float, ...] = Field(description="inner borders of the experts' buckets in response tokens")
+    edges: tuple[float, ...] = Field(description="edges of the bins in response tokens, the tail included")
+    num_body_bins: int = Field(description="bins the network resolves; it gives the tail as one more")
+    tail_shares: tuple[float, ...] = Field(description="share of the tail's mass in each tail bin")
+    tail_index: float = Field(description="Pareto index of the tail in the training rows")
+    label_tokenizer: str = Field(description="tokenizer that response tokens are counted with")
+    encoder: str = Field(description="encoder the trunk was started from")
+    encoder_config: dict[str, Any] = Field(description="the encoder's architecture, as transformers writes it")
+    tokenizer_sha256: str = Field(description="hash of tokenizer.json")
+    special_ids: tuple[int, int, int] = Field(description="token ids of [CLS], [SEP] and padding")
+    max_prompt_tokens: int = Field(description="window of the prompt in input tokens")
+    max_context_tokens: int = Field(description="window of the previous or system prompt in input tokens")
+    target_llms: tuple[str, ...] = Field(description="target LLMs with an embedding of their own")
+    llm_dim: int = Field(description="size of a target LLM's embedding")
+    head_hidden: int = Field(description="hidden units of the gate and of each head")
+    number_names: tuple[str, ...] = Field(description="numbers beside the text, in order")
+    number_mean: tuple[float, ...] = Field(description="their means in the training rows")
+    number_scale: tuple[float, ...] = Field(description="one over their standard deviations, 0 for constants")
+    router_parts: tuple[RouterPart, ...] = Field(description="parts of the router that are switched on")
+    combination: Combination = Field(description="top1: the routed expert alone; mixture: all, weighted by the router")

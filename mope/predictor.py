@@ -1,0 +1,351 @@
+"""`LengthPredictor`: load a saved predictor, ask it, teach it, save it.
+
+Puts encoder, backend, router, mixture, calibration and recalibration in a row; each of them is elsewhere.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mope import artifact
+from mope.calibration import Calibration
+from mope.errors import ArtifactError, ConfigError, DataError
+from mope.extras import require
+from mope.features import NUMBER_NAMES, EncodedRequests, RequestEncoder
+from mope.grid import Array
+from mope.mixture import assemble, experts_needed
+from mope.prediction import LengthPrediction
+from mope.recalibration import Recalibrator
+from mope.request import Request
+from mope.router import Router
+
+if TYPE_CHECKING:
+    from mope.backends import Backend
+    from mope.config import PredictorConfig
+
+REQUEST_FLAGS = frozenset({"max_tokens", "temperature", "tools", "response_format", "thinking", "target_llm", "system"})
+
+
+class LengthPredictor:
+    """Predicts how many tokens an LLM will answer, as a calibrated distribution.
+
+    Make one with `from_pretrained`.
+
+    Args:
+        config: what the predictor is.
+        backend: runs its network.
+        encoder: turns requests into the network's input.
+        router: gives the route.
+        calibration: corrects the mixture.
+        fallback: cumulative distribution of the training answers at the grid's edges, shape (E,).
+        recalibrator: what was learned while serving.
+        folder: the artifact folder it came from, if any.
+    """
+
+    def __init__(
+        self,
+        config: PredictorConfig,
+        backend: Backend,
+        encoder: RequestEncoder,
+        router: Router,
+        calibration: Calibration,
+        fallback: Array,
+        recalibrator: Recalibrator | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.config, self.backend, self.encoder, self.router = config, backend, encoder, router
+        self.calibration, self.recalibrator, self.folder = calibration, recalibrator or Recalibrator(), folder
+        self._fallback = fallback
+        self._edges = np.asarray(config.edges, dtype=np.float64)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        backend: str = "torch",
+        device: str = "cpu",
+        revision: str | None = None,
+    ) -> LengthPredictor:
+        """Load a predictor from a folder or the Hugging Face Hub.
+
+        Args:
+            name_or_path: a folder that `save_pretrained` or `mope-train` wrote, or a Hub id.
+            backend: engine that runs the network: `"torch"`.
+            device: where it runs, for example `"cpu"` or `"cuda"`.
+            revision: revision of a Hub id.
+
+        Raises:
+            ArtifactError: nothing is there, or a file is missing, changed or of another format.
+            ConfigError: an unknown backend.
+            MissingExtraError: the backend's packages are not installed.
+        """
+        if backend != "torch":
+            raise ConfigError(f"unknown backend {backend!r}; known is 'torch'")
+        folder = _find(name_or_path, revision)
+        config = artifact.check(folder)
+        if config.number_names != NUMBER_NAMES:
+            raise ArtifactError(f"{folder} was trained on other request features than this mope computes; train it anew")
+        require("torch", "the torch backend")
+        require("transformers", "the torch backend")
+        from tokenizers import Tokenizer
+
+        from mope.backends.torch_backend import TorchBackend
+
+        encoder = RequestEncoder(
+            Tokenizer.from_file(str(folder / "tokenizer.json")),
+            special_ids=config.special_ids,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_context_tokens=config.max_context_tokens,
+            target_llms=config.target_llms,
+        )
+        calibration, fallback = artifact.read_calibration(folder)
+        learned = folder / "recalibration.json"
+        return cls(
+            config,
+            TorchBackend.load(folder, config, device),
+            encoder,
+            artifact.read_router(folder),
+            calibration,
+            fallback,
+            Recalibrator.from_json(artifact.read_json(learned)) if learned.exists() else None,
+            folder,
+        )
+
+    def predict(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        history: Sequence[Mapping[str, Any]] = (),
+        **flags: Any,
+    ) -> LengthPrediction:
+        """Predict the length of one answer.
+
+        Args:
+            prompt: text of the user's message.
+            messages: the whole conversation instead, OpenAI-style, ending with the user's message.
+            history: the messages before `prompt`, OpenAI-style.
+            **flags: what else is known of the request: `target_llm`, `max_tokens`, `temperature`, `tools`,
+                `response_format`, `thinking`, `system`.
+
+        Returns:
+            A distribution over response tokens.
+
+        Raises:
+            DataError: no prompt, or messages that can't be read.
+        """
+        if (prompt is None) == (messages is None):
+            raise DataError("give either a prompt or messages; got " + ("neither" if prompt is None else "both"))
+        _check_flags(flags)
+        if messages is None:
+            messages = [*history, {"role": "user", "content": prompt}]
+        elif history:
+            raise DataError("messages hold the history already; give history with prompt alone")
+        return self.predict_batch([_from_messages(messages, flags)])[0]
+
+    def predict_batch(self, requests: Iterable[Request | str | Mapping[str, Any]]) -> list[LengthPrediction]:
+        """Predict a batch.
+
+        Args:
+            requests: each a `Request`, a prompt, or a mapping with `prompt` or `messages`, and optionally
+                `history` and the flags of `predict`.
+
+        Returns:
+            One prediction per request, in order. A request without any text gets the fallback, and
+            `source` says so.
+        """
+        known = [as_request(request) for request in requests]
+        answers: dict[int, LengthPrediction] = {
+            row: self.fallback("no text", request)
+            for row, request in enumerate(known)
+            if not (request.prompt.strip() or request.previous_prompt.strip() or request.system.strip())
+        }
+        rows = [row for row in range(len(known)) if row not in answers]
+        if rows:
+            batch = [known[row] for row in rows]
+            answers.update(zip(rows, self._predict(batch, self.encoder.encode(batch)), strict=True))
+        return [answers[row] for row in range(len(known))]
+
+    def fallback(self, reason: str, request: Request) -> LengthPrediction:
+        """The length distribution of the training answers, for when the network cannot be asked.
+
+        Args:
+            reason: why, in a few words; `source` becomes `"fallback:<reason>"`.
+            request: its cap still holds.
+        """
+        return self._prediction(self._fallback, request, -1, tuple(self.router.prior), f"fallback:{reason}")
+
+    def _predict(self, requests: Sequence[Request], encoded: EncodedRequests) -> list[LengthPrediction]:
+        def choose(gate_BK: Array, embedding_BH: Array) -> Array:
+            route_BK = self.router.probabilities(gate_BK, embedding_BH, encoded.rule_hits)
+            return experts_needed(route_BK, self.config.combination)
+
+        raw = self.backend.run(encoded, choose)
+        has_history = np.array([request.num_earlier_turns > 0 for request in requests])
+        result = assemble(self.config, self.router, self.calibration, raw, encoded.rule_hits, has_history)
+        return [
+            self._prediction(cdf_E, request, int(route_K.argmax()), tuple(route_K.tolist()), "model")
+            for cdf_E, request, route_K in zip(result.cdf_BE, requests, result.route_BK, strict=True)
+        ]
+
+    def _prediction(
+        self, raw_cumulative: Array, request: Request, expert: int, route: tuple[float, ...], source: str
+    ) -> LengthPrediction:
+        return LengthPrediction(
+            edges=self._edges,
+            cumulative=self.recalibrator.correct(self._edges, raw_cumulative, request.target_llm),
+            expert=expert,
+            route_probabilities=route,
+            source=source,
+            max_tokens=request.max_tokens,
+            target_llm=request.target_llm,
+            raw_cumulative=raw_cumulative,
+        )
+
+    def observe(self, prediction: LengthPrediction, actual_tokens: int, *, censored: bool | None = None) -> None:
+        """Learn from a finished request: later predictions for its target LLM are corrected.
+
+        Args:
+            prediction: what was predicted for it, from this predictor.
+            actual_tokens: tokens that were generated.
+            censored: the answer was cut; if None, it counts as cut when it reached the request's `max_tokens`.
+
+        Raises:
+            DataError: fewer than 1 token, or a prediction that already counts what remains.
+        """
+        if prediction.generated or prediction.raw_cumulative is None:
+            raise DataError("observe needs the prediction that predict() gave, not one made by remaining()")
+        if censored is None:
+            censored = prediction.max_tokens is not None and actual_tokens >= prediction.max_tokens
+        self.recalibrator.observe(
+            prediction.edges, prediction.raw_cumulative, prediction.target_llm, actual_tokens, censored
+        )
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the predictor, with all that `observe` taught it, into a folder. Whole or not at all.
+
+        Raises:
+            ArtifactError: the folder exists and is not a saved predictor.
+        """
+        target = Path(folder)
+        with artifact.writing(target) as temporary:
+            self.write(temporary)
+            for name in ("metrics.json", "provenance.json", "README.md", "plots"):
+                source = self.folder / name if self.folder is not None else None
+                if source is not None and source.is_dir():
+                    shutil.copytree(source, temporary / name)
+                elif source is not None and source.exists():
+                    shutil.copy2(source, temporary / name)
+        return target
+
+    def write(self, folder: Path) -> None:
+        """Write the files that predictions depend on into an existing folder, unsealed."""
+        artifact.write_json(folder / "config.json", self.config.model_dump(mode="json"))
+        (folder / "tokenizer.json").write_text(self.encoder.tokenizer_json(), encoding="utf-8")
+        artifact.write_router(folder, self.router)
+        artifact.write_calibration(folder, self.calibration, self._fallback)
+        if len(self.recalibrator):
+            artifact.write_json(folder / "recalibration.json", self.recalibrator.to_json())
+        self.backend.save(folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the predictor to the Hugging Face Hub.
+
+        Args:
+            repo_id: `"user/name"`.
+            private: make a new repository private.
+            token: access token; the one that `hf auth login` saved if None.
+
+        Returns:
+            Address of the commit.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as parent:
+            folder = self.save_pretrained(Path(parent) / "predictor")
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Upload mope predictor"))
+
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"LengthPredictor({config.preset}, {config.design}, {config.num_experts} experts, encoder {config.encoder!r}, "
+            f"backend {self.backend.name!r})"
+        )
+
+
+def as_request(request: Request | str | Mapping[str, Any]) -> Request:
+    """A `Request` from a prompt or a mapping with `prompt` or `messages`, `history` and flags.
+
+    Raises:
+        DataError: neither prompt nor messages, or an unknown key.
+    """
+    if isinstance(request, Request):
+        return request
+    if isinstance(request, str):
+        return Request(prompt=request)
+    if not isinstance(request, Mapping):
+        raise DataError(f"a request is a prompt, a mapping or a Request; got {type(request).__name__}")
+    rest = dict(request)
+    prompt, messages, history = rest.pop("prompt", None), rest.pop("messages", None), rest.pop("history", None) or []
+    rest.pop("id", None)
+    _check_flags(rest)
+    if (prompt is None) == (messages is None):
+        raise DataError("a request has either prompt or messages; got " + ("neither" if prompt is None else "both"))
+    if messages is None:
+        if not isinstance(prompt, str):
+            raise DataError(f"prompt is {type(prompt).__name__}; expected a string")
+        messages = [*history, {"role": "user", "content": prompt}]
+    return _from_messages(messages, rest)
+
+
+def _from_messages(messages: Sequence[Mapping[str, Any]], flags: Mapping[str, Any]) -> Request:
+    options = dict(flags)
+    system = options.pop("system", None)
+    for name in ("tools",):
+        options[name] = bool(options.get(name))
+    response_format = options.get("response_format") or ""
+    if isinstance(response_format, Mapping):  # OpenAI's {"type": "json_object"}
+        response_format = str(response_format.get("type", ""))
+    options["response_format"] = "" if response_format == "text" else response_format
+    if system:
+        messages = [{"role": "system", "content": system}, *messages]
+    return Request.from_messages(messages, **options)
+
+
+def _check_flags(flags: Mapping[str, Any]) -> None:
+    unknown = sorted(set(flags) - REQUEST_FLAGS)
+    if unknown:
+        known = ", ".join(sorted({field.name for field in fields(Request)} & REQUEST_FLAGS))
+        raise DataError(f"unknown request field {unknown[0]!r}; known are {known}")
+    max_tokens = flags.get("max_tokens")
+    if max_tokens is not None and not (type(max_tokens) is int and 1 <= max_tokens < 2**31):
+        raise DataError(f"max_tokens is a whole number from 1 to {2**31 - 1}; got {max_tokens!r}")
+    temperature = flags.get("temperature")
+    if temperature is not None and not (type(temperature) in (int, float) and 0 <= temperature <= 100):
+        raise DataError(f"temperature is a number from 0 to 100; got {temperature!r}")
+
+
+def _find(name_or_path: str | Path, revision: str | None) -> Path:
+    path = Path(name_or_path).expanduser()
+    name = str(name_or_path)
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"no folder {name}, and the Hugging Face Hub gave none: {reason}") from error

@@ -1,0 +1,139 @@
+"""Learning while serving: correcting scale and coverage per target LLM from finished requests.
+
+Two corrections, both shrunk towards what all LLMs together show, and from there towards none: a factor on
+the length (a clipped mean of log ratios) and a histogram of where true lengths fell within the stated
+distributions. Old observations fade. O(1) per observation, bounded memory, plain numbers to save. Knows
+distributions and outcomes; not requests or networks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mope.errors import ArtifactError, DataError
+from mope.grid import Array, cdf_at, quantiles_at
+
+NUM_LEVELS = 20  # bins of the histogram of stated probabilities
+FADE = 0.995  # weight of an observation after one more: the last 200 count
+PRIOR_COUNT = 20.0  # observations that the wider group's correction is worth
+MAX_LOG_RATIO = 4.0  # one observation moves the scale by no more than this, before shrinking
+MAX_LLMS = 1024
+
+EVERY_LLM = ""
+
+
+@dataclass
+class _State:
+    """Faded sums of one LLM's observations."""
+
+    count: float = 0.0
+    log_ratio: float = 0.0
+    levels: Array = field(default_factory=lambda: np.zeros(NUM_LEVELS))
+
+    def add(self, log_ratio: float, levels: Array) -> None:
+        self.count = self.count * FADE + 1.0
+        self.log_ratio = self.log_ratio * FADE + log_ratio
+        self.levels = self.levels * FADE + levels
+
+
+class Recalibrator:
+    """Corrections learned from pairs of a prediction and a true length."""
+
+    def __init__(self) -> None:
+        self._states: OrderedDict[str, _State] = OrderedDict({EVERY_LLM: _State()})
+
+    def __len__(self) -> int:
+        """How many observations still count, over all LLMs, rounded down."""
+        return int(self._states[EVERY_LLM].count)
+
+    def observe(self, edges: Array, raw_cumulative: Array, llm: str | None, actual_tokens: int, censored: bool) -> None:
+        """Learn from one finished request.
+
+        Args:
+            edges: edges of the prediction's grid in tokens.
+            raw_cumulative: the predicted distribution before any correction from here.
+            llm: the LLM that answered, if known.
+            actual_tokens: tokens that were generated.
+            censored: the answer was cut (aborted, or its cap was hit): its true length is at least that.
+
+        Raises:
+            DataError: fewer than 1 token.
+        """
+        if actual_tokens < 1:
+            raise DataError(f"an observed answer has at least 1 token; got {actual_tokens}")
+        median = float(quantiles_at(edges, raw_cumulative[None], np.array([[0.5]]))[0, 0])
+        log_ratio = float(np.clip(np.log(actual_tokens / median), -MAX_LOG_RATIO, MAX_LOG_RATIO))
+        if censored and log_ratio < 0:
+            return  # says only that the answer would have been longer than something short
+        shifted = self._shift(edges, raw_cumulative, self._log_factor(llm))
+        level = float(cdf_at(edges, shifted[None], np.array([actual_tokens]))[0])
+        position = min(int(level * NUM_LEVELS), NUM_LEVELS - 1)
+        levels = np.zeros(NUM_LEVELS)
+        if censored:
+            levels[position:] = 1.0 / (NUM_LEVELS - position)
+        else:
+            levels[position] = 1.0
+        for key in (EVERY_LLM, llm) if llm else (EVERY_LLM,):
+            self._states.setdefault(key, _State()).add(log_ratio, levels)
+            self._states.move_to_end(key)
+        if len(self._states) > MAX_LLMS + 1:
+            oldest = next(key for key in self._states if key != EVERY_LLM)
+            del self._states[oldest]
+
+    def correct(self, edges: Array, raw_cumulative: Array, llm: str | None) -> Array:
+        """The corrected cumulative probabilities at the edges, shape (E,); unchanged before any observation."""
+        if self._states[EVERY_LLM].count == 0:
+            return raw_cumulative
+        shifted = self._shift(edges, raw_cumulative, self._log_factor(llm))
+        return np.asarray(np.interp(shifted, np.linspace(0, 1, NUM_LEVELS + 1), self._level_map(llm)))
+
+    def _log_factor(self, llm: str | None) -> float:
+        everyone = self._states[EVERY_LLM]
+        shared = everyone.log_ratio / (everyone.count + PRIOR_COUNT)
+        own = self._states.get(llm) if llm else None
+        return shared if own is None else (own.log_ratio + PRIOR_COUNT * shared) / (own.count + PRIOR_COUNT)
+
+    def _level_map(self, llm: str | None) -> Array:
+        everyone = self._states[EVERY_LLM]
+        uniform = np.full(NUM_LEVELS, 1.0 / NUM_LEVELS)
+        shares = (everyone.levels + PRIOR_COUNT * uniform) / (everyone.count + PRIOR_COUNT)
+        own = self._states.get(llm) if llm else None
+        if own is not None:
+            shares = (own.levels + PRIOR_COUNT * shares) / (own.count + PRIOR_COUNT)
+        return np.concatenate([[0.0], np.cumsum(shares)[:-1], [1.0]])
+
+    @staticmethod
+    def _shift(edges: Array, cumulative: Array, log_factor: float) -> Array:
+        """The distribution of exp(log_factor) times the length, on the same edges."""
+        stretched = np.interp(np.log(edges) - log_factor, np.log(edges), cumulative)
+        stretched[0], stretched[-1] = 0.0, 1.0
+        return np.asarray(stretched)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything needed to go on later, as plain numbers."""
+        return {
+            key: {"count": state.count, "log_ratio": state.log_ratio, "levels": state.levels.tolist()}
+            for key, state in self._states.items()
+        }
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Recalibrator:
+        """Restore what `to_json` wrote, exactly.
+
+        Raises:
+            ArtifactError: it was not written by `to_json`.
+        """
+        restored = cls()
+        try:
+            for key, state in saved.items():
+                levels = np.asarray(state["levels"], dtype=np.float64)
+                if levels.shape != (NUM_LEVELS,):
+                    raise ArtifactError(f"recalibration of {key!r} has {len(levels)} levels; expected {NUM_LEVELS}")
+                restored._states[key] = _State(float(state["count"]), float(state["log_ratio"]), levels)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"recalibration.json can't be read: {error!r}; copy the whole folder again") from error
+        return restored

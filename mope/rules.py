@@ -1,0 +1,173 @@
+"""Rules: what a prompt asks for in so many words, and the answer length that this suggests.
+
+A rule is a pattern with a count of tokens it implies ("in 50 words" -> about 68), or only a kind ("yes or no").
+How far answers really follow is learned from data (`RuleTable`). Knows text and nothing of networks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import erf, sqrt
+
+import numpy as np
+
+from mope.grid import Array
+
+NUMBER_WORDS = {
+    word: value
+    for value, word in enumerate(
+        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+        "eighteen nineteen twenty".split(),
+        start=1,
+    )
+}
+_NUMBER = r"(\d[\d,]{0,6}|" + "|".join(NUMBER_WORDS) + r")"
+_TOKENS_PER = {
+    "word": 1.35, "character": 0.25, "letter": 0.25, "sentence": 24.0, "line": 12.0, "paragraph": 95.0, "page": 600.0,
+    "token": 1.0, "tweet": 45.0, "bullet": 24.0, "item": 20.0, "step": 35.0,
+}  # fmt: skip
+_UNITS = re.compile(
+    _NUMBER + r"(?:\s*(?:-|to|or)\s*" + _NUMBER + r")?[\s-]*(?:\w{1,30}[\s-]+)?(words?|characters?|letters?|sentences?|lines?|paragraphs?"
+    r"|pages?|tokens?|tweets?|bullets?|bullet points?|items?|steps?)\b",
+    re.IGNORECASE,
+)
+_LIST = re.compile(
+    r"\b(?:list|give|name|suggest|generate|write|provide|create|top|best|recommend|brainstorm|make|tell|show|need|want)\b"
+    r"[^.?!\n]{0,40}?\b" + _NUMBER + r"\s+(?!words?\b|characters?\b|sentences?\b|years?\b|days?\b|hours?\b|minutes?\b|percent\b|%)\w+",
+    re.IGNORECASE,
+)
+_ONE_WORD = re.compile(r"\b(?:one|a single|1)[\s-]word\b|\bjust the (?:answer|number|letter|name)\b|\bonly (?:the )?(?:answer|number|letter)\b", re.I)
+_YES_NO = re.compile(r"\byes\s*(?:/|or)\s*no\b|\btrue\s*(?:/|or)\s*false\b", re.I)
+_POLAR = re.compile(r"^\W*(?:is|are|was|were|do|does|did|can|could|will|would|should|has|have|had|am)\b[^\n]*\?\s*$", re.I)
+_TRANSLATE = re.compile(r"\btranslat(?:e|ion)\b", re.I)
+_REWRITE = re.compile(r"\b(?:rewrite|rephrase|paraphrase|proofread|reword|correct (?:the|this|my)|fix the grammar|edit (?:the|this|my))\b", re.I)
+_SUMMARISE = re.compile(r"\b(?:summar(?:y|ise|ize)|tl;?dr)\b", re.I)
+_JSON = re.compile(r"\b(?:json|yaml|xml|csv)\b", re.I)
+_CODE = re.compile(
+    r"```|\b(?:write|implement|create|generate|give me|show me|make)\b[^.?!\n]{0,60}\b(?:code|function|script|program|class|query|regex|component|html|sql|python|javascript)\b",
+    re.I,
+)
+_ESSAY = re.compile(r"\b(?:essay|article|blog post|story|report|chapter|novel|screenplay|speech|cover letter|thesis|business plan)\b", re.I)
+_CONTINUE = re.compile(r"^\W*(?:please\s+)?(?:continue|go on|keep going|proceed|more|next|finish)\b[^\n]{0,40}$", re.I)
+_THANKS = re.compile(r"^\W*(?:thanks?|thank you|ok(?:ay)?|great|perfect|cool|nice|hi|hello|hey|good|yes|no|sure)\b[^\n]{0,30}$", re.I)
+
+
+def _count(text: str) -> float:
+    return float(NUMBER_WORDS.get(text.lower(), 0) or int(text.replace(",", "")))
+
+
+def _units(match: re.Match[str], prompt: str) -> float:
+    first, second, unit = match.groups()
+    number = _count(first) if second is None else (_count(first) + _count(second)) / 2
+    return number * _TOKENS_PER[unit.lower().split()[0].rstrip("s")]
+
+
+def _list(match: re.Match[str], prompt: str) -> float:
+    return 20.0 * _count(match.group(1))
+
+
+def _same_length(match: re.Match[str], prompt: str) -> float:
+    return max(len(prompt.encode("utf-8", "replace")) / 4, 1.0)
+
+
+def _nothing(match: re.Match[str], prompt: str) -> float:
+    return 0.0
+
+
+# in order of authority: the first rule that matches gives the suggestion
+RULES: Mapping[str, tuple[re.Pattern[str], Callable[[re.Match[str], str], float]]] = {
+    "one_word": (_ONE_WORD, _nothing),
+    "yes_no": (_YES_NO, _nothing),
+    "units": (_UNITS, _units),
+    "continue": (_CONTINUE, _nothing),
+    "small_talk": (_THANKS, _nothing),
+    "translate": (_TRANSLATE, _same_length),
+    "rewrite": (_REWRITE, _same_length),
+    "list": (_LIST, _list),
+    "code": (_CODE, _nothing),
+    "json": (_JSON, _nothing),
+    "essay": (_ESSAY, _nothing),
+    "summarise": (_SUMMARISE, _nothing),
+    "polar_question": (_POLAR, _nothing),
+}
+RULE_NAMES = tuple(RULES)
+
+
+@dataclass(frozen=True, slots=True)
+class RuleHits:
+    """The rules that a prompt matches.
+
+    Attributes:
+        names: matching rules in order of authority.
+        tokens: tokens that the first rule with a count asks for, 0 if none has one.
+        first: the rule that gives the suggestion, None if none matches.
+        first_tokens: what `first` itself asks for in tokens, 0 if it has no count.
+    """
+
+    names: tuple[str, ...] = ()
+    tokens: float = 0.0
+    first: str | None = None
+    first_tokens: float = 0.0
+
+
+def match_rules(prompt: str) -> RuleHits:
+    """The rules that `prompt` (already cut to a window) matches. Tens of microseconds."""
+    names: list[str] = []
+    counts: list[float] = []
+    for name, (pattern, tokens_of) in RULES.items():
+        match = pattern.search(prompt)
+        if match is not None:
+            names.append(name)
+            counts.append(min(tokens_of(match, prompt), 100_000.0))
+    if not names:
+        return RuleHits()
+    return RuleHits(tuple(names), next((count for count in counts if count > 0), 0.0), names[0], counts[0])
+
+
+@dataclass(frozen=True, slots=True)
+class RuleTable:
+    """How answers follow each rule, learned from rows.
+
+    Attributes:
+        parameters: rule -> (mean, standard deviation) of log(response tokens / implied tokens), or of
+            log(response tokens) for rules without a count.
+    """
+
+    parameters: Mapping[str, tuple[float, float]]
+
+    @classmethod
+    def fit(cls, hits: list[RuleHits], response_tokens: Array, *, min_rows: int = 20) -> RuleTable:
+        """Learn from rows; a rule seen in fewer than `min_rows` of them gives no suggestion."""
+        residuals: dict[str, list[float]] = {}
+        for hit, tokens in zip(hits, response_tokens, strict=True):
+            if hit.first is not None:
+                implied = np.log(hit.first_tokens) if hit.first_tokens > 0 else 0.0
+                residuals.setdefault(hit.first, []).append(float(np.log(tokens)) - implied)
+        return cls(
+            {
+                name: (float(np.mean(values)), max(float(np.std(values)), 0.1))
+                for name, values in sorted(residuals.items())
+                if len(values) >= min_rows
+            }
+        )
+
+    def votes(self, hits: list[RuleHits], boundaries: Array, prior: Array) -> Array:
+        """Probability of each bucket by the rules alone, shape (B, K); `prior` where no rule speaks.
+
+        Args:
+            hits: one per row.
+            boundaries: the K - 1 inner borders of the buckets, in tokens.
+            prior: share of each bucket in the training rows, shape (K,).
+        """
+        votes = np.tile(prior, (len(hits), 1))
+        for row, hit in enumerate(hits):
+            if hit.first is None or hit.first not in self.parameters:
+                continue
+            mean, deviation = self.parameters[hit.first]
+            if hit.first_tokens > 0:
+                mean += float(np.log(hit.first_tokens))
+            below = [0.5 * (1 + erf((np.log(border) - mean) / (deviation * sqrt(2)))) for border in boundaries]
+            votes[row] = np.diff([0.0, *below, 1.0])
+        return np.clip(votes, 1e-4, None) / np.clip(votes, 1e-4, None).sum(1, keepdims=True)

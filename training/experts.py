@@ -1,0 +1,128 @@
+"""Training of MoPE's networks in either design, and of the fine-tuned baselines of equal size.
+
+Knows which rows and which loss each network gets; `fit` knows how to train one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mope.backends.network import MopeNetwork
+from mope.backends.torch_backend import weight_files
+from mope.config import PredictorConfig
+from mope.errors import DataError
+from mope.grid import Array
+from mope.training.batches import EncodedRows
+from mope.training.config import FitConfig
+from mope.training.encoders import EncoderSource
+from mope.training.fit import FitResult, fit
+from mope.training.objectives import MopeObjective, RankingObjective, RegressionObjective
+from mope.training.prepare import Prepared
+
+MIN_EXPERT_ROWS = 32
+
+
+def new_network(
+    source: EncoderSource, config: PredictorConfig, settings: FitConfig, *, gate: int, heads: int, outputs: int
+) -> MopeNetwork:
+    """A network on the pre-trained encoder, gate and heads fresh."""
+    return MopeNetwork(
+        source.load(),
+        number_mean=list(config.number_mean),
+        number_scale=list(config.number_scale),
+        num_llms=len(config.target_llms),
+        llm_dim=config.llm_dim,
+        num_gate=gate,
+        num_heads=heads,
+        num_outputs=outputs,
+        head_hidden=config.head_hidden,
+        dropout=settings.dropout,
+    )
+
+
+def expert_rows(rows: EncodedRows, boundaries: tuple[float, ...], expert: int, overlap: float) -> Array:
+    """Positions of the rows that a separate expert trains on: its bucket with the overlap margin.
+
+    A censored answer may have become longer than it is, so every expert above it sees it, too.
+    """
+    low = boundaries[expert - 1] * (1 - overlap) if expert > 0 else 0.0
+    high = boundaries[expert] * (1 + overlap) if expert < len(boundaries) else np.inf
+    inside = (rows.tokens_R <= high) & ((rows.tokens_R >= low) | rows.censored_R)
+    return np.flatnonzero(inside)
+
+
+def train_mope(
+    prepared: Prepared, source: EncoderSource, settings: FitConfig, folder: Path, *, resume: bool
+) -> tuple[list[MopeNetwork], list[FitResult]]:
+    """Train the networks of a MoPE, in the order of `weight_files`.
+
+    Raises:
+        DataError: an expert of the separate design has too few rows.
+    """
+    config = prepared.config
+    edges = list(config.edges[: config.num_body_bins + 1])
+    objective = MopeObjective(
+        edges,
+        list(config.boundaries),
+        overlap=settings.overlap,
+        crps_weight=settings.crps_weight,
+        expert_weight=settings.expert_weight,
+        gate_weight=settings.gate_weight,
+        tokens_scale=float(prepared.train.tokens_R.mean()),
+    )
+    gate, outputs = (config.num_experts if config.num_experts > 1 else 0), config.num_body_bins + 1
+    names = [name.removesuffix(".safetensors") for name in weight_files(config)]
+    networks: list[MopeNetwork] = []
+    results: list[FitResult] = []
+    for position, name in enumerate(names):
+        train, validation = prepared.train, prepared.validation
+        if config.design == "shared":
+            network = new_network(source, config, settings, gate=gate, heads=config.num_experts, outputs=outputs)
+        elif position == 0:
+            # one expert needs no gate, but its embedding serves the look-up
+            network = new_network(source, config, settings, gate=max(gate, 1), heads=0, outputs=outputs)
+        else:
+            network = new_network(source, config, settings, gate=0, heads=1, outputs=outputs)
+            own = [expert_rows(rows, config.boundaries, position - 1, settings.overlap) for rows in (train, validation)]
+            if min(map(len, own)) < MIN_EXPERT_ROWS:
+                raise DataError(
+                    f"expert {position - 1} has {len(own[0])} training and {len(own[1])} validation rows in its bucket, "
+                    f"needs {MIN_EXPERT_ROWS} of each; use fewer experts, other --boundaries, or more rows"
+                )
+            train, validation = train.take(own[0]), validation.take(own[1])
+        results.append(
+            fit(network, objective, train, validation, settings, folder / name, description=f"training {name}", resume=resume)
+        )
+        networks.append(network)
+    return networks, results
+
+
+def train_baseline(
+    name: str, prepared: Prepared, source: EncoderSource, settings: FitConfig, folder: Path, *, resume: bool
+) -> tuple[MopeNetwork, FitResult, float]:
+    """Train `single_expert` (L1 regression, SSJF's recipe) or `ranker` (ListMLE, vLLM-LTR's idea).
+
+    Same encoder, inputs, rows, steps and schedule as MoPE. The ranker's batches are not sorted by length:
+    it must learn to order any two requests.
+
+    Returns:
+        The network, its fit, and the tokens that one unit of its output stands for.
+    """
+    config = prepared.config
+    scale = float(prepared.train.tokens_R.mean())
+    network = new_network(source, config, settings, gate=0, heads=1, outputs=1)
+    objective = RegressionObjective(scale) if name == "single_expert" else RankingObjective()
+    result = fit(
+        network,
+        objective,
+        prepared.train,
+        prepared.validation,
+        settings,
+        folder / name,
+        description=f"training {name}",
+        resume=resume,
+        pool_batches=50 if name == "single_expert" else 1,
+    )
+    return network, result, scale

@@ -1,0 +1,323 @@
+"""Training of one network with Lightning: steps, schedule, checkpoints, early stopping, an orderly Ctrl-C.
+
+Knows networks, objectives and batches; does not know what a network is for. Several GPUs and nodes work by
+Lightning's own strategies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from safetensors.torch import load_model as load_file
+from safetensors.torch import save_model as save_file
+from torch import Tensor
+
+from mope.backends.network import MopeNetwork
+from mope.console import console
+from mope.errors import MopeError
+from mope.training.batches import BucketLoader, EncodedRows
+from mope.training.config import FitConfig
+from mope.training.objectives import Loss
+
+Objective = Callable[[Tensor | None, Tensor | None, Tensor, Tensor], Loss]
+
+
+class TrainingInterruptedError(MopeError):
+    """Ctrl-C ended a fit; its checkpoint is saved and the run can be resumed."""
+
+
+class FitModule(L.LightningModule):
+    """A network, its objective and its optimiser.
+
+    Args:
+        network: what is trained.
+        objective: its loss.
+        config: learning rates and schedule.
+        total_steps: optimiser steps of the whole fit, for the schedule.
+    """
+
+    def __init__(self, network: MopeNetwork, objective: Objective, config: FitConfig, total_steps: int) -> None:
+        super().__init__()
+        self.network, self._objective, self._config, self._total_steps = network, objective, config, total_steps
+        if config.freeze_embeddings:
+            network.encoder.get_input_embeddings().weight.requires_grad_(False)
+
+    def _loss(self, batch: dict[str, Tensor], stage: str) -> Tensor:
+        gate_BK, heads_BKN, _ = self.network(
+            batch["input_ids_BS"], batch["attention_mask_BS"], batch["numbers_BF"], batch["llm_B"]
+        )
+        loss = self._objective(gate_BK, heads_BKN, batch["tokens_B"], batch["censored_B"])
+        training = stage == "train"
+        logs = {f"{stage}/loss": loss.total, **{f"{stage}/{name}": part for name, part in loss.parts.items()}}
+        self.log_dict(
+            logs, on_step=training, on_epoch=not training, batch_size=len(batch["tokens_B"]), sync_dist=not training
+        )
+        if training:
+            self.log("loss", loss.total, prog_bar=True, logger=False)
+        return loss.total
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """One optimiser step."""
+        return self._loss(batch, "train")
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        """Loss on a batch of validation rows."""
+        self._loss(batch, "validation")
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the norm to 1. Lightning refuses to beside a fused optimiser, though bf16 and fp32 scale nothing."""
+        if self.trainer.strategy.root_device.type == "cpu":
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        else:
+            self.clip_gradients(optimizer, 1.0, "norm")
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, the heads at their own rate, linear warm-up and cosine decay."""
+        config = self._config
+        encoder = [p for p in self.network.encoder.parameters() if p.requires_grad]
+        known = {id(p) for p in self.network.encoder.parameters()}
+        rest = [p for p in self.network.parameters() if id(p) not in known]
+        groups = [{"params": encoder, "lr": config.learning_rate}, {"params": rest, "lr": config.head_learning_rate}]
+        fused = self.trainer.strategy.root_device.type == "cpu"  # much faster there; elsewhere Lightning clips
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
+        warmup = max(1, round(config.warmup_share * self._total_steps))
+
+        def rate(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            done = min((step - warmup) / max(1, self._total_steps - warmup), 1.0)
+            return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class _Rows(L.LightningDataModule):
+    """Loaders of the rows, one share per rank."""
+
+    def __init__(self, train: EncodedRows, validation: EncodedRows, config: FitConfig, pool_batches: int) -> None:
+        super().__init__()
+        self._train, self._validation, self._config, self._pool = train, validation, config, pool_batches
+
+    def train_dataloader(self) -> BucketLoader:
+        """Shuffled batches of like length."""
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        return BucketLoader(
+            self._train,
+            self._config.batch_size,
+            seed=self._config.seed,
+            pool_batches=self._pool,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def val_dataloader(self) -> BucketLoader:
+        """All validation rows on every rank, so that the loss is exact."""
+        return BucketLoader(self._validation, 2 * self._config.batch_size, shuffle=False)
+
+
+class _OrderlyInterrupt(Callback):
+    """The first Ctrl-C (or SIGTERM) saves a checkpoint after the current batch; the second ends at once."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._checkpoint = checkpoint
+        self._asked = False
+        self._previous: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the signals."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self._asked:
+                raise KeyboardInterrupt
+            self._asked = True
+            console().print("[yellow]saving a checkpoint after this batch; again to stop at once[/]")
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, stop)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Save and leave, if asked to."""
+        if self._asked:
+            trainer.save_checkpoint(self._checkpoint)
+            raise TrainingInterruptedError(f"stopped at step {trainer.global_step}, saved; add --resume to go on")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class _ProgressLines(Callback):
+    """One line every half minute, for logs and pipes; a terminal gets Lightning's bar."""
+
+    def __init__(self, description: str, total_steps: int, every_s: float = 30.0) -> None:
+        self._description, self._total, self._every_s = description, total_steps, every_s
+        self._rows = self._first_step = 0
+        self._start = self._last = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._start = self._last = time.monotonic()
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Print a line if one is due."""
+        self._rows += len(batch["tokens_B"])
+        now = time.monotonic()
+        if now - self._last < self._every_s or trainer.global_rank != 0:
+            return
+        self._last = now
+        speed = self._rows / (now - self._start)
+        left = (self._total - trainer.global_step) * (now - self._start) / max(1, trainer.global_step - self._first_step)
+        loss = float(trainer.callback_metrics.get("loss", math.nan))
+        console().print(
+            f"{self._description}: step {trainer.global_step}/{self._total}, loss {loss:.3f}, "
+            f"{speed:.0f} rows/s, {left / 60:.0f} min left"
+        )
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what validation gave."""
+        if trainer.global_rank == 0 and "validation/loss" in trainer.callback_metrics:
+            value = float(trainer.callback_metrics["validation/loss"])
+            console().print(f"{self._description}: step {trainer.global_step}, validation loss {value:.4f}")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit left behind.
+
+    Attributes:
+        validation_loss: loss on the validation rows of the weights kept.
+        num_steps: optimiser steps taken.
+        seconds: wall time of this call's training.
+        csv: Lightning's log of losses.
+    """
+
+    validation_loss: float
+    num_steps: int
+    seconds: float
+    csv: Path
+
+
+def native_bf16() -> bool:
+    """Whether the hardware multiplies bfloat16 itself, so that bf16 helps."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and any(flag in flags.read_text() for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def resolve_precision(config: FitConfig) -> Any:
+    """Lightning's precision for `auto`."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16-mixed" if native_bf16() else "32-true"
+
+
+def fit(
+    network: MopeNetwork,
+    objective: Objective,
+    train: EncodedRows,
+    validation: EncodedRows,
+    config: FitConfig,
+    folder: Path,
+    *,
+    description: str,
+    resume: bool = False,
+    pool_batches: int = 50,
+) -> FitResult:
+    """Train `network` in place; on return it holds the weights of the best validation run.
+
+    Args:
+        network: trained in place.
+        objective: the loss.
+        train: rows to learn from.
+        validation: rows for early stopping.
+        config: epochs, rates, devices.
+        folder: checkpoints and logs go here.
+        description: what is trained, for the progress line.
+        resume: go on from the folder's last checkpoint, or return at once if the fit had finished.
+        pool_batches: see `BucketLoader`.
+
+    Raises:
+        TrainingInterruptedError: Ctrl-C; `folder` holds a checkpoint to resume from.
+    """
+    hardware: dict[str, Any] = {
+        "accelerator": config.accelerator,
+        "devices": config.devices,
+        "num_nodes": config.num_nodes,
+        "strategy": config.strategy,
+        "precision": resolve_precision(config),
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    world_size = L.Trainer(**hardware, logger=False, enable_checkpointing=False, enable_progress_bar=False).world_size
+    per_epoch = max(1, -(-len(train) // (config.batch_size * world_size)))
+    total_steps = max(1, round(config.epochs * per_epoch))
+    weights, done, last = folder / "weights.safetensors", folder / "finished.json", folder / "last.ckpt"
+    if resume and done.exists():
+        load_file(network, weights)
+        console().print(f"{description}: already trained, taken from {folder}")
+        saved = json.loads(done.read_text())
+        return FitResult(saved["validation_loss"], saved["num_steps"], saved["seconds"], folder / "csv" / "metrics.csv")
+    checkpoint = str(last) if resume and last.exists() else None
+    if not resume and folder.exists():
+        shutil.rmtree(folder)
+    L.seed_everything(config.seed, verbose=False)
+    best = ModelCheckpoint(
+        folder, filename="best", monitor="validation/loss", save_weights_only=True, enable_version_counter=False
+    )
+    every = timedelta(minutes=config.checkpoint_minutes)
+    periodic = ModelCheckpoint(folder, filename="last", train_time_interval=every, enable_version_counter=False)
+    bar = RichProgressBar() if console().is_terminal else _ProgressLines(description, total_steps)
+    trainer = L.Trainer(
+        **hardware,
+        max_steps=total_steps,
+        max_epochs=-1,
+        val_check_interval=max(1, min(per_epoch // config.checks_per_epoch, total_steps)),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        logger=[CSVLogger(folder, name="csv", version=""), TensorBoardLogger(folder, name="tensorboard", version="")],
+        callbacks=[best, periodic, EarlyStopping("validation/loss", patience=config.patience), _OrderlyInterrupt(last), bar],
+        enable_progress_bar=console().is_terminal,
+    )
+    started = time.monotonic()
+    module = FitModule(network, objective, config, total_steps)
+    console().print(f"{description}: {len(train):,} rows, {total_steps:,} steps of {config.batch_size}, precision {trainer.precision}")
+    network.train()
+    trainer.fit(module, datamodule=_Rows(train, validation, config, pool_batches), ckpt_path=checkpoint)
+    if best.best_model_path:
+        state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+        module.load_state_dict(state)
+        loss = float(best.best_model_score) if best.best_model_score is not None else math.nan
+    else:
+        loss = math.nan
+    network.to("cpu").eval()
+    result = FitResult(loss, trainer.global_step, time.monotonic() - started, folder / "csv" / "metrics.csv")
+    if trainer.is_global_zero:
+        save_file(network, weights)
+        done.write_text(json.dumps({"validation_loss": loss, "num_steps": result.num_steps, "seconds": result.seconds}))
+    return result

@@ -1,0 +1,332 @@
+"""`mope-train --dry-run`: what a run would read, how long it would take and how much memory it would need.
+
+Takes a few real optimiser steps on real rows and extrapolates; says which number is which. Writes nothing but the
+cache of rows, which the run itself then takes.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+
+from mope.backends.network import MopeNetwork
+from mope.backends.torch_backend import weight_files
+from mope.console import console
+from mope.training.batches import BucketLoader, EncodedRows
+from mope.training.config import FitConfig, TrainConfig
+from mope.training.data.build import DataSet, build_rows
+from mope.training.data.config import DataConfig
+from mope.training.data.table import RowTable
+from mope.training.encoders import EncoderSource, find_encoder
+from mope.training.evaluate import resolve_label_tokenizer
+from mope.training.experts import expert_rows, new_network
+from mope.training.fit import FitModule, resolve_precision
+from mope.training.objectives import MopeObjective
+from mope.training.prepare import Prepared, prepare
+from mope.training.run import SPLITS, sample
+
+SAMPLE_ROWS = {"train": 4096, "validation": 512, "test": 64}  # encoded for the estimate
+MEASURE_S = 8.0
+WARMUP_STEPS = 2  # on the longest batch: not timed, but they reach the peak of memory
+FORWARD_SHARE = 1 / 3  # of the work of a training step, for validation while training
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the trial steps gave.
+
+    Attributes:
+        steps: optimiser steps that were timed.
+        seconds: the time they took.
+        tokens_per_s: input tokens, padding included, trained on one device.
+        inference_tokens_per_s: the same without gradients, on the CPU.
+        peak_bytes: peak of the process's memory.
+        gpu_bytes: peak of the GPU's memory, 0 without one.
+        hardware: device and precision.
+        world_size: processes that the run would use.
+    """
+
+    steps: int
+    seconds: float
+    tokens_per_s: float
+    inference_tokens_per_s: float
+    peak_bytes: int
+    gpu_bytes: int
+    hardware: str
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do.
+
+    Attributes:
+        reports: lines about the data as it was read.
+        num_rows: split -> rows that would be used.
+        input_tokens: median and 90 % quantile of a row's input tokens.
+        padded_tokens: mean input tokens of a training row, padding included.
+        num_parameters: of one network.
+        num_trained: those among them that training changes.
+        measured: the trial steps.
+        stages: what takes long, with its seconds.
+        memory_bytes: estimate of the run's peak memory.
+        batch_size: rows per step.
+    """
+
+    reports: tuple[str, ...]
+    num_rows: dict[str, int]
+    input_tokens: tuple[float, float]
+    padded_tokens: float
+    num_parameters: int
+    num_trained: int
+    measured: Measured
+    stages: tuple[tuple[str, float], ...]
+    memory_bytes: float
+    batch_size: int
+
+    @property
+    def seconds(self) -> float:
+        """Estimate of the run's time."""
+        return sum(seconds for _, seconds in self.stages)
+
+    def lines(self) -> list[str]:
+        """The plan for a terminal."""
+        measured = self.measured
+        median, high = self.input_tokens
+        speed = measured.tokens_per_s / self.padded_tokens
+        gpu = f", {measured.gpu_bytes / GIB:.1f} GiB on the GPU" if measured.gpu_bytes else ""
+        width = max(len(name) for name, _ in self.stages)
+        return [
+            *self.reports,
+            "",
+            f"rows used: {', '.join(f'{name} {count:,}' for name, count in self.num_rows.items())}",
+            f"input tokens of a row: median {median:.0f}, 90% have at most {high:.0f} (measured on a sample)",
+            f"a network: {self.num_parameters / 1e6:.1f} M parameters, {self.num_trained / 1e6:.1f} M of them trained",
+            f"training speed: {speed:,.0f} rows/s on one device (measured: {measured.steps} steps of "
+            f"{self.batch_size} rows in {measured.seconds:.1f} s, {measured.hardware})",
+            "",
+            f"time on {measured.world_size} device(s), extrapolated, if no network stops early:",
+            *(f"  {name:<{width}}  {_duration(seconds):>9}" for name, seconds in self.stages),
+            f"  {'in all':<{width}}  {_duration(self.seconds):>9}",
+            "not in it: reading the data, baselines without an encoder, plots",
+            f"memory: {measured.peak_bytes / GIB:.1f} GiB{gpu} at the peak of these steps (measured), "
+            f"{self.memory_bytes / GIB:.1f} GiB with all rows and networks (extrapolated)",
+        ]
+
+
+def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
+    """Read the data, try some steps and estimate the run.
+
+    Args:
+        config: of the run.
+        measure_s: seconds to take optimiser steps for.
+
+    Raises:
+        UserError: data or config that the run could not use either.
+    """
+    model = config.model
+    encoder = find_encoder(model.encoder, revision=model.encoder_revision, num_layers=model.num_layers)
+    data = [_read(config.data, encoder)]
+    if config.test_data is not None:
+        data.append(_read(config.test_data.model_copy(update={"min_rows": 0}), encoder))
+    rows = sample(data[0].rows, config)
+    num_rows = {name: len(rows.split(name)) for name in SPLITS}
+    if len(data) > 1:
+        num_rows["other test"] = len(data[1].rows.split("test"))
+    prepared = prepare(_few(rows, config.fit.seed), model, encoder, config.data.label_tokenizer)
+    network = _network(prepared, encoder, config.fit)
+    num_parameters = sum(p.numel() for p in network.parameters())
+    measured = _measure(network, prepared, config.fit, measure_s)
+    num_trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    lengths = prepared.train.lengths
+    row_bytes = lengths.mean() * 4 + prepared.train.numbers_RF[0].nbytes + 300
+    further = 4 * num_parameters * (len(weight_files(prepared.config)) - 1)
+    padded = _padded_tokens(prepared.train, config.fit)
+    return Plan(
+        reports=tuple(line for found in data for line in found.report.lines()),
+        num_rows=num_rows,
+        input_tokens=(float(np.median(lengths)), float(np.quantile(lengths, 0.9))),
+        padded_tokens=padded,
+        num_parameters=num_parameters,
+        num_trained=num_trained,
+        measured=measured,
+        stages=tuple(_stages(config, prepared, num_rows, measured, padded)),
+        memory_bytes=measured.peak_bytes + further + row_bytes * sum(num_rows.values()),
+        batch_size=config.fit.batch_size,
+    )
+
+
+def _read(data: DataConfig, encoder: EncoderSource) -> DataSet:
+    with tempfile.TemporaryDirectory(prefix="mope-plan-") as folder:
+        return build_rows(resolve_label_tokenizer(data, encoder.tokenizer_json, Path(folder)))
+
+
+def _few(rows: RowTable, seed: int) -> RowTable:
+    """At most `SAMPLE_ROWS` of each split."""
+    splits, rng = np.array(rows.strings("split"), dtype=object), np.random.default_rng(seed)
+    kept = [rng.permutation(np.flatnonzero(splits == name))[:limit] for name, limit in SAMPLE_ROWS.items()]
+    return rows.take(np.sort(np.concatenate(kept)))
+
+
+def _network(prepared: Prepared, encoder: EncoderSource, fit: FitConfig) -> MopeNetwork:
+    """The shared network, or one of the separate experts."""
+    config = prepared.config
+    shared = config.design == "shared"
+    gate = config.num_experts if shared and config.num_experts > 1 else 0
+    heads = config.num_experts if shared else 1
+    return new_network(encoder, config, fit, gate=gate, heads=heads, outputs=config.num_body_bins + 1)
+
+
+def _padded_tokens(rows: EncodedRows, fit: FitConfig) -> float:
+    """Mean input tokens of a row in its batch, padding included."""
+    lengths = rows.lengths
+    batches = BucketLoader(rows, fit.batch_size, seed=fit.seed).batches(0)
+    return float(sum(len(batch) * lengths[batch].max() for batch in batches) / len(rows))
+
+
+def _measure(network: MopeNetwork, prepared: Prepared, fit: FitConfig, seconds: float) -> Measured:
+    """Train for some seconds, then predict for a quarter of them."""
+    rows, config = prepared.train, prepared.config
+    batches = BucketLoader(rows, fit.batch_size, seed=fit.seed).batches(0)
+    longest = max(batches, key=lambda batch: (rows.lengths[batch].max(), len(batch)))
+    objective = MopeObjective(
+        list(config.edges[: config.num_body_bins + 1]),
+        list(config.boundaries),
+        tokens_scale=float(rows.tokens_R.mean()),
+    )
+    options: dict[str, Any] = {
+        "accelerator": fit.accelerator, "precision": resolve_precision(fit), "logger": False, "barebones": False,
+        "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+    }  # fmt: skip
+    whole = L.Trainer(**options, devices=fit.devices, num_nodes=fit.num_nodes, strategy=fit.strategy)
+    clock = _Clock(seconds)
+    trainer = L.Trainer(
+        **options,
+        devices=1,
+        max_epochs=1,
+        max_steps=WARMUP_STEPS + len(batches),
+        limit_val_batches=0,
+        callbacks=[clock],
+    )
+    device = trainer.strategy.root_device
+    console().print(f"measuring {seconds:.0f} s of training on {device} ...", highlight=False)
+    trainer.fit(
+        FitModule(network.train(), objective, fit, total_steps=1000),
+        train_dataloaders=DataLoader(
+            [rows.batch(batch) for batch in [longest] * WARMUP_STEPS + batches], batch_size=None
+        ),
+    )
+    on_gpu = device.type == "cuda"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Measured(
+        steps=clock.steps,
+        seconds=clock.elapsed,
+        tokens_per_s=clock.tokens / clock.elapsed,
+        inference_tokens_per_s=_inference_speed(network, rows, batches, seconds / 4),
+        peak_bytes=peak,
+        gpu_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
+        hardware=f"{torch.cuda.get_device_name(device) if on_gpu else device.type}, {trainer.precision}",
+        world_size=whole.world_size,
+    )
+
+
+@torch.inference_mode()
+def _inference_speed(network: MopeNetwork, rows: EncodedRows, batches: Sequence[Any], seconds: float) -> float:
+    network.to("cpu").eval()
+    started, tokens = time.perf_counter(), 0
+    for positions in batches:
+        batch = rows.batch(positions)
+        network(batch["input_ids_BS"], batch["attention_mask_BS"], batch["numbers_BF"], batch["llm_B"])
+        tokens += batch["input_ids_BS"].numel()
+        if time.perf_counter() - started > seconds:
+            break
+    return tokens / (time.perf_counter() - started)
+
+
+class _Clock(Callback):
+    """Times steps after the warm-up and ends the trial."""
+
+    def __init__(self, seconds: float) -> None:
+        self.steps = self.tokens = 0
+        self.elapsed = 0.0
+        self._seconds, self._started = seconds, 0.0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock after the warm-up; end the epoch when the time is over."""
+        if batch_idx == WARMUP_STEPS:
+            _finish_queued(trainer)
+            self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count a step."""
+        if batch_idx < WARMUP_STEPS:
+            return
+        _finish_queued(trainer)
+        self.steps += 1
+        self.tokens += batch["input_ids_BS"].numel()
+        self.elapsed = time.perf_counter() - self._started
+        trainer.should_stop = self.elapsed > self._seconds
+
+
+def _finish_queued(trainer: L.Trainer) -> None:
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _stages(
+    config: TrainConfig, prepared: Prepared, num_rows: dict[str, int], measured: Measured, padded: float
+) -> list[tuple[str, float]]:
+    """What takes long, and how long."""
+    fit, settings, evaluation = config.fit, prepared.config, config.evaluation
+    train_speed = measured.world_size * measured.tokens_per_s / padded
+    checks = max(1.0, fit.epochs * fit.checks_per_epoch)
+
+    def training(share: float = 1.0) -> float:
+        work = fit.epochs * num_rows["train"] + checks * num_rows["validation"] * FORWARD_SHARE * measured.world_size
+        return share * work / train_speed
+
+    shares = [1.0]
+    if settings.design == "separate":
+        own = [expert_rows(prepared.train, settings.boundaries, k, fit.overlap) for k in range(settings.num_experts)]
+        shares += [len(rows) / len(prepared.train) for rows in own]
+    names = [name.removesuffix(".safetensors") for name in weight_files(settings)]
+    stages = [(f"training {name} of MoPE", training(share)) for name, share in zip(names, shares, strict=True)]
+    stages += [(f"training {name}", training()) for name in evaluation.fine_tuned]
+
+    def inference(rows: int) -> float:
+        return rows * float(prepared.train.lengths.mean()) / measured.inference_tokens_per_s
+
+    test = num_rows["test"] + num_rows.get("other test", 0)
+    lookup = min(config.model.lookup_rows, num_rows["train"]) if "lookup" in settings.router_parts else 0
+    stages.append(
+        ("router, calibration and test of MoPE", len(names) * inference(num_rows["validation"] + lookup + test))
+    )
+    if evaluation.fine_tuned:
+        tested = inference(num_rows["validation"] + num_rows["test"])
+        stages.append(("test of the fine-tuned baselines", len(evaluation.fine_tuned) * tested))
+    if "embedding_gbm" in evaluation.baselines:
+        stages.append(("embeddings for embedding_gbm", inference(sum(num_rows[name] for name in SPLITS))))
+    return stages
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,123 @@
+"""What is settled before training: grid, buckets, target LLMs, scales; all from training rows alone.
+
+Knows rows and configs; trains nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from mope.config import FORMAT_VERSION, PredictorConfig
+from mope.errors import ConfigError, DataError
+from mope.features import NUMBER_NAMES, RequestEncoder
+from mope.grid import Array, body_edges, pareto_tail, tail_edges, tail_shares
+from mope.training.batches import EncodedRows, encode_rows
+from mope.training.config import ModelConfig
+from mope.training.data.table import RowTable
+from mope.training.encoders import EncoderSource
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows, encoded, and the config of the predictor to be trained.
+
+    Attributes:
+        config: everything but the choice between top1 and mixture is final.
+        encoder: turns requests into model input.
+        train: encoded training rows.
+        validation: encoded validation rows.
+        test: encoded test rows.
+        validation_history: False on the validation rows that begin a conversation.
+    """
+
+    config: PredictorConfig
+    encoder: RequestEncoder
+    train: EncodedRows
+    validation: EncodedRows
+    test: EncodedRows
+    validation_history: Array
+
+
+def choose_boundaries(tokens: Array, model: ModelConfig) -> tuple[float, ...]:
+    """Inner borders of the experts' buckets: given, or quantiles of the training lengths.
+
+    Raises:
+        ConfigError: the number of borders does not fit, or they do not increase.
+        DataError: quantiles of the data coincide.
+    """
+    wanted = model.num_experts - 1
+    if model.boundaries:
+        borders = np.asarray(model.boundaries, dtype=np.float64)
+        origin = "--boundaries"
+    else:
+        levels = model.boundary_quantiles or tuple(np.arange(1, model.num_experts) / model.num_experts)
+        if not all(0 < level < 1 for level in levels):
+            raise ConfigError(f"--boundary-quantiles lie between 0 and 1, e.g. 0.33,0.66; got {list(levels)}")
+        borders = np.quantile(tokens, levels) if wanted else np.zeros(0)
+        origin = "--boundary-quantiles"
+    if len(borders) != wanted:
+        raise ConfigError(f"{model.num_experts} experts need {wanted} inner borders; {origin} gives {len(borders)}")
+    borders = np.floor(borders) + 0.5  # between two counts, so that no length is on a border
+    if np.any(np.diff(borders) <= 0) or np.any(borders < 1):
+        if model.boundaries:
+            raise ConfigError(f"--boundaries must increase by a token and be at least 1; got {list(model.boundaries)}")
+        raise DataError(
+            f"the data's length quantiles coincide ({', '.join(f'{b:g}' for b in borders)} tokens); "
+            f"use fewer experts than {model.num_experts} or give --boundaries"
+        )
+    return tuple(float(border) for border in borders)
+
+
+def prepare(rows: RowTable, model: ModelConfig, source: EncoderSource, label_tokenizer: str) -> Prepared:
+    """Settle the predictor's config from the training rows and encode all rows."""
+    train, validation, test = (rows.split(name) for name in ("train", "validation", "test"))
+    tokens = train.response_tokens
+    top = max(2, int(np.quantile(tokens, model.tail_quantile)))
+    body = body_edges(top, model.num_bins)
+    tail = tail_edges(float(body[-1]), max(model.max_grid_tokens, int(tokens.max())), model.num_tail_bins)
+    index = pareto_tail(tokens, train.censored, float(body[-1]))
+    names, counts = np.unique(np.array(train.strings("target_llm"), dtype=object), return_counts=True)
+    llms = tuple(str(n) for n, c in zip(names, counts, strict=True) if n and c >= model.min_llm_rows)
+    encoder = RequestEncoder(
+        source.tokenizer(),
+        special_ids=source.special_ids,
+        max_prompt_tokens=model.max_prompt_tokens,
+        max_context_tokens=model.max_context_tokens,
+        target_llms=llms,
+    )
+    encoded = [
+        encode_rows(table, encoder, f"encoding {name} rows")
+        for name, table in (("train", train), ("validation", validation), ("test", test))
+    ]
+    deviation = encoded[0].numbers_RF.std(axis=0, dtype=np.float64)
+    constant = deviation < 1e-4
+    config = PredictorConfig(
+        format_version=FORMAT_VERSION,
+        preset=model.preset,
+        design=model.design,
+        num_experts=model.num_experts,
+        boundaries=choose_boundaries(tokens, model),
+        edges=tuple(float(edge) for edge in (*body, *tail)),
+        num_body_bins=len(body) - 1,
+        tail_shares=tuple(float(share) for share in tail_shares(float(body[-1]), tail, index)),
+        tail_index=index,
+        label_tokenizer=label_tokenizer,
+        encoder=source.name,
+        encoder_config=source.config,
+        tokenizer_sha256=hashlib.sha256(encoder.tokenizer_json().encode()).hexdigest(),
+        special_ids=source.special_ids,
+        max_prompt_tokens=model.max_prompt_tokens,
+        max_context_tokens=model.max_context_tokens,
+        target_llms=llms,
+        llm_dim=model.llm_dim,
+        head_hidden=model.head_hidden,
+        number_names=NUMBER_NAMES,
+        number_mean=tuple(float(x) for x in encoded[0].numbers_RF.mean(axis=0, dtype=np.float64)),
+        number_scale=tuple(float(x) for x in np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, deviation))),
+        router_parts=model.router_parts if model.num_experts > 1 else (),
+        combination="mixture",
+    )
+    return Prepared(config, encoder, *encoded, validation.table["num_earlier_turns"].to_numpy() > 0)

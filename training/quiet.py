@@ -1,0 +1,36 @@
+"""Silence for what other libraries say that helps nobody who trains a predictor.
+
+The one place for it; nothing happens until `quiet` is called, and errors are never hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+LIGHTNING_WARNINGS = (
+    ".*does not have many workers",  # rows lie in memory, there is nothing to load
+    "Checkpoint directory .* exists and is not empty",  # the point of --resume
+    "You're resuming from a checkpoint that ended",
+    ".*LeafSpec.* is deprecated",
+    "The number of training batches .* is smaller than the logging interval",
+)
+
+
+def quiet() -> None:
+    """Hush Lightning's tips and device lines, and transformers' bars and report when weights are loaded.
+
+    Downloads keep their bars: they are long, and a user wants to see them.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # set at all, it no longer warns about subprocesses
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in LIGHTNING_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    enable_progress_bars()

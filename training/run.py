@@ -1,0 +1,239 @@
+"""`mope-train`: rows to networks to router to calibration to metrics to a saved predictor, in this order.
+
+Knows the order of the work and what is written where. Checkpoints and logs lie in the work folder; the
+predictor is written whole at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mope import artifact
+from mope.backends.torch_backend import TorchBackend, weight_files
+from mope.card import render_card
+from mope.config import PredictorConfig
+from mope.console import console
+from mope.errors import ConfigError
+from mope.predictor import LengthPredictor
+from mope.provenance import collect as collect_provenance
+from mope.training.compare import compare
+from mope.training.config import TrainConfig
+from mope.training.data.build import DataSet, build_rows
+from mope.training.data.table import RowTable
+from mope.training.encoders import find_encoder
+from mope.training.evaluate import (
+    TestRows,
+    draw,
+    evaluate_mope,
+    evaluate_on,
+    expert_names,
+    resolve_label_tokenizer,
+)
+from mope.training.experts import train_mope
+from mope.training.fit import FitResult
+from mope.training.prepare import Prepared, prepare
+from mope.training.report import metrics_markdown, print_metrics
+from mope.training.routing import choose_combination, collect, fit_calibration, fit_router, lookup_sample, marginal
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made.
+
+    Attributes:
+        folder: the saved predictor.
+        metrics: what its `metrics.json` holds.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+
+
+def train(
+    config: TrainConfig, output: Path, *, work: Path | None = None, resume: bool = False, command: Sequence[str] = ()
+) -> RunResult | None:
+    """Train, calibrate, evaluate and save a predictor.
+
+    Args:
+        config: everything about it.
+        output: folder of the saved predictor.
+        work: folder of checkpoints and logs; `<output>.work` if None.
+        resume: go on from the work folder's checkpoints.
+        command: the command line, for the provenance.
+
+    Returns:
+        What was made; None in the helper processes of a distributed run.
+
+    Raises:
+        UserError: data, config or output that cannot be used.
+        TrainingInterruptedError: Ctrl-C; `resume` goes on.
+    """
+    started = datetime.now(timezone.utc)
+    work = work or output.with_name(output.name + ".work")
+    _check_output(output)
+    source = find_encoder(
+        config.model.encoder, revision=config.model.encoder_revision, num_layers=config.model.num_layers
+    )
+    data = build_rows(resolve_label_tokenizer(config.data, source.tokenizer_json, work))
+    for line in data.report.lines():
+        console().print(line, highlight=False)
+    rows = sample(data.rows, config)
+    prepared = prepare(rows, config.model, source, config.data.label_tokenizer)
+    _say_plan(prepared, config)
+    _check_work(work, config, data, resume=resume)
+    networks, fits = train_mope(prepared, source, config.fit, work, resume=resume)
+    if int(os.environ.get("LOCAL_RANK", "0")) or int(os.environ.get("NODE_RANK", "0")):
+        return None
+    predictor = finish(prepared, TorchBackend(networks, prepared.config), config)
+    tables = {name: rows.split(name) for name in SPLITS}
+    test = TestRows.of(tables["test"], prepared.test)
+    samples = config.evaluation.bootstrap_samples
+    raw = collect(predictor.backend, test.encoded, prepared.config.num_experts, "predicting test rows")
+    evaluation = evaluate_mope(predictor, test, raw, samples=samples)
+    logs = dict(zip(_names(prepared.config), [fit.csv for fit in fits], strict=True))
+    logs |= compare(evaluation, test, tables, prepared, source, config, work, resume=resume)
+    metrics = evaluation.metrics
+    metrics["data"] = data.report.to_json()
+    metrics["training"] = _training_metrics(prepared, fits)
+    if config.test_data is not None:
+        foreign = config.test_data.model_copy(update={"label_tokenizer": config.data.label_tokenizer, "min_rows": 0})
+        other = build_rows(resolve_label_tokenizer(foreign, source.tokenizer_json, work))
+        metrics["other_data"] = {foreign.source: evaluate_on(predictor, other, samples=samples)[0].metrics}
+    with artifact.writing(output) as folder:
+        predictor.write(folder)
+        provenance = collect_provenance(
+            list(command), config.fit.seed, {config.data.source: data.fingerprint}, started=started
+        )
+        provenance["config"] = config.model_dump(mode="json", exclude={"data": {"cache_dir"}, "test_data": {"cache_dir"}})
+        artifact.write_json(folder / "metrics.json", metrics)
+        artifact.write_json(folder / "provenance.json", provenance)
+        drawn = draw(evaluation, test, folder / "plots", logs)
+        card = render_card(
+            predictor.config.model_dump(mode="json"),
+            metrics,
+            provenance,
+            [f"plots/{name}" for name in drawn],
+            name=output.name,
+            tables=metrics_markdown(metrics),
+            report=[line for line in data.report.lines() if not line.startswith("warning: ")],
+            warnings=list(data.report.warnings),
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    print_metrics(metrics, console())
+    console().print(f"predictor, card, metrics and plots are in [bold]{output}[/]; checkpoints and logs in {work}")
+    return RunResult(output, metrics)
+
+
+def finish(prepared: Prepared, backend: TorchBackend, config: TrainConfig) -> LengthPredictor:
+    """Fit router and calibration behind trained networks and choose the combination."""
+    settings, num_experts = prepared.config, prepared.config.num_experts
+    validation = prepared.validation
+    outputs = collect(backend, validation, num_experts, "predicting validation rows")
+    wants_lookup = "lookup" in settings.router_parts
+    neighbours = lookup_sample(prepared.train, config.model.lookup_rows if wants_lookup else 1, config.fit.seed)
+    neighbour_outputs = collect(backend, neighbours, num_experts, "embedding look-up rows")
+    router = fit_router(
+        settings, config.model, prepared.train, neighbours, neighbour_outputs, validation, outputs
+    )
+    history = prepared.validation_history
+    if config.model.combination == "auto":
+        errors = choose_combination(settings, router, validation, outputs, history)
+        best = min(errors, key=errors.__getitem__)
+        console().print(f"validation MAE: {', '.join(f'{n} {e:.2f}' for n, e in errors.items())}; using {best}")
+    else:
+        best = config.model.combination
+    settings = settings.model_copy(update={"combination": best})
+    calibration = fit_calibration(settings, router, validation, outputs, history)
+    return LengthPredictor(
+        settings,
+        TorchBackend(backend.networks, settings),
+        prepared.encoder,
+        router,
+        calibration,
+        marginal(settings, prepared.train),
+    )
+
+
+def sample(rows: RowTable, config: TrainConfig) -> RowTable:
+    """The rows to use: all, or seeded samples of the sizes that the config names."""
+    limits = {
+        "train": config.fit.max_train_rows,
+        "validation": config.evaluation.max_test_rows,
+        "test": config.evaluation.max_test_rows,
+    }
+    if not any(limits.values()):
+        return rows
+    splits = np.array(rows.strings("split"), dtype=object)
+    rng = np.random.default_rng(config.fit.seed)
+    kept = [rng.permutation(np.flatnonzero(splits == name))[: limits[name]] for name in SPLITS]
+    return rows.take(np.sort(np.concatenate(kept)))
+
+
+def _check_output(output: Path) -> None:
+    """Refuse before hours of training what `artifact.writing` would refuse after them."""
+    if output.exists() and not (output / "files.json").exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output {output} exists and is not a saved predictor; choose another or remove it")
+
+
+def _check_work(work: Path, config: TrainConfig, data: DataSet, *, resume: bool) -> None:
+    """Let a run be resumed only with the settings and rows that it was begun with."""
+    shaping = {"data": data.fingerprint, "model": config.model.model_dump(mode="json"), "fit": config.fit.model_dump(mode="json")}
+    for free in ("checkpoint_minutes", "accelerator", "devices", "num_nodes", "strategy", "precision"):
+        shaping["fit"].pop(free)
+    for free in ("combination", "router_parts", "lookup_rows", "lookup_neighbours"):
+        shaping["model"].pop(free)
+    digest = hashlib.sha256(repr(sorted(shaping.items())).encode()).hexdigest()
+    marker = work / "run.json"
+    if resume and marker.exists():
+        begun = artifact.read_json(marker)
+        if begun["digest"] != digest:
+            changed = [
+                f"{section}.{name}"
+                for section in ("model", "fit")
+                for name, value in shaping[section].items()
+                if begun[section].get(name) != value
+            ]
+            what = ", ".join(changed) or "the data"
+            raise ConfigError(f"--resume: {work} was begun with other settings ({what}); drop --resume to start anew")
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    artifact.write_json(marker, {"digest": digest, "model": shaping["model"], "fit": shaping["fit"]})
+
+
+def _say_plan(prepared: Prepared, config: TrainConfig) -> None:
+    settings = prepared.config
+    console().print(
+        f"{settings.num_experts} experts ({'; '.join(expert_names(settings))} tokens), {settings.design} design, "
+        f"{settings.num_body_bins} bins up to {settings.edges[settings.num_body_bins]:.0f} tokens, then a Pareto tail "
+        f"of index {settings.tail_index:.2f}",
+        highlight=False,
+    )
+    sizes = ", ".join(f"{name} {len(getattr(prepared, name)):,}" for name in SPLITS)
+    console().print(f"rows used: {sizes}; {prepared.train.lengths.mean():.0f} input tokens on average", highlight=False)
+    if config.fit.max_train_rows is not None:
+        console().print("this is a sample: `mope-train --recipe sharegpt-small` trains on all rows", highlight=False)
+
+
+def _names(config: PredictorConfig) -> list[str]:
+    return [name.removesuffix(".safetensors") for name in weight_files(config)]
+
+
+def _training_metrics(prepared: Prepared, fits: Sequence[FitResult]) -> dict[str, Any]:
+    named = zip(_names(prepared.config), fits, strict=True)
+    return {
+        "rows": {name: len(getattr(prepared, name)) for name in SPLITS},
+        "networks": {
+            name: {"validation_loss": fit.validation_loss, "num_steps": fit.num_steps, "seconds": fit.seconds}
+            for name, fit in named
+        },
+    }
