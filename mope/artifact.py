@@ -54,8 +54,6 @@ def writing(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         seal(temporary)
-        for path in temporary.rglob("*"):  # safetensors writes files that their owner alone can read
-            path.chmod(0o755 if path.is_dir() else 0o644)
         replaced = folder.with_name(f".{folder.name}-replaced-{os.getpid()}")
         if folder.exists():
             folder.rename(replaced)
@@ -80,6 +78,8 @@ def _digest(file: Any) -> str:
 
 def seal(folder: Path) -> None:
     """Write `files.json`: size and hash of each file that predictions depend on."""
+    for path in folder.rglob("*"):  # some writers make files that their owner alone can read
+        path.chmod(0o755 if path.is_dir() else 0o644)
     files = sorted(p for p in folder.iterdir() if p.suffix in HASHED and p.name not in FOR_PEOPLE)
     write_json(folder / "files.json", {path.name: _fingerprint(path) for path in files})
 

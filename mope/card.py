@@ -6,6 +6,7 @@ is left out. Computes nothing, reads nothing, and quotes no prompt.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -82,8 +83,8 @@ def snippet(name: str) -> str:
     """
     return (
         "from mope import LengthPredictor\n\n"
-        f"predictor = LengthPredictor.from_pretrained({name!r})\n"
-        f"prediction = predictor.predict({PROMPT!r})\n"
+        f"predictor = LengthPredictor.from_pretrained({json.dumps(name, ensure_ascii=False)})\n"
+        f"prediction = predictor.predict({json.dumps(PROMPT)})\n"
         "print(prediction.median, prediction.quantile(0.9))\n"
     )
 
@@ -146,6 +147,8 @@ def _front_matter(metrics: Facts, title: str, datasets: Sequence[str]) -> str:
             task_name="response length prediction",
             dataset_type=datasets[0] if datasets else "other",
             dataset_name=f"test split, {PARTS.get(part, part)}",
+            dataset_config=part,
+            dataset_split="test",
             metric_type=key,
             metric_name=label,
             metric_value=round(result["mope"][key], 3),
@@ -391,8 +394,8 @@ def _llms(by_target_llm: Facts, known: Sequence[str]) -> Iterator[str]:
         yield f"Of the LLMs among the test rows, {_plain(worst)} has the highest MAE, {error} tokens."
     other = "is not named above" if known else "did not write the data's answers"
     yield (
-        f"LLMs differ in how much they say. For an LLM that {other}, expect a bias until `observe` has seen some of its "
-        "answers; one that thinks aloud before it answers is another case still."
+        f"LLMs differ in how much they say. For an LLM that {other}, expect a bias until `observe` has seen some of "
+        "its answers; one that thinks aloud before it answers is another case still."
     )
 
 
@@ -423,10 +426,10 @@ def _licence(config: Facts, provenance: Facts) -> str:
     sources = [f"{_code(name)}: {_code(_words(value))}" for name, value in provenance.get("data", {}).items() if value]
     return _list(
         [
-            f"The predictor is under Apache-2.0. The encoder {_code(config['encoder'])} that it was started from and the "
-            "data have licences of their own: read them before you publish or sell it.",
+            f"The predictor is under Apache-2.0. The encoder {_code(config['encoder'])} that it was started from and "
+            "the data have licences of their own: read them before you publish or sell it.",
             "No text of the data is in this folder.",
-            *([f"Data it was trained on, by hash or name: {'; '.join(sources)}."] if sources else []),
+            *([f"Data it was trained on, with its fingerprint: {'; '.join(sources)}."] if sources else []),
             *([f"Code: commit {_code(git['commit'])}{changed}."] if git.get("commit") else []),
             "`provenance.json` holds the whole record, `files.json` the hash of each file that predictions depend on.",
         ]

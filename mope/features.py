@@ -55,8 +55,8 @@ def ends(text: str, num_chars: int) -> str:
 
 
 def _without_surrogates(text: str) -> str:
-    """Half of a surrogate pair, as broken JSON escapes give it, becomes "?": tokenizers take UTF-8 alone."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+    """Halves of surrogate pairs, as broken JSON escapes give them, become U+FFFD: tokenizers take UTF-8 alone."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def request_numbers(request: Request, window: str, hits: RuleHits) -> list[float]:
@@ -83,7 +83,7 @@ def request_numbers(request: Request, window: str, hits: RuleHits) -> list[float
         np.log1p(len(_CODE_SIGNS.findall(window))), np.log1p(hits.tokens),
         *(float(name in hits.names) for name in RULE_NAMES),
         0.0 if request.max_tokens is None else np.log1p(max(request.max_tokens, 0)), float(request.max_tokens is not None),
-        0.0 if request.temperature is None else request.temperature, float(request.temperature is not None),
+        0.0 if request.temperature is None else min(max(0.0, request.temperature), 100.0), float(request.temperature is not None),
         float(request.tools), float(bool(request.response_format)),
         float(request.thinking is True), float(request.thinking is False),
     ]  # fmt: skip

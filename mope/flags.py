@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Collection, Mapping
 from inspect import cleandoc
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
@@ -140,7 +141,7 @@ def _kind(annotation: Any) -> tuple[Any, bool]:
 
 
 def _metavar(kind: Any) -> str:
-    return {int: "N", float: "X"}.get(kind, kind.__name__.upper().replace("STR", "TEXT"))
+    return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
 
 
 def _help(field: FieldInfo) -> str:

@@ -6,22 +6,24 @@ Knows flags and how a run is started; the run itself is `mope.training.run`, imp
 from __future__ import annotations
 
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from mope import console as terminal
-from mope.errors import ConfigError
+from mope.errors import ConfigError, MissingExtraError
+from mope.extras import EXTRAS
 from mope.flags import Parser, add_flags, given
 from mope.training.config import EvaluationConfig, FitConfig, ModelConfig
 from mope.training.data.config import DataConfig
-from mope.training.recipe import dump, load_recipe, recipe_names, recipe_summary
 
-EXAMPLE = """\
-mope-train --recipe demo --output runs/demo
-mope-train chats.jsonl --output runs/chats --epochs 2
-mope-train --recipe lmsys-base --output runs/base --dry-run"""
+EXAMPLES = (
+    "--recipe demo --output runs/demo",
+    "chats.jsonl --output runs/chats --epochs 2",
+    "--recipe lmsys-base --dry-run",
+)
 
 
 def main(argv: list[str] | None = None, *, prog: str = "mope-train") -> int:
@@ -36,11 +38,13 @@ def main(argv: list[str] | None = None, *, prog: str = "mope-train") -> int:
 
 def parser(prog: str) -> Parser:
     """The command line of `mope-train`."""
+    from mope.training.recipe import recipe_names
+
     made = Parser(
         prog,
         "Train a MoPE predictor of response lengths, evaluate it beside baselines, and save it with its model card.",
         "[DATA] [--recipe NAME|FILE] --output DIR [options]",
-        EXAMPLE,
+        "\n".join(f"{prog} {example}" for example in EXAMPLES),
     )
     made.add_argument("data", nargs="?", metavar="DATA", help=DataConfig.model_fields["source"].description)
     made.add_argument(
@@ -65,6 +69,9 @@ def parser(prog: str) -> Parser:
 
 
 def _train(argv: list[str], prog: str) -> int:
+    _check_installed(prog)
+    from mope.training.recipe import dump, load_recipe
+
     arguments = parser(prog).parse_args(argv)
     if arguments.list_recipes:
         _list_recipes()
@@ -75,7 +82,7 @@ def _train(argv: list[str], prog: str) -> int:
     if arguments.test_source is not None:
         overrides["test_data"] = {"source": None if arguments.test_source == "none" else arguments.test_source}
     if arguments.recipe is None and arguments.data is None:
-        raise ConfigError(f"got neither data nor a recipe; type for example: {EXAMPLE.splitlines()[0]}")
+        raise ConfigError(f"got neither data nor a recipe; type for example: {prog} {EXAMPLES[0]}")
     config = load_recipe(arguments.recipe, overrides)
     if arguments.dry_run:
         print(dump(config), end="", flush=True)
@@ -109,6 +116,13 @@ def _train(argv: list[str], prog: str) -> int:
     return 0
 
 
+def _check_installed(prog: str) -> None:
+    """Say at once what is missing, rather than after the data were read."""
+    missing = [module for module, extra in EXTRAS.items() if extra in ("torch", "train") and find_spec(module) is None]
+    if missing:
+        raise MissingExtraError(f"{prog} needs {', '.join(missing)}, not installed: pip install 'mope-llm[train]'")
+
+
 def _with_resume(argv: list[str]) -> str:
     return shlex.join([*(argument for argument in argv if argument != "--resume"), "--resume"])
 
@@ -118,6 +132,8 @@ def _label(source: str) -> str:
 
 
 def _list_recipes() -> None:
+    from mope.training.recipe import recipe_names, recipe_summary
+
     table = Table("recipe", "what it is", box=None, padding=(0, 2, 1, 0))
     for name in recipe_names():
         table.add_row(name, recipe_summary(name))

@@ -74,6 +74,8 @@ def train_mope(
     )
     gate, outputs = (config.num_experts if config.num_experts > 1 else 0), config.num_body_bins + 1
     names = [name.removesuffix(".safetensors") for name in weight_files(config)]
+    separate = range(config.num_experts) if config.design == "separate" else ()
+    own_rows = [_own_rows(prepared, settings, expert) for expert in separate]  # before anything is trained
     networks: list[MopeNetwork] = []
     results: list[FitResult] = []
     for position, name in enumerate(names):
@@ -85,18 +87,24 @@ def train_mope(
             network = new_network(source, config, settings, gate=max(gate, 1), heads=0, outputs=outputs)
         else:
             network = new_network(source, config, settings, gate=0, heads=1, outputs=outputs)
-            own = [expert_rows(rows, config.boundaries, position - 1, settings.overlap) for rows in (train, validation)]
-            if min(map(len, own)) < MIN_EXPERT_ROWS:
-                raise DataError(
-                    f"expert {position - 1} has {len(own[0])} training and {len(own[1])} validation rows in its bucket, "
-                    f"needs {MIN_EXPERT_ROWS} of each; use fewer experts, other --boundaries, or more rows"
-                )
-            train, validation = train.take(own[0]), validation.take(own[1])
+            train, validation = (rows.take(own) for rows, own in zip((train, validation), own_rows[position - 1], strict=True))
         results.append(
             fit(network, objective, train, validation, settings, folder / name, description=f"training {name}", resume=resume)
         )
         networks.append(network)
     return networks, results
+
+
+def _own_rows(prepared: Prepared, settings: FitConfig, expert: int) -> list[Array]:
+    """Training and validation rows of a separate expert; an error if they are too few."""
+    boundaries = prepared.config.boundaries
+    own = [expert_rows(rows, boundaries, expert, settings.overlap) for rows in (prepared.train, prepared.validation)]
+    if min(map(len, own)) < MIN_EXPERT_ROWS:
+        raise DataError(
+            f"expert {expert} has {len(own[0])} training and {len(own[1])} validation rows in its bucket, "
+            f"needs {MIN_EXPERT_ROWS} of each; use fewer experts, other --boundaries, or more rows"
+        )
+    return own
 
 
 def train_baseline(

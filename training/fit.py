@@ -139,16 +139,16 @@ class _OrderlyInterrupt(Callback):
 
     def __init__(self, checkpoint: Path) -> None:
         self._checkpoint = checkpoint
-        self._asked = False
+        self.asked = False
         self._previous: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the signals."""
 
         def stop(number: int, frame: FrameType | None) -> None:
-            if self._asked:
+            if self.asked:
                 raise KeyboardInterrupt
-            self._asked = True
+            self.asked = True
             console().print("[yellow]saving a checkpoint after this batch; again to stop at once[/]")
 
         if threading.current_thread() is threading.main_thread():
@@ -156,12 +156,12 @@ class _OrderlyInterrupt(Callback):
                 self._previous[number] = signal.signal(number, stop)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Save and leave, if asked to."""
-        if self._asked:
+        """Save and leave, if asked to; after the last batch the fit ends by itself, its validation done."""
+        if self.asked and trainer.global_step < trainer.max_steps:
             trainer.save_checkpoint(self._checkpoint)
             raise TrainingInterruptedError(f"stopped at step {trainer.global_step}, saved; add --resume to go on")
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Give the signals back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -292,6 +292,7 @@ def fit(
     every = timedelta(minutes=config.checkpoint_minutes)
     periodic = ModelCheckpoint(folder, filename="last", train_time_interval=every, enable_version_counter=False)
     bar = RichProgressBar() if console().is_terminal else _ProgressLines(description, total_steps)
+    interrupt = _OrderlyInterrupt(last)
     trainer = L.Trainer(
         **hardware,
         max_steps=total_steps,
@@ -301,14 +302,19 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=10,
         logger=[CSVLogger(folder, name="csv", version=""), TensorBoardLogger(folder, name="tensorboard", version="")],
-        callbacks=[best, periodic, EarlyStopping("validation/loss", patience=config.patience), _OrderlyInterrupt(last), bar],
+        callbacks=[best, periodic, EarlyStopping("validation/loss", patience=config.patience), interrupt, bar],
         enable_progress_bar=console().is_terminal,
     )
     started = time.monotonic()
     module = FitModule(network, objective, config, total_steps)
     console().print(f"{description}: {len(train):,} rows, {total_steps:,} steps of {config.batch_size}, precision {trainer.precision}")
     network.train()
-    trainer.fit(module, datamodule=_Rows(train, validation, config, pool_batches), ckpt_path=checkpoint)
+    try:
+        trainer.fit(module, datamodule=_Rows(train, validation, config, pool_batches), ckpt_path=checkpoint)
+    except SystemExit as ended:  # how Lightning ends on a KeyboardInterrupt
+        raise KeyboardInterrupt from ended
+    finally:
+        interrupt.release()
     if best.best_model_path:
         state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
         module.load_state_dict(state)
@@ -320,4 +326,8 @@ def fit(
     if trainer.is_global_zero:
         save_file(network, weights)
         done.write_text(json.dumps({"validation_loss": loss, "num_steps": result.num_steps, "seconds": result.seconds}))
+        for checkpoint_file in folder.glob("*.ckpt"):
+            checkpoint_file.unlink()
+    if interrupt.asked:
+        raise TrainingInterruptedError(f"stopped after the last step, {trainer.global_step}, saved; add --resume to go on")
     return result

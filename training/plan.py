@@ -223,12 +223,9 @@ def _measure(network: MopeNetwork, prepared: Prepared, fit: FitConfig, seconds: 
     )
     device = trainer.strategy.root_device
     console().print(f"measuring {seconds:.0f} s of training on {device} ...", highlight=False)
-    trainer.fit(
-        FitModule(network.train(), objective, fit, total_steps=1000),
-        train_dataloaders=DataLoader(
-            [rows.batch(batch) for batch in [longest] * WARMUP_STEPS + batches], batch_size=None
-        ),
-    )
+    ready: Any = [rows.batch(batch) for batch in [longest] * WARMUP_STEPS + batches]
+    module = FitModule(network.train(), objective, fit, total_steps=1000)
+    trainer.fit(module, DataLoader(ready, batch_size=None))
     on_gpu = device.type == "cuda"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Measured(

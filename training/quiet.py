@@ -8,12 +8,16 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from importlib import import_module
+from typing import Any
 
 LIGHTNING_WARNINGS = (
     ".*does not have many workers",  # rows lie in memory, there is nothing to load
     "Checkpoint directory .* exists and is not empty",  # the point of --resume
+    "Experiment logs directory .* exists and is not empty",
     "You're resuming from a checkpoint that ended",
     ".*LeafSpec.* is deprecated",
+    "You defined a `validation_step` but have no `val_dataloader`",  # a plan measures training alone
     "The number of training batches .* is smaller than the logging interval",
 )
 
@@ -28,9 +32,9 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in LIGHTNING_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging as transformers_logging
+    from huggingface_hub.utils.tqdm import enable_progress_bars
 
+    transformers_logging: Any = import_module("transformers.utils.logging")  # has no types
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     enable_progress_bars()

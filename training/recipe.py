@@ -125,7 +125,7 @@ def _check_known(where: str, key: Any, known: Collection[str], what: str) -> Non
 
 def _nearest(word: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _kind(content: Any) -> str:

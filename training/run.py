@@ -18,7 +18,7 @@ import numpy as np
 
 from mope import artifact
 from mope.backends.torch_backend import TorchBackend, weight_files
-from mope.card import render_card
+from mope.card import render_card, snippet, write_card
 from mope.config import PredictorConfig
 from mope.console import console
 from mope.errors import ConfigError
@@ -27,6 +27,7 @@ from mope.provenance import collect as collect_provenance
 from mope.training.compare import compare
 from mope.training.config import TrainConfig
 from mope.training.data.build import DataSet, build_rows
+from mope.training.data.sources import Hub, open_source
 from mope.training.data.table import RowTable
 from mope.training.encoders import find_encoder
 from mope.training.evaluate import (
@@ -123,12 +124,14 @@ def train(
             metrics,
             provenance,
             [f"plots/{name}" for name in drawn],
-            name=output.name,
+            name=str(output),
             tables=metrics_markdown(metrics),
             report=[line for line in data.report.lines() if not line.startswith("warning: ")],
             warnings=list(data.report.warnings),
+            datasets=[config.data.source] if isinstance(open_source(config.data), Hub) else [],
         )
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_card(folder, card)
+    exec(compile(snippet(str(output)), "the model card's snippet", "exec"), {})  # what the card shows must run
     print_metrics(metrics, console())
     console().print(f"predictor, card, metrics and plots are in [bold]{output}[/]; checkpoints and logs in {work}")
     return RunResult(output, metrics)

@@ -1,0 +1,329 @@
+"""`mope`: train, predict and evaluate from the shell.
+
+Knows arguments, lines and tables; what a command needs is imported when it runs, so that `mope --help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from mope import console as terminal
+from mope.errors import ConfigError, DataError, UserError
+from mope.flags import Parser, add_flags, given, validated
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from mope.prediction import LengthPrediction
+    from mope.predictor import LengthPredictor
+    from mope.request import Request
+
+LEVELS = (0.1, 0.5, 0.9, 0.99)
+STDIN = "-"
+WINDOW_BATCHES = 32  # batches that are read at once, so that requests of like length are predicted together
+PROMPT_WIDTH = 40
+
+PREDICT_EXAMPLE = """\
+mope predict runs/demo "Explain TCP slow start." --target-llm llama-3-8b --max-tokens 512
+echo "Explain TCP slow start." | mope predict runs/demo --json
+mope predict runs/demo --input requests.jsonl --output predictions.jsonl"""
+PREDICT_DETAILS = """\
+Predict how many tokens an LLM will answer.
+
+With --input, each line is a JSON object {"id", "prompt" or "messages", "history"?, "target_llm"?, "max_tokens"?, ...},
+and each becomes one line {"id", "median", "mean", "quantiles": {"0.1", "0.5", "0.9", "0.99"}, "expert", "source"}, in
+the same order. A line that is no such request becomes {"id", "error"}: it is counted on stderr, the others are
+predicted, and the exit status is 0. If no line is a request, nothing is written and the status is 2. A request
+without an id gets its line number."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `mope` and return its exit status.
+
+    Args:
+        argv: arguments; the command line's if not given.
+    """
+    return terminal.run(_main, argv)
+
+
+def _main(argv: list[str]) -> int:
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]][0](argv[1:])
+    commands = "\n".join(f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items())
+    parser = Parser(
+        "mope",
+        f"Predicts how many tokens an LLM will answer, before the first one is generated.\n\ncommands:\n{commands}",
+        "COMMAND [options]",
+        'mope train --recipe demo --output runs/demo\nmope predict runs/demo "Explain TCP slow start."',
+    )
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="its own options: mope COMMAND --help")
+    parser.add_argument("--version", action="version", version=_version())
+    parser.parse_args(argv)
+    return 0
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"mope {version('mope-llm')}"
+
+
+def _train(argv: list[str]) -> int:
+    from mope.training.cli import main as train
+
+    return train(argv, prog="mope train")
+
+
+def _predict(argv: list[str]) -> int:
+    parser = Parser("mope predict", PREDICT_DETAILS, "ARTIFACT [PROMPT ...] [options]", PREDICT_EXAMPLE)
+    parser.add_argument("artifact", metavar="ARTIFACT", help="folder of a saved predictor, or a Hub id")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; none or - reads one prompt from stdin")
+    parser.add_argument("--input", metavar="FILE", help="JSON Lines with requests; - for stdin")
+    parser.add_argument("--output", metavar="FILE", help="JSON Lines with predictions (default: stdout)")
+    parser.add_argument("--json", action="store_true", help="print JSON Lines instead of a table")
+    parser.add_argument("--target-llm", metavar="NAME", help="the LLM that will answer, where a request names none")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="cap on response tokens, where a request has none")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="requests predicted at once (default: 64)"
+    )
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    arguments = parser.parse_args(argv)
+    if arguments.input and arguments.prompts:
+        raise ConfigError("got prompts and --input; give one of them")
+    if arguments.output and not arguments.input:
+        raise ConfigError("--output goes with --input; to save predictions of prompts type --json > FILE")
+    for flag, value in (("--batch-size", arguments.batch_size), ("--max-tokens", arguments.max_tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag}: got {value}; expected at least 1")
+    if arguments.input:
+        return _predict_lines(arguments)
+    prompts = _prompts(arguments.prompts)
+    predictor = _load(arguments)
+    predictions = predictor.predict_batch([{"prompt": prompt, **_defaults(arguments)} for prompt in prompts])
+    if arguments.json:
+        for number, prediction in enumerate(predictions, start=1):
+            print(json.dumps(_answer(number, prediction)))
+    else:
+        _print_table(predictor, prompts, predictions)
+    return 0
+
+
+def _prompts(typed: Sequence[str]) -> list[str]:
+    """The prompts that were typed; `-`, or none at all, stands for what comes from stdin."""
+    if typed and STDIN not in typed:
+        return list(typed)
+    if sys.stdin.isatty():
+        terminal.console().print("type the prompt, then Ctrl-D on a line of its own")
+    read = sys.stdin.read().removesuffix("\n")
+    return [read if prompt == STDIN else prompt for prompt in typed or [STDIN]]
+
+
+def _load(arguments: Namespace) -> LengthPredictor:
+    from mope.predictor import LengthPredictor
+
+    _check_device(arguments.device)
+    return LengthPredictor.from_pretrained(arguments.artifact, device=arguments.device)
+
+
+def _check_device(device: str) -> None:
+    from mope.extras import require
+
+    torch = require("torch", "a predictor")
+    try:
+        available = torch.device(device).type != "cuda" or torch.cuda.is_available()
+    except RuntimeError as error:
+        raise ConfigError(f"--device: got {device!r}; expected cpu, cuda or cuda:NUMBER") from error
+    if not available:
+        raise ConfigError(f"--device: got {device!r}, but torch finds no GPU; type --device cpu")
+
+
+def _defaults(arguments: Namespace) -> dict[str, Any]:
+    """Flags of a request that were typed for all of them."""
+    typed = {"target_llm": arguments.target_llm, "max_tokens": arguments.max_tokens}
+    return {name: value for name, value in typed.items() if value is not None}
+
+
+def _answer(request_id: Any, prediction: LengthPrediction) -> dict[str, Any]:
+    """What is written about one request."""
+    quantiles = dict(zip(map(str, LEVELS), prediction.quantiles(LEVELS).round(2).tolist(), strict=True))
+    return {
+        "id": request_id,
+        "median": quantiles["0.5"],
+        "mean": round(prediction.mean, 2),
+        "quantiles": quantiles,
+        "expert": prediction.expert,
+        "source": prediction.source,
+    }
+
+
+def _print_table(predictor: LengthPredictor, prompts: Sequence[str], predictions: Sequence[LengthPrediction]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    borders = [int(border) for border in predictor.config.boundaries]
+    table = Table(title="response tokens", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("prompt", "median", "80% within", "99% below", "expert", "route"):
+        table.add_column(heading, justify="left" if heading in ("prompt", "expert") else "right")
+    for prompt, prediction in zip(prompts, predictions, strict=True):
+        low, median, high, top = prediction.quantiles(LEVELS)
+        text = Text(" ".join(prompt.split()))
+        text.truncate(PROMPT_WIDTH, overflow="ellipsis")
+        expert, route = prediction.source, ""
+        if prediction.expert >= 0:
+            expert = f"{prediction.expert}: {_bucket(borders, prediction.expert)}"
+            route = f"{prediction.route_probabilities[prediction.expert]:.0%}"
+        table.add_row(text, f"{median:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{top:,.0f}", Text(expert), route)
+    Console().print(table)
+
+
+def _bucket(borders: Sequence[int], expert: int) -> str:
+    """The lengths that an expert is for."""
+    if not borders:
+        return "all"
+    if expert == 0:
+        return f"up to {borders[0]}"
+    return f"{borders[expert - 1] + 1} to {borders[expert]}" if expert < len(borders) else f"above {borders[-1]}"
+
+
+def _predict_lines(arguments: Namespace) -> int:
+    """Predict every line of a file of requests."""
+    num_lines = num_bad = 0
+    first_error = ""
+    with _reading(arguments.input) as (lines, total):
+        predictor = _load(arguments)
+        numbered = enumerate(lines, start=1)
+        with _writing(arguments.output) as output, terminal.progress("predicting", total) as advance:
+            while window := list(islice(numbered, WINDOW_BATCHES * arguments.batch_size)):
+                known = [_read(number, line, _defaults(arguments)) for number, line in window if line.strip()]
+                for answer in _answers(predictor, known, arguments.batch_size):
+                    num_lines += 1
+                    if "error" in answer:
+                        num_bad += 1
+                        first_error = first_error or answer["error"]
+                    output.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                advance(len(window))
+            if num_bad == num_lines:
+                reason = f"the first: {first_error}" if num_lines else "it is empty"
+                raise DataError(f"{arguments.input}: none of {num_lines:,} lines is a request; {reason}")
+    if num_bad:
+        terminal.console().print(
+            f"[yellow]warning:[/] {num_bad:,} of {num_lines:,} lines are no requests and have an error instead of a "
+            f"prediction; the first: {first_error}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return 0
+
+
+def _read(number: int, line: str | bytes, defaults: dict[str, Any]) -> tuple[Any, Request | str]:
+    """Id and request of a line, or id and what is wrong with it."""
+    from mope.predictor import as_request
+
+    request_id: Any = number
+    try:
+        fields = json.loads(line)
+        if not isinstance(fields, dict):
+            raise DataError(f"got a JSON {type(fields).__name__}; expected an object with prompt")
+        request_id = fields.get("id", number)
+        return request_id, as_request(
+            {**defaults, **{name: value for name, value in fields.items() if value is not None}}
+        )
+    except UserError as error:
+        return request_id, f"line {number}: {error}"
+    except (ValueError, RecursionError) as error:
+        return request_id, f"line {number}: not JSON: {error}"
+
+
+def _answers(
+    predictor: LengthPredictor, known: Sequence[tuple[Any, Request | str]], batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """What is written about each line, in order; requests of like length are predicted together."""
+    requests = {row: request for row, (_, request) in enumerate(known) if not isinstance(request, str)}
+    order = sorted(requests, key=lambda row: len(requests[row].prompt))
+    predictions: dict[int, LengthPrediction] = {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        predictions.update(zip(rows, predictor.predict_batch([requests[row] for row in rows]), strict=True))
+    for row, (request_id, request) in enumerate(known):
+        yield (
+            {"id": request_id, "error": request} if isinstance(request, str) else _answer(request_id, predictions[row])
+        )
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[tuple[Iterable[str | bytes], int | None]]:
+    """Lines of a file or stdin, and how many there are if that can be known."""
+    if name == STDIN:
+        yield getattr(sys.stdin, "buffer", sys.stdin), None
+        return
+    try:
+        with open(name, "rb") as file:
+            total = sum(1 for _ in file)
+            file.seek(0)
+            yield file, total
+    except OSError as error:
+        raise ConfigError(f"--input {name} can't be read: {error.strerror}") from error
+
+
+@contextmanager
+def _writing(name: str | None) -> Iterator[IO[str]]:
+    """Stdout, or a file that appears under its name when all of it is written."""
+    if name is None or name == STDIN:
+        yield sys.stdout
+        return
+    path = Path(name)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(partial, path)
+    except OSError as error:
+        raise ConfigError(f"--output {name} can't be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _evaluate(argv: list[str]) -> int:
+    from mope.training.data.config import DataConfig
+
+    parser = Parser(
+        "mope evaluate",
+        "Evaluate a saved predictor on the test rows of a data set: errors, ranking, calibration, router.\n"
+        "Lengths are counted with the tokenizer that it was trained for.",
+        "ARTIFACT --data SOURCE [options]",
+        "mope evaluate runs/demo --data sharegpt\n"
+        "mope evaluate runs/demo --data chats.jsonl --turns first --output runs/demo-on-chats",
+    )
+    parser.add_argument("artifact", metavar="ARTIFACT", type=Path, help="folder of a saved predictor")
+    parser.add_argument("--data", required=True, metavar="SOURCE", help=DataConfig.model_fields["source"].description)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for metrics.json and plots")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON on stdout instead of tables")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    add_flags(parser, "data", DataConfig, skip={"source", "label_tokenizer", "min_rows"})
+    arguments = parser.parse_args(argv)
+    typed = given(arguments).get("data", {})
+    data = validated(
+        DataConfig, {"source": arguments.data, **typed}, lambda place: f"--{str(place[0]).replace('_', '-')}"
+    )
+    _check_device(arguments.device)
+
+    from mope.training.evaluate import evaluate_artifact, show
+
+    found = evaluate_artifact(arguments.artifact, data, arguments.output, device=arguments.device)
+    show(found, as_json=arguments.json)
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (_train, "train a predictor on chats or logs, evaluate and save it"),
+    "predict": (_predict, "predict the response tokens of prompts or of a file of requests"),
+    "evaluate": (_evaluate, "evaluate a saved predictor on a data set"),
+}

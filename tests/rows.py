@@ -1,0 +1,38 @@
+"""Rows for tests, made of requests and the lengths of their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+
+from mope.request import Request
+from mope.training.data.table import SCHEMA, RowTable
+
+
+def table(
+    requests: Sequence[Request], tokens: Sequence[int], censored: Sequence[bool] = (), split: str = "train"
+) -> RowTable:
+    """One row per request."""
+    rows = [
+        {
+            **asdict(request), "row_id": str(row), "group": str(row), "split": split, "answer_tokens": [],
+            "turn_index": request.num_earlier_turns, "response_tokens": int(length), "censored": bool(cut),
+        }
+        for row, (request, length, cut) in enumerate(zip(requests, tokens, censored or [False] * len(tokens), strict=True))
+    ]  # fmt: skip
+    return RowTable(pa.Table.from_pylist(rows, schema=SCHEMA))
+
+
+def learnable(num_rows: int, split: str = "train", seed: int = 0) -> RowTable:
+    """Rows whose prompt's first word decides between about 20 and about 400 tokens."""
+    rng = np.random.default_rng([seed, len(split)])
+    is_long = rng.random(num_rows) < 0.5
+    filler = [" ".join(["a", "b", "c"] * int(rng.integers(1, 6))) for _ in range(num_rows)]
+    requests = [
+        Request(prompt=f"{'write' if long else 'thanks'} {text}", target_llm="llama-3-8b")
+        for long, text in zip(is_long, filler, strict=True)
+    ]
+    return table(requests, np.where(is_long, rng.integers(300, 500, num_rows), rng.integers(10, 30, num_rows)), split=split)

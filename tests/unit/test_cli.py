@@ -1,0 +1,460 @@
+"""The commands as a user types them: results on stdout, the rest on stderr, mistakes in one line and status 2."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from mope import console as terminal
+from mope.cli import COMMANDS, LEVELS, _bucket, main
+from mope.errors import DataError
+from mope.predictor import LengthPredictor
+from mope.training import cli as training_cli
+from mope.training.quiet import quiet
+from mope.training.recipe import load_recipe, recipe_names
+
+Run = Callable[..., tuple[int, str, str]]
+TCP = "Explain TCP slow start."
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process; its status, stdout and stderr."""
+
+    def call(*arguments: str, program: Callable[[list[str]], int] = main) -> tuple[int, str, str]:
+        terminal.console.cache_clear()  # its stderr is the one that was there when it was made
+        status = program([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def mistake(result: tuple[int, str, str]) -> str:
+    """The one line that a user's mistake ends in."""
+    status, out, err = result
+    assert (status, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# --- mope ---
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_every_command_explains_itself_with_an_example(arguments: list[str], run: Run, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(*arguments)
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    usage = " ".join(["mope", *arguments[:-1]])
+    assert text.startswith(f"usage: {usage}")
+    assert f"  {usage} " in text.partition("example:\n")[2]
+
+
+def test_help_lists_the_commands(run: Run, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        run("--help")
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text and summary in text for name, (_, summary) in COMMANDS.items())
+
+
+def test_version(run: Run, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as end:
+        run("--version")
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"mope {version('mope-llm')}\n"
+
+
+def test_no_command_and_an_unknown_one_are_mistakes(run: Run) -> None:
+    assert "COMMAND" in mistake(run())
+    line = mistake(run("predct"))
+    assert "'predct'" in line
+    assert "mope --help" in line
+
+
+# --- mope predict ---
+
+
+def test_prompts_become_a_table(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    status, out, err = run("predict", tiny, TCP, "Thanks!")
+    assert (status, err) == (0, "")
+    predicted = LengthPredictor.from_pretrained(tiny).predict_batch([TCP, "Thanks!"])
+    header, *rows = out.splitlines()[1:]
+    assert header.split("  ")[0] == "prompt"
+    for row, prediction, prompt in zip(rows, predicted, (TCP, "Thanks!"), strict=True):
+        assert row.startswith(prompt)
+        assert f" {prediction.median:,.0f} " in row
+        assert f" {prediction.quantile(0.1):,.0f} to {prediction.quantile(0.9):,.0f} " in row
+        assert f"{prediction.expert}: " in row
+        assert f"{max(prediction.route_probabilities):.0%}" in row
+
+
+def test_a_prompt_with_markup_and_line_breaks_stays_text(run: Run, tiny: Path) -> None:
+    status, out, _ = run("predict", tiny, "[red]a\n\nb[/]")
+    assert status == 0
+    assert "[red]a b[/]" in out
+
+
+def test_an_empty_prompt_gets_the_fallback_and_says_so(run: Run, tiny: Path) -> None:
+    status, out, _ = run("predict", tiny, "")
+    assert status == 0
+    assert "fallback:no text" in out
+
+
+@pytest.mark.parametrize("arguments", [[], ["-"]])
+def test_one_prompt_from_stdin(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
+    status, out, _ = run("predict", tiny, *arguments, "--json")
+    assert status == 0
+    expected = LengthPredictor.from_pretrained(tiny).predict("two\nlines")
+    assert json.loads(out)["median"] == pytest.approx(expected.median, abs=0.01)
+
+
+def test_json_for_prompts_and_flags_for_all_of_them(run: Run, tiny: Path) -> None:
+    flags = {"target_llm": "llama-3-8b", "max_tokens": 60}
+    status, out, _ = run("predict", tiny, TCP, "Thanks!", "--json", "--target-llm", "llama-3-8b", "--max-tokens", "60")
+    assert status == 0
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["id"] for answer in answers] == [1, 2]
+    for answer, prompt in zip(answers, (TCP, "Thanks!"), strict=True):
+        expected = LengthPredictor.from_pretrained(tiny).predict(prompt, **flags)
+        assert set(answer) == {"id", "median", "mean", "quantiles", "expert", "source"}
+        assert answer["median"] == pytest.approx(expected.median, abs=0.01)
+        assert answer["mean"] == pytest.approx(expected.mean, abs=0.01)
+        assert answer["quantiles"] == pytest.approx(
+            dict(zip(map(str, LEVELS), expected.quantiles(LEVELS), strict=True)), abs=0.01
+        )
+        assert (answer["expert"], answer["source"]) == (expected.expert, "model")
+        assert answer["quantiles"]["0.99"] <= 60
+
+
+REQUESTS = [
+    {"id": "a", "prompt": TCP, "history": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+    {"id": "b", "prompt": "Thanks!", "target_llm": "gpt-4", "max_tokens": 5},
+    {"id": None, "messages": [{"role": "user", "content": "Who wrote Hamlet?"}], "max_tokens": None},
+    *({"id": number, "prompt": "word " * (number % 13)} for number in range(20)),
+]
+
+
+@pytest.mark.parametrize("batch_size", ["1", "3", "64"])
+def test_lines_are_predicted_in_their_order(
+    run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: str
+) -> None:
+    monkeypatch.setattr("mope.cli.WINDOW_BATCHES", 2)
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, REQUESTS)) + "\n")
+    status, out, err = run("predict", tiny, "--input", source, "--output", target, "--batch-size", batch_size)
+    assert (status, out) == (0, "")
+    assert "predicting: 23/23 (100%)" in err
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [request["id"] for request in REQUESTS]
+    predictor = LengthPredictor.from_pretrained(tiny)
+    for answer, request in zip(answers, REQUESTS, strict=True):
+        wanted = predictor.predict_batch([{name: value for name, value in request.items() if value is not None}])[0]
+        assert answer["median"] == pytest.approx(wanted.median, rel=1e-3)
+        assert answer["source"] == wanted.source
+    assert set(tmp_path.iterdir()) == {source, target}
+
+
+def test_a_line_overrides_what_was_typed_for_all(run: Run, tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "write", "max_tokens": 9}\n\n{"prompt": "write"}\n')
+    status, out, _ = run("predict", tiny, "--input", source, "--max-tokens", "4")
+    assert status == 0
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["id"] for answer in answers] == [1, 3]  # an empty line is passed over
+    assert 4 < answers[0]["quantiles"]["0.99"] <= 9
+    assert answers[1]["quantiles"]["0.99"] == 4
+
+
+def test_bad_lines_are_answered_counted_and_do_not_stop_the_others(run: Run, tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    lines = [
+        b'{"id": 1, "prompt": "Thanks!"}', b"not json", b'{"id": "c", "prompt": 3}', b"[1]",
+        b'{"id": "e", "promt": "x"}', b'{"id": "\xff"}', b'{"id": "g", "prompt": "x", "max_tokens": 0}',
+        b'{"id": 8, "prompt": "Thanks!"}',
+    ]  # fmt: skip
+    source.write_bytes(b"\n".join(lines))
+    status, out, err = run("predict", tiny, "--input", source)
+    assert status == 0
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["id"] for answer in answers] == [1, 2, "c", 4, "e", 6, "g", 8]
+    assert [number for number, answer in enumerate(answers, start=1) if "error" in answer] == [2, 3, 4, 5, 6, 7]
+    for number, answer in enumerate(answers, start=1):
+        if "error" in answer:
+            assert set(answer) == {"id", "error"}
+            assert answer["error"].startswith(f"line {number}: ")
+    assert "6 of 8 lines are no requests" in err
+    assert "the first: line 2: not JSON" in err
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "prompt,id\n1,2\n"])
+def test_a_file_without_a_single_request_is_a_mistake_and_leaves_no_file(
+    run: Run, tiny: Path, tmp_path: Path, content: str
+) -> None:
+    source, target = tmp_path / "in.csv", tmp_path / "out.jsonl"
+    source.write_text(content)
+    target.write_text("older\n")
+    status, _, err = run("predict", tiny, "--input", source, "--output", target)
+    assert status == 2
+    assert "is a request" in err
+    assert target.read_text() == "older\n"
+    assert set(tmp_path.iterdir()) == {source, target}
+
+
+def test_requests_from_stdin(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdin = SimpleNamespace(buffer=io.BytesIO(b'{"id": "x", "prompt": "Thanks!"}\n'))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    status, out, _ = run("predict", tiny, "--input", "-")
+    assert status == 0
+    assert json.loads(out)["id"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere", "x"], "nowhere"),
+        (["{tiny}", "x", "--input", "f"], "give one of them"),
+        (["{tiny}", "x", "--output", "f"], "--output goes with --input"),
+        (["{tiny}", "--input", "nofile.jsonl"], "--input nofile.jsonl can't be read: No such file"),
+        (["{tiny}", "x", "--batch-size", "0"], "--batch-size: got 0; expected at least 1"),
+        (["{tiny}", "x", "--max-tokens", "-3"], "--max-tokens: got -3; expected at least 1"),
+        (["{tiny}", "x", "--max-tokens", "many"], "invalid int value: 'many'"),
+        (["{tiny}", "x", "--device", "abacus"], "--device: got 'abacus'; expected cpu, cuda or cuda:NUMBER"),
+        (["{tiny}", "x", "--turbo"], "--turbo"),
+        ([], "ARTIFACT"),
+    ],
+)
+def test_mistakes_of_predict(run: Run, tiny: Path, arguments: list[str], said: str) -> None:
+    assert said in mistake(run("predict", *(argument.format(tiny=tiny) for argument in arguments)))
+
+
+def test_an_output_that_can_t_be_written_is_a_mistake(run: Run, tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "x"}\n')
+    assert "can't be written" in mistake(
+        run("predict", tiny, "--input", source, "--output", tmp_path / "no" / "o.jsonl")
+    )
+
+
+def test_a_gpu_that_is_not_there_is_a_mistake(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "type --device cpu" in mistake(run("predict", tiny, "x", "--device", "cuda:0"))
+
+
+def test_the_buckets_of_the_experts_have_no_gap() -> None:
+    assert [_bucket([53, 210], expert) for expert in range(3)] == ["up to 53", "54 to 210", "above 210"]
+    assert _bucket([], 0) == "all"
+
+
+# --- mope-train, mope train ---
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+    """The runs that were begun; none of them trains."""
+    runs: list[SimpleNamespace] = []
+
+    def train(config: Any, output: Path, **options: Any) -> None:
+        runs.append(SimpleNamespace(config=config, output=output, **options))
+
+    monkeypatch.setattr("mope.training.run.train", train)
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("program", "command"), [(main, ["mope", "train"]), (training_cli.main, ["mope-train"])], ids=["mope", "mope-train"]
+)
+def test_train_hands_the_config_over(run: Run, begun: list[SimpleNamespace], program: Any, command: list[str]) -> None:
+    arguments = ["--recipe", "demo", "--output", "runs/x", "--epochs", "0.5", "--no-freeze-embeddings"]
+    status, out, _ = run(*command[1:], *arguments, program=program)
+    assert (status, out) == (0, "")
+    (one,) = begun
+    assert one.config == load_recipe("demo", {"fit": {"epochs": 0.5, "freeze_embeddings": False}})
+    assert (one.output, one.work, one.resume) == (Path("runs/x"), Path("runs/x.work"), False)
+    assert one.command == [*command, *arguments]
+
+
+def test_train_on_data_without_a_recipe(run: Run, begun: list[SimpleNamespace]) -> None:
+    status, _, _ = run(
+        "chats.jsonl",
+        "--output",
+        "x",
+        "--work",
+        "w",
+        "--resume",
+        "--test-source",
+        "sharegpt",
+        program=training_cli.main,
+    )
+    assert status == 0
+    (one,) = begun
+    assert one.config.data.source == "chats.jsonl"
+    assert one.config.test_data.source == "sharegpt"
+    assert (one.work, one.resume) == (Path("w"), True)
+
+
+def test_data_goes_over_the_recipe_s(run: Run, begun: list[SimpleNamespace]) -> None:
+    run("chats.jsonl", "--recipe", "lmsys-base", "--test-source", "none", "--output", "x", program=training_cli.main)
+    (one,) = begun
+    assert one.config.data.source == "chats.jsonl"
+    assert one.config.test_data is None
+    assert one.config.model == load_recipe("lmsys-base").model
+
+
+def test_ctrl_c_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mope.training.fit import TrainingInterruptedError
+
+    def train(*_: Any, **__: Any) -> None:
+        raise TrainingInterruptedError("stopped at step 7, saved")
+
+    monkeypatch.setattr("mope.training.run.train", train)
+    status, _, err = run("my chats.jsonl", "--output", "x", "--resume", program=training_cli.main)
+    assert status == 130
+    assert "stopped at step 7, saved" in err
+    assert "mope-train 'my chats.jsonl' --output x --resume" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "mope-train --recipe demo --output runs/demo"),
+        (["--recipe", "dmo", "--output", "x"], "did you mean 'demo'?"),
+        (["--recipe", "demo"], "--output is missing: where to save the predictor, for example --output runs/sharegpt"),
+        (["data/chats.jsonl.gz"], "for example --output runs/chats"),
+        (["--recipe", "demo", "--output", "x", "--epochs", "0"], "--epochs: got '0'; expected greater than 0"),
+        (["--recipe", "demo", "--output", "x", "--router-parts", "gat"], "--router-parts: got 'gat'"),
+        (["--recipe", "demo", "--output", "x", "--fine-tuned", "bert"], "--fine-tuned: got 'bert'"),
+        (["--recipe", "demo", "--output", "x", "--epoch", "1"], "--epoch"),
+    ],
+)
+def test_mistakes_of_train(run: Run, begun: list[SimpleNamespace], arguments: list[str], said: str) -> None:
+    assert said in mistake(run(*arguments, program=training_cli.main))
+    assert begun == []
+
+
+def test_the_list_of_recipes(run: Run) -> None:
+    status, out, _ = run("--list-recipes", program=training_cli.main)
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()[1:] if line[:1].strip()] == recipe_names()
+
+
+def test_a_dry_run_prints_a_recipe_on_stdout_and_the_plan_on_stderr(
+    run: Run, begun: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        "mope.training.plan.make_plan", lambda config: SimpleNamespace(lines=lambda: ["[one] 1", "two"])
+    )
+    status, out, err = run("--recipe", "demo", "--dry-run", "--seed", "3", program=training_cli.main)
+    assert status == 0
+    assert err == "[one] 1\ntwo\n"
+    assert yaml.safe_load(out)["fit"]["seed"] == 3
+    (tmp_path / "mine.yaml").write_text(out)
+    assert load_recipe(tmp_path / "mine.yaml") == load_recipe("demo", {"fit": {"seed": 3}})
+    assert begun == []
+
+
+def test_packages_that_are_missing_are_named_before_any_work(
+    run: Run, begun: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = training_cli.find_spec
+    monkeypatch.setattr(training_cli, "find_spec", lambda name: None if name in ("lightgbm", "yaml") else find(name))
+    line = mistake(run("--recipe", "demo", "--output", "x", program=training_cli.main))
+    assert "mope-train needs lightgbm, yaml, not installed: pip install 'mope-llm[train]'" in line
+    assert begun == []
+
+
+def test_quiet_hushes_tips_but_no_warning_that_matters() -> None:
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    rank_zero.setLevel(logging.INFO)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        quiet()
+        warnings.warn("The 'train_dataloader' does not have many workers which may be a bottleneck.", stacklevel=1)
+        warnings.warn("the loss is not a number", stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["the loss is not a number"]
+    assert not rank_zero.isEnabledFor(logging.INFO)
+    assert rank_zero.isEnabledFor(logging.WARNING)
+
+
+# --- mope evaluate ---
+
+
+def test_evaluate_hands_data_over_and_prints_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def evaluate(folder: Path, data: Any, output: Path | None, *, device: str) -> dict[str, Any]:
+        asked.append((folder, data, output, device))
+        return {"test": {"first_turn": {"mope": {"mae": 1.5}}}}
+
+    monkeypatch.setattr("mope.training.evaluate.evaluate_artifact", evaluate)
+    status, out, _ = run(
+        "evaluate",
+        "runs/demo",
+        "--data",
+        "chats.jsonl",
+        "--turns",
+        "first",
+        "--languages",
+        "en,de",
+        "--output",
+        "o",
+        "--json",
+    )
+    assert status == 0
+    assert json.loads(out) == {"test": {"first_turn": {"mope": {"mae": 1.5}}}}
+    ((folder, data, output, device),) = asked
+    assert (folder, output, device) == (Path("runs/demo"), Path("o"), "cpu")
+    assert (data.source, data.turns, data.languages) == ("chats.jsonl", "first", ("en", "de"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{tiny}"], "--data"),
+        (
+            ["{tiny}", "--data", "x.jsonl", "--max-rows", "0"],
+            "--max-rows: got '0'; expected greater than or equal to 1",
+        ),
+        (["{tiny}", "--data", "x.jsonl", "--turns", "last"], "--turns: invalid choice: 'last'"),
+        (["{tiny}", "--data", "x.jsonl", "--label-tokenizer", "cl100k_base"], "--label-tokenizer"),
+        (["nowhere", "--data", "x.jsonl"], "nowhere"),
+        (["{tiny}", "--data", "nofile.jsonl"], "nofile.jsonl"),
+    ],
+)
+def test_mistakes_of_evaluate(run: Run, tiny: Path, arguments: list[str], said: str) -> None:
+    assert said in mistake(run("evaluate", *(argument.format(tiny=tiny) for argument in arguments)))
+
+
+# --- how all of them end ---
+
+
+def test_a_bug_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("mope.training.run.train", broken)
+    with pytest.raises(ZeroDivisionError):
+        run("train", "--recipe", "demo", "--output", "x")
+
+
+def test_an_error_about_the_data_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise DataError("chats.jsonl: 3 training rows")
+
+    monkeypatch.setattr("mope.training.run.train", refused)
+    assert mistake(run("train", "chats.jsonl", "--output", "x")) == "error: chats.jsonl: 3 training rows"

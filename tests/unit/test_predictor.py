@@ -1,0 +1,297 @@
+"""`LengthPredictor`: ask it one by one or in batches, teach it, save it, and whatever users get wrong."""
+
+import json
+from itertools import permutations
+
+import numpy as np
+import pytest
+from make_tiny_artifact import PROMPTS, make_predictor
+
+from mope import LengthPredictor, Request
+from mope.errors import ArtifactError, ConfigError, DataError
+from mope.predictor import as_request
+
+HISTORY = [{"role": "user", "content": "Why is the sky blue?"}, {"role": "assistant", "content": "Scattering. " * 40}]
+
+
+def same(first, second, tolerance=0.0):
+    return (
+        np.abs(first.cumulative - second.cumulative).max() <= tolerance
+        and first.expert == second.expert
+        and first.source == second.source
+        and first.max_tokens == second.max_tokens
+    )
+
+
+@pytest.mark.parametrize("design", ["tiny", "tiny_separate"])
+def test_saved_and_loaded_it_predicts_bit_for_bit_the_same(design, request, tmp_path):
+    predictor = LengthPredictor.from_pretrained(request.getfixturevalue(design))
+    again = LengthPredictor.from_pretrained(predictor.save_pretrained(tmp_path / "again"))
+    for first, second in zip(predictor.predict_batch(PROMPTS), again.predict_batch(PROMPTS), strict=True):
+        assert same(first, second)
+        assert first.route_probabilities == second.route_probabilities
+    assert again.config == predictor.config
+
+
+@pytest.mark.parametrize(("design", "num_experts"), [("shared", 1), ("shared", 2), ("separate", 1), ("separate", 3)])
+def test_every_design_and_number_of_experts_can_be_saved_and_asked(tiny_encoder, tmp_path, design, num_experts):
+    predictor = make_predictor(tiny_encoder, design, num_experts)
+    folder = predictor.save_pretrained(tmp_path / "saved")
+    names = {path.name for path in folder.glob("*.safetensors")} - {"lookup.safetensors"}
+    separate = {"gate.safetensors", *(f"expert-{k}.safetensors" for k in range(num_experts))}
+    assert names == ({"model.safetensors"} if design == "shared" else separate)
+    prediction = LengthPredictor.from_pretrained(folder).predict("Write an essay.")
+    assert len(prediction.route_probabilities) == num_experts
+    assert sum(prediction.route_probabilities) == pytest.approx(1.0)
+    assert prediction.source == "model"
+
+
+@pytest.mark.parametrize("design", ["tiny", "tiny_separate"])
+def test_batch_and_order_do_not_change_predictions(design, request):
+    """Padding is masked: what differs is the order of float32 sums."""
+    predictor = LengthPredictor.from_pretrained(request.getfixturevalue(design))
+    prompts = list(PROMPTS)
+    alone = [predictor.predict(prompt) for prompt in prompts]
+    forward = predictor.predict_batch(prompts)
+    backward = predictor.predict_batch(prompts[::-1])[::-1]
+    assert len({prediction.expert for prediction in alone}) > 1
+    for one, two, three in zip(alone, forward, backward, strict=True):
+        assert same(one, two, 1e-4)
+        assert same(one, three, 1e-4)
+
+
+def test_a_separate_design_runs_no_more_experts_than_it_needs(tiny_separate, monkeypatch):
+    predictor = LengthPredictor.from_pretrained(tiny_separate)
+    predictor.config = predictor.config.model_copy(update={"combination": "top1"})
+    asked = []
+    for k, network in enumerate(predictor.backend.networks[1:]):
+        network.register_forward_hook(lambda module, inputs, output, k=k: asked.append((k, len(inputs[0]))))
+    predictions = predictor.predict_batch(PROMPTS)
+    routed = [prediction.expert for prediction in predictions]
+    assert asked == [(k, routed.count(k)) for k in range(2) if k in routed]
+
+
+def test_a_prediction_is_what_the_readme_says(predictor):
+    prediction = predictor.predict("Explain TCP slow start.", target_llm="llama-3-8b", max_tokens=512)
+    assert 0 < prediction.quantile(0.1) < prediction.median < prediction.quantile(0.9) <= 512
+    assert 0 < prediction.mean <= 512
+    assert prediction.expert == int(np.argmax(prediction.route_probabilities))
+    assert prediction.source == "model"
+    assert prediction.target_llm == "llama-3-8b"
+    assert prediction.remaining(generated=120).median > 0
+
+
+def test_prompts_that_ask_for_more_are_predicted_longer(predictor):
+    short, long = predictor.predict("in one word: why?"), predictor.predict("Write an essay about cats")
+    assert short.expert == 0
+    assert long.expert == 2
+    assert long.median > 3 * short.median
+
+
+def test_messages_and_history_are_the_same_request(predictor):
+    by_history = predictor.predict("and at night?", history=HISTORY, system="Be brief.", temperature=0.7)
+    messages = [{"role": "system", "content": "Be brief."}, *HISTORY, {"role": "user", "content": "and at night?"}]
+    assert same(by_history, predictor.predict(messages=messages, temperature=0.7))
+    entry = {"id": 7, "prompt": "and at night?", "history": HISTORY, "system": "Be brief.", "temperature": 0.7}
+    assert same(by_history, predictor.predict_batch([entry])[0])
+    assert not same(by_history, predictor.predict("and at night?"), 1e-3)
+
+
+def test_content_may_come_in_parts(predictor):
+    parts = [{"type": "text", "text": "Why is"}, {"type": "image_url", "image_url": {}}, {"type": "text", "text": "it so?"}]
+    assert same(predictor.predict(messages=[{"role": "user", "content": parts}]), predictor.predict("Why is\nit so?"))
+
+
+def test_openai_flags_are_understood():
+    tools = [{"type": "function"}]
+    request = as_request({"prompt": "a", "response_format": {"type": "json_object"}, "tools": tools, "thinking": False})
+    assert request == Request(prompt="a", response_format="json_object", tools=True, thinking=False)
+    assert as_request({"prompt": "a", "response_format": {"type": "text"}, "tools": []}) == Request(prompt="a")
+    assert as_request({"prompt": "a", "response_format": None, "max_tokens": None}) == Request(prompt="a")
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "\t"])
+def test_no_text_gets_the_fallback_and_says_so(predictor, text):
+    prediction = predictor.predict(text, max_tokens=100)
+    assert prediction.source == "fallback:no text"
+    assert prediction.expert == -1
+    assert prediction.route_probabilities == tuple(predictor.router.prior)
+    assert prediction.quantile(1.0) == 100
+    lengths = sorted(PROMPTS.values())
+    assert lengths[10] < predictor.predict(text).median < lengths[13]
+
+
+def test_rows_without_text_do_not_shift_the_others(predictor):
+    mixed = predictor.predict_batch(["", "hello", "", "Write an essay", " "])
+    assert [prediction.source for prediction in mixed] == ["fallback:no text", "model"] * 2 + ["fallback:no text"]
+    assert same(mixed[3], predictor.predict("Write an essay"), 1e-4)
+    assert predictor.predict_batch([]) == []
+
+
+@pytest.mark.parametrize("text", ["\ud800", "\0", "🙂" * 5000, "a" * 200_000, "[CLS][SEP][PAD]", "\u202e" * 50])
+def test_hostile_text_is_answered(predictor, text):
+    prediction = predictor.predict(text, history=[{"role": "user", "content": text}, {"role": "assistant", "content": text}])
+    assert prediction.source == "model"
+    assert np.isfinite(prediction.quantiles([0.1, 0.5, 0.99])).all()
+
+
+def test_observing_shifts_later_predictions_for_that_llm(predictor):
+    before = {llm: predictor.predict("hello", target_llm=llm).median for llm in ("llama-3-8b", "gpt-4")}
+    for _ in range(60):
+        prediction = predictor.predict("hello", target_llm="llama-3-8b")
+        predictor.observe(prediction, actual_tokens=round(5 * before["llama-3-8b"]))
+    after = predictor.predict("hello", target_llm="llama-3-8b").median
+    assert after > 2.5 * before["llama-3-8b"]
+    assert predictor.predict("hello", target_llm="gpt-4").median < after * before["gpt-4"] / before["llama-3-8b"]
+
+
+def test_observing_learns_from_the_uncorrected_prediction(predictor):
+    """Else a correction that works would look like a reason to undo it."""
+    truth = round(3 * predictor.predict("hello").median)
+    medians = []
+    for _ in range(200):
+        prediction = predictor.predict("hello")
+        medians.append(prediction.median)
+        predictor.observe(prediction, truth)
+    assert medians[-1] == pytest.approx(truth, rel=0.25)
+    assert medians[-1] == pytest.approx(medians[-50], rel=0.1)
+
+
+def test_an_answer_at_its_cap_counts_as_cut(predictor):
+    prediction = predictor.predict("hello", max_tokens=3)
+    predictor.observe(prediction, 3)  # shorter than the median: says nothing
+    assert len(predictor.recalibrator) == 0
+    predictor.observe(prediction, 3, censored=False)
+    assert len(predictor.recalibrator) == 1
+
+
+def test_what_was_learned_is_saved_and_goes_on(predictor, tmp_path):
+    for actual in (5, 50, 700):
+        predictor.observe(predictor.predict("hello", target_llm="gpt-4"), actual)
+    folder = predictor.save_pretrained(tmp_path / "taught")
+    assert "recalibration.json" in json.loads((folder / "files.json").read_text())
+    again = LengthPredictor.from_pretrained(folder)
+    for one in (predictor, again):
+        one.observe(one.predict("why?", target_llm="gpt-4"), 99)
+    assert same(predictor.predict("hello", target_llm="gpt-4"), again.predict("hello", target_llm="gpt-4"))
+    assert same(predictor.predict("hello"), again.predict("hello"))
+
+
+def test_what_is_for_people_is_kept_when_saved_again(predictor, tmp_path, tiny):
+    folder = predictor.save_pretrained(tmp_path / "again")
+    assert (folder / "README.md").read_bytes() == (tiny / "README.md").read_bytes()
+    (folder / "plots").mkdir()
+    (folder / "plots" / "calibration.png").write_bytes(b"png")
+    LengthPredictor.from_pretrained(folder).save_pretrained(folder)
+    assert (folder / "plots" / "calibration.png").read_bytes() == b"png"
+
+
+def test_push_to_hub_uploads_a_whole_predictor(predictor, monkeypatch):
+    calls = []
+
+    class FakeApi:
+        def __init__(self, token=None):
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id, *, private, exist_ok):
+            calls.append(("create", repo_id, private, exist_ok))
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            loaded = LengthPredictor.from_pretrained(folder_path)
+            calls.append(("upload", repo_id, same(loaded.predict("hello"), predictor.predict("hello"))))
+            return "https://hub.invalid/commit/1"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
+    assert predictor.push_to_hub("me/mine", private=True, token="secret") == "https://hub.invalid/commit/1"
+    assert calls == [("token", "secret"), ("create", "me/mine", True, True), ("upload", "me/mine", True)]
+
+
+def test_a_hub_id_is_downloaded(tiny, monkeypatch):
+    asked = []
+
+    def fake_download(name, *, revision):
+        asked.append((name, revision))
+        return str(tiny)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake_download)
+    assert LengthPredictor.from_pretrained("me/mine", revision="v1").config.num_experts == 3
+    assert asked == [("me/mine", "v1")]
+
+
+def test_a_hub_id_that_is_not_there_is_one_line():
+    with pytest.raises(ArtifactError, match="no folder me/nothing, and the Hugging Face Hub gave none: ") as caught:
+        LengthPredictor.from_pretrained("me/nothing")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no-such-folder", "./me/nothing", "/nowhere/at/all"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    with pytest.raises(ArtifactError, match="no saved predictor at"):
+        LengthPredictor.from_pretrained(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"backend": "abacus"}, "unknown backend 'abacus'; known is"), ({"device": "toaster"}, "device 'toaster' can't be used")],
+)
+def test_an_unknown_engine_or_device_is_refused(tiny, options, message):
+    with pytest.raises(ConfigError, match=message):
+        LengthPredictor.from_pretrained(tiny, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either a prompt or messages; got neither"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "got both"),
+        ({"messages": HISTORY, "history": HISTORY}, "messages hold the history already"),
+        ({"messages": []}, "no message with role 'user' among 0 messages"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "no message with role 'user' among 1"),
+        ({"messages": ["hello"]}, "message 0 is str without a role"),
+        ({"prompt": 5}, "message content is int; expected a string"),
+        ({"prompt": "a", "max_token": 5}, "unknown request field 'max_token'; known are max_tokens"),
+        ({"prompt": "a", "max_tokens": 0}, "from 1 to 2147483647; got 0"),
+        ({"prompt": "a", "max_tokens": 10**400}, "max_tokens is a whole number"),
+        ({"prompt": "a", "max_tokens": True}, "got True"),
+        ({"prompt": "a", "max_tokens": "9"}, "got '9'"),
+        ({"prompt": "a", "temperature": float("nan")}, "temperature is a number from 0 to 100; got nan"),
+        ({"prompt": "a", "temperature": "hot"}, "got 'hot'"),
+    ],
+)
+def test_what_users_get_wrong_is_said_in_one_line(predictor, arguments, message):
+    with pytest.raises(DataError, match=message) as caught:
+        predictor.predict(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (3, "a prompt, a mapping or a Request; got int"),
+        ({"id": 1}, "got neither"),
+        ({"prompt": ["a"]}, "prompt is list; expected a string"),
+        ({"prompt": "a", "colour": 1}, "unknown request field 'colour'"),
+    ],
+)
+def test_a_batch_entry_that_cannot_be_read_is_refused(predictor, entry, message):
+    with pytest.raises(DataError, match=message):
+        predictor.predict_batch(["fine", entry])
+
+
+def test_observe_refuses_what_remains_and_nothing(predictor):
+    prediction = predictor.predict("hello")
+    with pytest.raises(DataError, match="not one made by remaining"):
+        predictor.observe(prediction.remaining(5), 10)
+    with pytest.raises(DataError, match="at least 1 token; got 0"):
+        predictor.observe(prediction, 0)
+
+
+def test_the_order_of_flags_does_not_matter(predictor):
+    flags = {"max_tokens": 64, "temperature": 0.1, "tools": True}
+    found = [predictor.predict("hello", **dict(order)) for order in permutations(flags.items())]
+    assert all(same(found[0], other) for other in found)
+
+
+def test_repr_says_what_it_is(predictor):
+    assert repr(predictor) == "LengthPredictor(small, shared, 3 experts, encoder 'tiny-random-bert', backend 'torch')"
