@@ -14,7 +14,6 @@ Knows files, hashes and JSON; not what the numbers mean. No pickle anywhere.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from mope.calibration import Calibration
 from mope.config import FORMAT_VERSION, PredictorConfig
 from mope.errors import ArtifactError
 from mope.grid import Array
+from mope.provenance import file_sha256
 from mope.router import Lookup, Router
 from mope.rules import RuleTable
 
@@ -63,19 +63,6 @@ def writing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def seal(folder: Path) -> None:
     """Write `files.json`: size and hash of each file that predictions depend on."""
     for path in folder.rglob("*"):  # some writers make files that their owner alone can read
@@ -85,7 +72,7 @@ def seal(folder: Path) -> None:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def check(folder: Path) -> PredictorConfig:
@@ -110,9 +97,10 @@ def check(folder: Path) -> PredictorConfig:
     saved = read_json(folder / "config.json")
     version = saved.get("format_version")
     if version != FORMAT_VERSION:
+        is_newer = isinstance(version, int) and version > FORMAT_VERSION
         raise ArtifactError(
             f"{folder} has format version {version}; this mope reads version {FORMAT_VERSION}: "
-            f"{'update mope (pip install -U mope-llm)' if isinstance(version, int) and version > FORMAT_VERSION else 'train or convert it anew'}"
+            f"{'update mope (pip install -U mope-llm)' if is_newer else 'train or convert it anew'}"
         )
     try:
         return PredictorConfig.model_validate(saved)
@@ -150,7 +138,8 @@ def write_router(folder: Path, router: Router) -> None:
         "parts": list(router.parts),
         "rules": {name: list(values) for name, values in router.rules.parameters.items()},
         "combiners": {
-            key: {"weights": weights.tolist(), "bias": bias.tolist()} for key, (weights, bias) in router.combiners.items()
+            key: {"weights": weights.tolist(), "bias": bias.tolist()}
+            for key, (weights, bias) in router.combiners.items()
         },
         "lookup": None if lookup is None else {"neighbours": lookup.neighbours, "sharpness": lookup.sharpness},
     }

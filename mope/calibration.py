@@ -13,7 +13,8 @@ import numpy as np
 
 from mope.grid import Array
 
-NUM_KNOTS = 65
+# stated probabilities at which the map is known, closest together at the ends, where extreme quantiles lie
+KNOTS = np.sin(np.linspace(0.0, np.pi / 2, 65)) ** 2
 
 
 def cumulative_map(levels: Array, censored: Array, knots: Array, prior: Array, prior_count: float) -> Array:
@@ -54,8 +55,7 @@ class Calibration:
     @classmethod
     def identity(cls) -> Calibration:
         """A calibration that changes nothing."""
-        knots = np.linspace(0.0, 1.0, NUM_KNOTS)
-        return cls(knots, knots, knots)
+        return cls(KNOTS, KNOTS, KNOTS)
 
     @classmethod
     def fit(
@@ -70,13 +70,12 @@ class Calibration:
             prior_count: answers that the identity is worth.
             turn_count: answers that the map over all turns is worth in the map of each kind of turn.
         """
-        knots = np.linspace(0.0, 1.0, NUM_KNOTS)
-        overall = cumulative_map(levels, censored, knots, knots, prior_count)
+        overall = cumulative_map(levels, censored, KNOTS, KNOTS, prior_count)
         maps = [
-            _pinned(cumulative_map(levels[kind], censored[kind], knots, overall, turn_count))
+            _pinned(cumulative_map(levels[kind], censored[kind], KNOTS, overall, turn_count))
             for kind in (~has_history, has_history)
         ]
-        return cls(knots, maps[0], maps[1])
+        return cls(KNOTS, maps[0], maps[1])
 
     def __call__(self, cdf_BE: Array, has_history_B: Array) -> Array:
         """The corrected cumulative probabilities, shape (B, E); still monotone, 0 and 1 stay."""

@@ -168,7 +168,6 @@ def _print_table(predictor: LengthPredictor, prompts: Sequence[str], predictions
     from rich.table import Table
     from rich.text import Text
 
-    borders = [int(border) for border in predictor.config.boundaries]
     table = Table(title="response tokens", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for heading in ("prompt", "median", "80% within", "99% below", "expert", "route"):
         table.add_column(heading, justify="left" if heading in ("prompt", "expert") else "right")
@@ -178,19 +177,10 @@ def _print_table(predictor: LengthPredictor, prompts: Sequence[str], predictions
         text.truncate(PROMPT_WIDTH, overflow="ellipsis")
         expert, route = prediction.source, ""
         if prediction.expert >= 0:
-            expert = f"{prediction.expert}: {_bucket(borders, prediction.expert)}"
+            expert = predictor.config.expert_names[prediction.expert]
             route = f"{prediction.route_probabilities[prediction.expert]:.0%}"
         table.add_row(text, f"{median:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{top:,.0f}", Text(expert), route)
     Console().print(table)
-
-
-def _bucket(borders: Sequence[int], expert: int) -> str:
-    """The lengths that an expert is for."""
-    if not borders:
-        return "all"
-    if expert == 0:
-        return f"up to {borders[0]}"
-    return f"{borders[expert - 1] + 1} to {borders[expert]}" if expert < len(borders) else f"above {borders[-1]}"
 
 
 def _predict_lines(arguments: Namespace) -> int:

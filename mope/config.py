@@ -50,3 +50,12 @@ class PredictorConfig(Frozen):
     number_scale: tuple[float, ...] = Field(description="one over their standard deviations, 0 for constants")
     router_parts: tuple[RouterPart, ...] = Field(description="parts of the router that are switched on")
     combination: Combination = Field(description="top1: the routed expert alone; mixture: all, weighted by the router")
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Each expert with the lengths that it is for, such as `"0: up to 183"`."""
+        borders = [int(border) for border in self.boundaries]
+        if not borders:
+            return ("0: all",)
+        middle = [f"{k}: {borders[k - 1] + 1} to {borders[k]}" for k in range(1, len(borders))]
+        return (f"0: up to {borders[0]}", *middle, f"{len(borders)}: above {borders[-1]}")

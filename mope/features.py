@@ -28,9 +28,18 @@ HEAD_SHARE = 0.6  # of a long prompt's window, how much is taken from its beginn
 RULE_CHARS = 2000  # characters of the prompt, half from each end, that rules and lexical numbers look at
 
 _WH = re.compile(r"^\W*(?:what|which|who|whom|whose|when|where|why|how)\b", re.I)
-_LONG_ASK = re.compile(r"\b(?:detailed?|in[- ]depth|comprehensive|thorough(?:ly)?|step[- ]by[- ]step|long|full|complete|elaborate|explain)\b", re.I)
-_SHORT_ASK = re.compile(r"\b(?:brief(?:ly)?|short(?:er|ly)?|concise(?:ly)?|quick(?:ly)?|in a nutshell|only|just|simple|one)\b", re.I)
-_CODE_SIGNS = re.compile(r"```|[{};]\s*$|^[^\S\n]*(?:def|class|import|from|function|const|let|var|public|SELECT)\b|</?\w+>|Traceback|Error:", re.M)
+_LONG_ASK = re.compile(
+    r"\b(?:detailed?|in[- ]depth|comprehensive|thorough(?:ly)?|step[- ]by[- ]step|long|full|complete|elaborate"
+    r"|explain)\b",
+    re.I,
+)
+_SHORT_ASK = re.compile(
+    r"\b(?:brief(?:ly)?|short(?:er|ly)?|concise(?:ly)?|quick(?:ly)?|in a nutshell|only|just|simple|one)\b", re.I
+)
+_CODE_SIGNS = re.compile(
+    r"```|[{};]\s*$|^[^\S\n]*(?:def|class|import|from|function|const|let|var|public|SELECT)\b|</?\w+>|Traceback|Error:",
+    re.M,
+)
 _NON_ASCII = re.compile(r"[^\x00-\x7f]")
 _DIGIT = re.compile(r"[0-9]")
 _UPPER = re.compile(r"[A-Z]")
@@ -39,10 +48,11 @@ NUMBER_NAMES = (
     "log_prompt_chars", "log_previous_prompt_chars", "log_system_chars",
     "log_earlier_turns", "has_history", "log_last_answer", "log_mean_answer", "log_max_answer", "log_min_answer",
     "answer_spread", "last_minus_mean",
-    "log_newlines", "question_marks", "exclamations", "log_digits", "non_ascii_share", "upper_share", "ends_with_question",
-    "ends_with_colon", "wh_question", "asks_long", "asks_short", "code_signs", "log_asked_tokens",
+    "log_newlines", "question_marks", "exclamations", "log_digits", "non_ascii_share", "upper_share",
+    "ends_with_question", "ends_with_colon", "wh_question", "asks_long", "asks_short", "code_signs", "log_asked_tokens",
     *(f"rule_{name}" for name in RULE_NAMES),
-    "log_max_tokens", "has_max_tokens", "temperature", "has_temperature", "tools", "response_format", "thinking", "not_thinking",
+    "log_max_tokens", "has_max_tokens", "temperature", "has_temperature", "tools", "response_format", "thinking",
+    "not_thinking",
 )  # fmt: skip
 
 
@@ -69,7 +79,14 @@ def request_numbers(request: Request, window: str, hits: RuleHits) -> list[float
     """
     answers = np.log1p(np.asarray(request.answer_bytes, dtype=np.float64) / 4)  # about four bytes a token
     if len(answers):
-        history = [answers[-1], answers.mean(), answers.max(), answers.min(), answers.std(), answers[-1] - answers.mean()]
+        history = [
+            answers[-1],
+            answers.mean(),
+            answers.max(),
+            answers.min(),
+            answers.std(),
+            answers[-1] - answers.mean(),
+        ]
     else:
         history = [0.0] * 6
     chars = max(len(window), 1)
@@ -79,11 +96,14 @@ def request_numbers(request: Request, window: str, hits: RuleHits) -> list[float
         np.log1p(window.count("\n")), min(window.count("?"), 5), min(window.count("!"), 5),
         np.log1p(len(_DIGIT.findall(window))), len(_NON_ASCII.findall(window)) / chars,
         len(_UPPER.findall(window)) / chars, float(window.rstrip().endswith("?")), float(window.rstrip().endswith(":")),
-        float(_WH.search(window) is not None), min(len(_LONG_ASK.findall(window)), 3), min(len(_SHORT_ASK.findall(window)), 3),
+        float(_WH.search(window) is not None),
+        min(len(_LONG_ASK.findall(window)), 3), min(len(_SHORT_ASK.findall(window)), 3),
         np.log1p(len(_CODE_SIGNS.findall(window))), np.log1p(hits.tokens),
         *(float(name in hits.names) for name in RULE_NAMES),
-        0.0 if request.max_tokens is None else np.log1p(max(request.max_tokens, 0)), float(request.max_tokens is not None),
-        0.0 if request.temperature is None else min(max(0.0, request.temperature), 100.0), float(request.temperature is not None),
+        0.0 if request.max_tokens is None else np.log1p(max(request.max_tokens, 0)),
+        float(request.max_tokens is not None),
+        0.0 if request.temperature is None else min(max(0.0, request.temperature), 100.0),
+        float(request.temperature is not None),
         float(request.tools), float(bool(request.response_format)),
         float(request.thinking is True), float(request.thinking is False),
     ]  # fmt: skip

@@ -74,7 +74,8 @@ def add_flags(
     group = parser.add_argument_group(cleandoc(model.__doc__ or section).splitlines()[0].rstrip("."))
     for name, field in model.model_fields.items():
         if name not in skip:
-            group.add_argument(flag_name(name), **_options(section, name, field))
+            action = group.add_argument(flag_name(name), dest=f"{section}.{name}", **_options(field))
+            action.default = argparse.SUPPRESS  # so that what was not typed leaves the recipe's value
 
 
 def given(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -111,14 +112,10 @@ def validated(
         raise ConfigError(f"{where}: got {first['input']!r}; expected {expected}") from error
 
 
-def _options(section: str, name: str, field: FieldInfo) -> dict[str, Any]:
+def _options(field: FieldInfo) -> dict[str, Any]:
     """What argparse is told about a field."""
     kind, optional = _kind(field.annotation)
-    options: dict[str, Any] = {
-        "dest": f"{section}.{name}",
-        "default": argparse.SUPPRESS,  # so that what was not typed leaves the recipe's value
-        "help": _help(field).replace("%", "%%"),
-    }
+    options: dict[str, Any] = {"help": _help(field).replace("%", "%%")}
     if kind is bool:
         return {**options, "action": argparse.BooleanOptionalAction}
     if get_origin(kind) is tuple:

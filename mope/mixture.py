@@ -29,7 +29,7 @@ def expert_probabilities(heads_BKN: Array, tail_shares: Array) -> Array:
 def experts_needed(route_BK: Array, combination: Combination, threshold: float = 0.01) -> Array:
     """Which experts must run, bool (B, K): the routed one, or in a mixture all above the threshold."""
     best = np.arange(route_BK.shape[1]) == route_BK.argmax(axis=1)[:, None]
-    return best if combination == "top1" else best | (route_BK >= threshold)
+    return np.asarray(best if combination == "top1" else best | (route_BK >= threshold))
 
 
 def cumulative(experts_BKM: Array, route_BK: Array, combination: Combination) -> Array:

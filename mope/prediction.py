@@ -99,4 +99,7 @@ class LengthPrediction:
 
     def __repr__(self) -> str:
         low, median, high = self.quantiles([0.1, 0.5, 0.9])
-        return f"LengthPrediction(median={median:.0f}, 80% within {low:.0f}..{high:.0f}, expert={self.expert}, source={self.source!r})"
+        return (
+            f"LengthPrediction(median={median:.0f}, 80% within {low:.0f}..{high:.0f}, expert={self.expert}, "
+            f"source={self.source!r})"
+        )

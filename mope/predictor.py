@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 REQUEST_FLAGS = frozenset({"max_tokens", "temperature", "tools", "response_format", "thinking", "target_llm", "system"})
 
 
+_FLAG_TYPES: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
+    ("target_llm", str, "the name of an LLM"),
+    ("system", str, "a text"),
+    ("temperature", (int, float), "a number"),
+    ("thinking", bool, "true or false"),
+    ("response_format", (str, Mapping), 'a name such as "json_object"'),
+)
+
+
 class LengthPredictor:
     """Predicts how many tokens an LLM will answer, as a calibrated distribution.
 
@@ -91,7 +100,9 @@ class LengthPredictor:
         folder = _find(name_or_path, revision)
         config = artifact.check(folder)
         if config.number_names != NUMBER_NAMES:
-            raise ArtifactError(f"{folder} was trained on other request features than this mope computes; train it anew")
+            raise ArtifactError(
+                f"{folder} was trained on other request features than this mope computes; train it anew"
+            )
         require("torch", "the torch backend")
         require("transformers", "the torch backend")
         from tokenizers import Tokenizer
@@ -274,13 +285,15 @@ class LengthPredictor:
         with tempfile.TemporaryDirectory() as parent:
             folder = self.save_pretrained(Path(parent) / "predictor")
             api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Upload mope predictor"))
+            return str(
+                api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Upload mope predictor")
+            )
 
     def __repr__(self) -> str:
         config = self.config
         return (
-            f"LengthPredictor({config.preset}, {config.design}, {config.num_experts} experts, encoder {config.encoder!r}, "
-            f"backend {self.backend.name!r})"
+            f"LengthPredictor({config.preset}, {config.design}, {config.num_experts} experts, "
+            f"encoder {config.encoder!r}, backend {self.backend.name!r})"
         )
 
 
@@ -328,6 +341,10 @@ def _check_flags(flags: Mapping[str, Any]) -> None:
     if unknown:
         known = ", ".join(sorted({field.name for field in fields(Request)} & REQUEST_FLAGS))
         raise DataError(f"unknown request field {unknown[0]!r}; known are {known}")
+    for name, kinds, expected in _FLAG_TYPES:
+        value = flags.get(name)
+        if value is not None and not isinstance(value, kinds):
+            raise DataError(f"{name} is {expected}; got {value!r}")
     max_tokens = flags.get("max_tokens")
     if max_tokens is not None and not (type(max_tokens) is int and 1 <= max_tokens < 2**31):
         raise DataError(f"max_tokens is a whole number from 1 to {2**31 - 1}; got {max_tokens!r}")

@@ -44,7 +44,7 @@ def collect(
         "started": _utc(started) if started else None,
         "finished": _utc(datetime.now(timezone.utc)),
         "seed": seed,
-        "data": _shortened(data),
+        "data": shortened(data),
         "git": _git(),
         "python": platform.python_version(),
         "packages": _versions(),
@@ -81,21 +81,21 @@ def _without_secrets(command: Sequence[str]) -> list[str]:
         elif secret and equals:
             safe.append(f"{flag}=***")
         else:
-            safe.append(Path(argument).name if position == 0 else _shortened(argument))
+            safe.append(Path(argument).name if position == 0 else shortened(argument))
         hide_next = secret and not equals
     return safe
 
 
-def _shortened(value: Any) -> Any:
+def shortened(value: Any) -> Any:
     """The same value with every absolute path made relative to the working folder, or else cut to its last part."""
     if isinstance(value, Mapping):
-        return {str(_shortened(key)): _shortened(item) for key, item in value.items()}
+        return {str(shortened(key)): shortened(item) for key, item in value.items()}
     if isinstance(value, str | os.PathLike):
         text = str(value)
         flag, equals, rest = text.partition("=") if text.startswith("--") else ("", "", text)
         return flag + equals + ",".join(_short_path(part) for part in rest.split(","))
     if isinstance(value, Sequence):
-        return [_shortened(item) for item in value]
+        return [shortened(item) for item in value]
     return value
 
 

@@ -74,7 +74,9 @@ class Request:
             elif role == "assistant":
                 answers.append(len(text.encode("utf-8", "replace")))
         if not prompts:
-            raise DataError(f"no message with role 'user' among {len(messages)} messages; the prompt is the last of them")
+            raise DataError(
+                f"no message with role 'user' among {len(messages)} messages; the prompt is the last of them"
+            )
         return cls(
             prompt=prompts[-1],
             system="\n".join(system),
@@ -91,7 +93,7 @@ def message_text(content: Any) -> str:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, Sequence):
+    if isinstance(content, Sequence) and not isinstance(content, bytes):
         texts = [part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
         return "\n".join(texts)
     raise DataError(f"message content is {type(content).__name__}; expected a string or a list of parts")

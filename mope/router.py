@@ -116,7 +116,9 @@ class Router:
             elif self.lookup is None:
                 raise ConfigError("this predictor was trained without the router part 'lookup'")
             else:
-                columns.append(np.log(np.clip(self.lookup.votes(embedding_BH, self.num_experts, self.prior), 1e-6, None)))
+                columns.append(
+                    np.log(np.clip(self.lookup.votes(embedding_BH, self.num_experts, self.prior), 1e-6, None))
+                )
         return np.concatenate(columns, axis=1) if columns else np.zeros((len(hits), 0))
 
     def probabilities(

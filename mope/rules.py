@@ -18,50 +18,72 @@ from mope.grid import Array
 NUMBER_WORDS = {
     word: value
     for value, word in enumerate(
-        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen twenty".split(),
+        (
+            "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+            "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+        ),
         start=1,
     )
-}
+}  # fmt: skip
 _NUMBER = r"(\d[\d,]{0,6}|" + "|".join(NUMBER_WORDS) + r")"
 _TOKENS_PER = {
     "word": 1.35, "character": 0.25, "letter": 0.25, "sentence": 24.0, "line": 12.0, "paragraph": 95.0, "page": 600.0,
     "token": 1.0, "tweet": 45.0, "bullet": 24.0, "item": 20.0, "step": 35.0,
 }  # fmt: skip
 _UNITS = re.compile(
-    _NUMBER + r"(?:\s*(?:-|to|or)\s*" + _NUMBER + r")?[\s-]*(?:\w{1,30}[\s-]+)?(words?|characters?|letters?|sentences?|lines?|paragraphs?"
+    rf"{_NUMBER}(?:\s*(?:-|to|or)\s*{_NUMBER})?[\s-]*(?:\w{{1,30}}[\s-]+)?"
+    r"(words?|characters?|letters?|sentences?|lines?|paragraphs?"
     r"|pages?|tokens?|tweets?|bullets?|bullet points?|items?|steps?)\b",
-    re.IGNORECASE,
+    re.I,
 )
 _LIST = re.compile(
-    r"\b(?:list|give|name|suggest|generate|write|provide|create|top|best|recommend|brainstorm|make|tell|show|need|want)\b"
-    r"[^.?!\n]{0,40}?\b" + _NUMBER + r"\s+(?!words?\b|characters?\b|sentences?\b|years?\b|days?\b|hours?\b|minutes?\b|percent\b|%)\w+",
-    re.IGNORECASE,
+    r"\b(?:list|give|name|suggest|generate|write|provide|create|top|best"
+    rf"|recommend|brainstorm|make|tell|show|need|want)\b[^.?!\n]{{0,40}}?\b{_NUMBER}"
+    r"\s+(?!words?\b|characters?\b|sentences?\b|years?\b|days?\b|hours?\b|minutes?\b|percent\b|%)\w+",
+    re.I,
 )
-_ONE_WORD = re.compile(r"\b(?:one|a single|1)[\s-]word\b|\bjust the (?:answer|number|letter|name)\b|\bonly (?:the )?(?:answer|number|letter)\b", re.I)
+_ONE_WORD = re.compile(
+    r"\b(?:one|a single|1)[\s-]word\b|\bjust the (?:answer|number|letter|name)\b"
+    r"|\bonly (?:the )?(?:answer|number|letter)\b",
+    re.I,
+)
 _YES_NO = re.compile(r"\byes\s*(?:/|or)\s*no\b|\btrue\s*(?:/|or)\s*false\b", re.I)
-_POLAR = re.compile(r"^\W*(?:is|are|was|were|do|does|did|can|could|will|would|should|has|have|had|am)\b[^\n]*\?\s*$", re.I)
+_POLAR = re.compile(
+    r"^\W*(?:is|are|was|were|do|does|did|can|could|will|would|should|has|have|had|am)\b[^\n]*\?\s*$", re.I
+)
 _TRANSLATE = re.compile(r"\btranslat(?:e|ion)\b", re.I)
-_REWRITE = re.compile(r"\b(?:rewrite|rephrase|paraphrase|proofread|reword|correct (?:the|this|my)|fix the grammar|edit (?:the|this|my))\b", re.I)
+_REWRITE = re.compile(
+    r"\b(?:rewrite|rephrase|paraphrase|proofread|reword|correct (?:the|this|my)|fix the grammar"
+    r"|edit (?:the|this|my))\b",
+    re.I,
+)
 _SUMMARISE = re.compile(r"\b(?:summar(?:y|ise|ize)|tl;?dr)\b", re.I)
 _JSON = re.compile(r"\b(?:json|yaml|xml|csv)\b", re.I)
 _CODE = re.compile(
-    r"```|\b(?:write|implement|create|generate|give me|show me|make)\b[^.?!\n]{0,60}\b(?:code|function|script|program|class|query|regex|component|html|sql|python|javascript)\b",
+    r"```|\b(?:write|implement|create|generate|give me|show me|make)\b[^.?!\n]{0,60}"
+    r"\b(?:code|function|script|program|class|query|regex|component|html|sql|python|javascript)\b",
     re.I,
 )
-_ESSAY = re.compile(r"\b(?:essay|article|blog post|story|report|chapter|novel|screenplay|speech|cover letter|thesis|business plan)\b", re.I)
+_ESSAY = re.compile(
+    r"\b(?:essay|article|blog post|story|report|chapter|novel|screenplay|speech|cover letter|thesis|business plan)\b",
+    re.I,
+)
 _CONTINUE = re.compile(r"^\W*(?:please\s+)?(?:continue|go on|keep going|proceed|more|next|finish)\b[^\n]{0,40}$", re.I)
-_THANKS = re.compile(r"^\W*(?:thanks?|thank you|ok(?:ay)?|great|perfect|cool|nice|hi|hello|hey|good|yes|no|sure)\b[^\n]{0,30}$", re.I)
+_THANKS = re.compile(
+    r"^\W*(?:thanks?|thank you|ok(?:ay)?|great|perfect|cool|nice|hi|hello|hey|good|yes|no|sure)\b[^\n]{0,30}$", re.I
+)
 
 
 def _count(text: str) -> float:
-    return float(NUMBER_WORDS.get(text.lower(), 0) or int(text.replace(",", "")))
+    if text[0].isdecimal():
+        return float(int(text.replace(",", "")))
+    return float(NUMBER_WORDS.get(text.lower(), 0))  # 0: re.I takes look-alikes such as a dotless i for a letter
 
 
 def _units(match: re.Match[str], prompt: str) -> float:
     first, second, unit = match.groups()
     number = _count(first) if second is None else (_count(first) + _count(second)) / 2
-    return number * _TOKENS_PER[unit.lower().split()[0].rstrip("s")]
+    return number * _TOKENS_PER.get(unit.lower().split()[0].rstrip("s"), 0.0)
 
 
 def _list(match: re.Match[str], prompt: str) -> float:
@@ -170,4 +192,5 @@ class RuleTable:
                 mean += float(np.log(hit.first_tokens))
             below = [0.5 * (1 + erf((np.log(border) - mean) / (deviation * sqrt(2)))) for border in boundaries]
             votes[row] = np.diff([0.0, *below, 1.0])
-        return np.clip(votes, 1e-4, None) / np.clip(votes, 1e-4, None).sum(1, keepdims=True)
+        votes = np.clip(votes, 1e-4, None)
+        return np.asarray(votes / votes.sum(1, keepdims=True))

@@ -1,6 +1,7 @@
 """What every test runs under: offline, seeded, two threads, caches in a temporary folder; and tiny predictors.
 
-Imports nothing of mope before a fixture is asked for it: the environment is set before any test module imports a library that reads it.
+Imports nothing of mope before a fixture is asked for it. The environment is set before any test module imports a
+library that reads it.
 """
 
 from __future__ import annotations

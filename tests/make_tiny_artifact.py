@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from mope.backends.network import MopeNetwork, load_encoder
-from mope.backends.torch_backend import TorchBackend, empty_networks, weight_files
+from mope.backends.torch_backend import TorchBackend, empty_networks
 from mope.calibration import Calibration
 from mope.config import FORMAT_VERSION, Design, PredictorConfig
 from mope.features import NUMBER_NAMES, RequestEncoder

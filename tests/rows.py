@@ -16,12 +16,13 @@ def table(
     requests: Sequence[Request], tokens: Sequence[int], censored: Sequence[bool] = (), split: str = "train"
 ) -> RowTable:
     """One row per request."""
+    cut = censored or [False] * len(tokens)
     rows = [
         {
             **asdict(request), "row_id": str(row), "group": str(row), "split": split, "answer_tokens": [],
-            "turn_index": request.num_earlier_turns, "response_tokens": int(length), "censored": bool(cut),
+            "turn_index": request.num_earlier_turns, "response_tokens": int(length), "censored": bool(is_cut),
         }
-        for row, (request, length, cut) in enumerate(zip(requests, tokens, censored or [False] * len(tokens), strict=True))
+        for row, (request, length, is_cut) in enumerate(zip(requests, tokens, cut, strict=True))
     ]  # fmt: skip
     return RowTable(pa.Table.from_pylist(rows, schema=SCHEMA))
 
@@ -35,4 +36,6 @@ def learnable(num_rows: int, split: str = "train", seed: int = 0) -> RowTable:
         Request(prompt=f"{'write' if long else 'thanks'} {text}", target_llm="llama-3-8b")
         for long, text in zip(is_long, filler, strict=True)
     ]
-    return table(requests, np.where(is_long, rng.integers(300, 500, num_rows), rng.integers(10, 30, num_rows)), split=split)
+    return table(
+        requests, np.where(is_long, rng.integers(300, 500, num_rows), rng.integers(10, 30, num_rows)), split=split
+    )

@@ -22,6 +22,7 @@ from mope.rules import RuleHits
 from mope.training.data.table import RowTable
 
 ENCODE_CHUNK = 2048
+WIDTH_STEP = 8  # batches are padded to a multiple of this: few shapes, so that kernels built for one serve again
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ class EncodedRows:
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     def batch(self, rows: Array) -> dict[str, Tensor]:
-        """Tensors of some rows, padded to the longest among them."""
+        """Tensors of some rows, padded to the longest among them, or a little more."""
         lengths = self.lengths[rows]
-        mask_BS = np.arange(lengths.max()) < lengths[:, None]
+        mask_BS = np.arange(padded_width(lengths.max())) < lengths[:, None]
         ids_BS = np.full(mask_BS.shape, self.pad_id, dtype=np.int64)
         ids_BS[mask_BS] = np.concatenate([self.flat_ids[self.offsets[r] : self.offsets[r + 1]] for r in rows])
         return {
@@ -99,6 +100,11 @@ class EncodedRows:
             "tokens_B": torch.from_numpy(self.tokens_R[rows].astype(np.float32)),
             "censored_B": torch.from_numpy(self.censored_R[rows]),
         }
+
+
+def padded_width(length: int) -> int:
+    """`length`, rounded up to a multiple of `WIDTH_STEP`."""
+    return -(-int(length) // WIDTH_STEP) * WIDTH_STEP
 
 
 def encode_rows(table: RowTable, encoder: RequestEncoder, description: str) -> EncodedRows:

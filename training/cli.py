@@ -16,7 +16,7 @@ from mope import console as terminal
 from mope.errors import ConfigError, MissingExtraError
 from mope.extras import EXTRAS
 from mope.flags import Parser, add_flags, given
-from mope.training.config import EvaluationConfig, FitConfig, ModelConfig
+from mope.training.config import EvaluationConfig, FitConfig, ModelConfig, TrainConfig
 from mope.training.data.config import DataConfig
 
 EXAMPLES = (
@@ -94,26 +94,54 @@ def _train(argv: list[str], prog: str) -> int:
     from mope.training.quiet import quiet
 
     quiet()
+    _check_hardware(config.fit)
     if arguments.dry_run:
-        from mope.training.plan import make_plan
-
-        for line in make_plan(config).lines():
-            terminal.console().print(line, highlight=False, markup=False, soft_wrap=True)
-        return 0
+        return _show_plan(config)
 
     from mope.training.fit import TrainingInterruptedError
     from mope.training.run import train
 
     output: Path = arguments.output
-    work = arguments.work or output.with_name(output.name + ".work")
+    work = arguments.work or Path(f"{output}.work")
     try:
         train(config, output, work=work, resume=arguments.resume, command=[*prog.split(), *argv])
     except TrainingInterruptedError as interrupted:
-        terminal.console().print(
-            f"{interrupted}: {prog} {_with_resume(argv)}", highlight=False, markup=False, soft_wrap=True
-        )
+        _say(f"{interrupted}: {prog} {_with_resume(argv)}")
         return terminal.EXIT_INTERRUPTED
     return 0
+
+
+def _show_plan(config: TrainConfig) -> int:
+    from mope.training.plan import make_plan
+
+    for line in make_plan(config).lines():
+        _say(line)
+    return 0
+
+
+def _say(line: str) -> None:
+    terminal.console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_hardware(fit: FitConfig) -> None:
+    """Refuse devices that are not there before the data are read."""
+    import lightning as L
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from mope.training.fit import resolve_precision
+
+    names = ("accelerator", "devices", "num_nodes", "strategy")
+    try:
+        L.Trainer(
+            **fit.model_dump(include=set(names)),
+            precision=resolve_precision(fit),
+            logger=False,
+            enable_checkpointing=False,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        asked = " ".join(f"--{name.replace('_', '-')} {getattr(fit, name)}" for name in names)
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{asked} --precision {fit.precision} can't be used here: {reason}") from error
 
 
 def _check_installed(prog: str) -> None:

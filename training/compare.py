@@ -22,7 +22,7 @@ from mope.training.batches import EncodedRows
 from mope.training.config import TrainConfig
 from mope.training.data.table import RowTable
 from mope.training.encoders import EncoderSource
-from mope.training.evaluate import Evaluation, TestRows
+from mope.training.evaluate import Evaluation, EvaluationRows
 from mope.training.experts import train_baseline
 from mope.training.fit import native_bf16
 from mope.training.prepare import Prepared
@@ -31,7 +31,7 @@ from mope.training.routing import BATCH_ROWS
 
 def compare(
     evaluation: Evaluation,
-    rows: TestRows,
+    rows: EvaluationRows,
     tables: dict[str, RowTable],
     prepared: Prepared,
     source: EncoderSource,
@@ -57,7 +57,9 @@ def compare(
     """
     samples = config.evaluation.bootstrap_samples
     wanted = set(config.evaluation.baselines)
-    chosen = [b for b in default_baselines(frozen_embeddings(source, prepared), seed=config.fit.seed) if b.name in wanted]
+    chosen = [
+        b for b in default_baselines(frozen_embeddings(source, prepared), seed=config.fit.seed) if b.name in wanted
+    ]
     if chosen:
         found = fit_and_predict(chosen, tables["train"], tables["validation"], rows.table, console=console())
         for name, predicted in found.items():
@@ -96,7 +98,9 @@ def first_output(network: MopeNetwork, rows: EncodedRows, description: str) -> A
     with progress(description, total=len(rows)) as advance:
         for chosen in rows.by_length(BATCH_ROWS):
             batch = rows.batch(chosen)
-            _, heads, _ = network(batch["input_ids_BS"], batch["attention_mask_BS"], batch["numbers_BF"], batch["llm_B"])
+            _, heads, _ = network(
+                batch["input_ids_BS"], batch["attention_mask_BS"], batch["numbers_BF"], batch["llm_B"]
+            )
             output[chosen] = heads[:, 0, 0].numpy()
             advance(len(chosen))
     return output
@@ -114,14 +118,17 @@ def frozen_embeddings(source: EncoderSource, prepared: Prepared) -> Callable[[li
 
     @torch.inference_mode()
     def embed(prompts: list[str]) -> Array:
-        model = source.load().eval()
+        model = source.load()
+        model.train(False)
         ids = [encoder.encode([Request(prompt=prompt)]).token_ids[0] for prompt in prompts]
         order = np.argsort([len(row) for row in ids], kind="stable")
         embeddings = np.empty((len(ids), model.config.hidden_size), dtype=np.float32)
         with progress("embedding prompts", total=len(ids)) as advance:
             for start in range(0, len(ids), BATCH_ROWS):
                 rows = order[start : start + BATCH_ROWS]
-                padded_BS, mask_BS = (torch.from_numpy(array) for array in pad([ids[row] for row in rows], encoder.pad_id))
+                padded_BS, mask_BS = (
+                    torch.from_numpy(array) for array in pad([ids[row] for row in rows], encoder.pad_id)
+                )
                 with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16()):
                     hidden = model(input_ids=padded_BS, attention_mask=mask_BS).last_hidden_state.float()
                 weight = mask_BS.unsqueeze(-1).float()

@@ -61,7 +61,9 @@ class EncoderSource:
         fast = AutoTokenizer.from_pretrained(self.location, revision=self.revision, use_fast=True)
         ids = (fast.cls_token_id, fast.sep_token_id, fast.pad_token_id)
         if any(token is None for token in ids):
-            raise ConfigError(f"encoder {self.name!r} has no [CLS], [SEP] or padding token; choose a BERT-family encoder")
+            raise ConfigError(
+                f"encoder {self.name!r} has no [CLS], [SEP] or padding token; choose a BERT-family encoder"
+            )
         return ids
 
     def tokenizer(self) -> Tokenizer:
@@ -72,9 +74,9 @@ class EncoderSource:
         """The pre-trained weights, cut to `num_layers`."""
         model = load_encoder(self.location, self.revision)
         if self.num_layers is not None:
-            layers = model.encoder.layer
-            model.encoder.layer = layers[: self.num_layers]
-            model.config.num_hidden_layers = len(model.encoder.layer)
+            stack: Any = model.encoder
+            stack.layer = stack.layer[: self.num_layers]
+            model.config.num_hidden_layers = len(stack.layer)
         return model
 
 

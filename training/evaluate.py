@@ -8,6 +8,7 @@ rows; trains nothing.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from mope.errors import DataError
 from mope.grid import Array, quantiles_at
 from mope.mixture import Assembled, assemble
 from mope.predictor import LengthPredictor
+from mope.provenance import shortened
 from mope.router import PARTS, parts_key
 from mope.training import plots
 from mope.training.batches import EncodedRows, encode_rows
@@ -39,7 +41,7 @@ NUM_FAILURES = 5
 
 
 @dataclass(frozen=True)
-class TestRows:
+class EvaluationRows:
     """Test rows with their truth.
 
     Attributes:
@@ -55,7 +57,7 @@ class TestRows:
     known: Array
 
     @classmethod
-    def of(cls, table: RowTable, encoded: EncodedRows) -> TestRows:
+    def of(cls, table: RowTable, encoded: EncodedRows) -> EvaluationRows:
         """Test rows of a table and its encoding."""
         return cls(table, encoded, has_history(table), ~table.censored)
 
@@ -70,7 +72,9 @@ def has_history(table: RowTable) -> Array:
     return np.asarray(table.table["num_earlier_turns"].to_numpy() > 0)
 
 
-def evaluate_points(rows: TestRows, predicted: Array, *, samples: int, quantiles_NQ: Array | None = None) -> dict[str, Any]:
+def evaluate_points(
+    rows: EvaluationRows, predicted: Array, *, samples: int, quantiles_NQ: Array | None = None
+) -> dict[str, Any]:
     """Metrics of one predictor on each part of the test rows."""
     return {
         part: metrics.evaluate(
@@ -100,7 +104,7 @@ class Evaluation:
     quantiles_NQ: Array
     curve_NQ: Array
 
-    def add(self, name: str, rows: TestRows, predicted: Array, *, samples: int) -> None:
+    def add(self, name: str, rows: EvaluationRows, predicted: Array, *, samples: int) -> None:
         """Add another predictor, and its paired difference to MoPE."""
         self.predictions[name] = predicted
         for part, values in evaluate_points(rows, predicted, samples=samples).items():
@@ -114,7 +118,7 @@ class Evaluation:
             )
 
 
-def evaluate_mope(predictor: LengthPredictor, rows: TestRows, raw: RawOutputs, *, samples: int) -> Evaluation:
+def evaluate_mope(predictor: LengthPredictor, rows: EvaluationRows, raw: RawOutputs, *, samples: int) -> Evaluation:
     """Everything about MoPE itself: end-to-end and oracle-routed errors, router, calibration, breakdowns."""
     config, edges = predictor.config, np.asarray(predictor.config.edges)
     result = _assemble(predictor, rows, raw)
@@ -136,45 +140,48 @@ def evaluate_mope(predictor: LengthPredictor, rows: TestRows, raw: RawOutputs, *
         "combination": {
             "used": config.combination,
             "test_mae": {
-                name: float(np.abs(medians(config, _assemble(predictor, rows, raw, combination=name).cdf_BE) - tokens)[known].mean())
+                name: _mean_error(rows, medians(config, _assemble(predictor, rows, raw, combination=name).cdf_BE))
                 for name in COMBINATIONS
             },
         },
-        "by_length": metrics.by_bucket(tokens[known], predicted[known], [*config.boundaries, edges[config.num_body_bins]]),
-        "by_expert": metrics.by_label(tokens[known], predicted[known], _expert_labels(config, result)[known]),
+        "by_length": metrics.by_bucket(
+            tokens[known], predicted[known], [*config.boundaries, edges[config.num_body_bins]]
+        ),
+        "by_expert": metrics.by_label(tokens[known], predicted[known], _expert_labels(config, result, known)),
         "failures": _failures(rows, predicted, quantiles_NQ[:, LEVELS.index(0.9)]),
     }
     for name, labels in (("by_language", _languages(rows.table)), ("by_target_llm", rows.table.strings("target_llm"))):
-        names = np.array([label or "unknown" for label in labels], dtype=object)[known]
-        kinds, counts = np.unique(names, return_counts=True)
-        names[np.isin(names, kinds[counts < MIN_LABEL_ROWS])] = "others"
-        if len(np.unique(names)) > 1:
-            found[name] = metrics.by_label(tokens[known], predicted[known], names)
+        named = [label or "unknown" for label, is_known in zip(labels, known, strict=True) if is_known]
+        counts = Counter(named)
+        named = [label if counts[label] >= MIN_LABEL_ROWS else "others" for label in named]
+        if len(set(named)) > 1:
+            found[name] = metrics.by_label(tokens[known], predicted[known], named)
     curve_NQ = quantiles_at(edges, result.cdf_BE, np.array(CURVE_LEVELS))
     return Evaluation(found, {"mope": predicted, "mope_oracle_routed": oracle}, quantiles_NQ, curve_NQ)
 
 
-def _assemble(predictor: LengthPredictor, rows: TestRows, raw: RawOutputs, **options: Any) -> Assembled:
+def _assemble(predictor: LengthPredictor, rows: EvaluationRows, raw: RawOutputs, **options: Any) -> Assembled:
     return assemble(
-        predictor.config, predictor.router, predictor.calibration, raw, rows.encoded.rule_hits, rows.has_history, **options
+        predictor.config,
+        predictor.router,
+        predictor.calibration,
+        raw,
+        rows.encoded.rule_hits,
+        rows.has_history,
+        **options,
     )
 
 
-def expert_names(config: PredictorConfig) -> list[str]:
-    """Each expert with the range of its bucket, such as `"0: up to 183"`."""
-    borders = [int(border) for border in config.boundaries]
-    if not borders:
-        return ["0: all"]
-    middle = [f"{k}: {low + 1} to {high}" for k, (low, high) in enumerate(zip(borders, borders[1:], strict=False), start=1)]
-    return [f"0: up to {borders[0]}", *middle, f"{len(borders)}: above {borders[-1]}"]
+def _expert_labels(config: PredictorConfig, result: Assembled, known: Array) -> list[str]:
+    return [config.expert_names[expert] for expert in result.route_BK.argmax(axis=1)[known]]
 
 
-def _expert_labels(config: PredictorConfig, result: Assembled) -> Array:
-    return np.array(expert_names(config), dtype=object)[result.route_BK.argmax(axis=1)]
+def _mean_error(rows: EvaluationRows, predicted: Array) -> float:
+    return float(np.abs(predicted - rows.table.response_tokens)[rows.known].mean())
 
 
 def _router_metrics(
-    predictor: LengthPredictor, rows: TestRows, raw: RawOutputs, result: Assembled, bucket: Array
+    predictor: LengthPredictor, rows: EvaluationRows, raw: RawOutputs, result: Assembled, bucket: Array
 ) -> dict[str, Any]:
     """Accuracy, confusion, and what each set of parts would have given with the same experts."""
     num_experts, known = predictor.config.num_experts, rows.known
@@ -184,7 +191,7 @@ def _router_metrics(
     router: dict[str, Any] = {
         "accuracy": float((chosen == bucket)[known].mean()),
         "confusion": confusion.tolist(),
-        "expert_names": expert_names(predictor.config),
+        "expert_names": list(predictor.config.expert_names),
         "ablation": {},
     }
     if num_experts == 1:
@@ -193,16 +200,15 @@ def _router_metrics(
         parts = [part for part in PARTS if part in key.split("+")]
         changed = _assemble(predictor, rows, raw, parts=parts)
         probability = changed.route_BK[np.arange(len(bucket)), bucket]
-        error = np.abs(medians(predictor.config, changed.cdf_BE) - rows.table.response_tokens)
         router["ablation"][parts_key(parts)] = {
             "accuracy": float((changed.route_BK.argmax(axis=1) == bucket)[known].mean()),
             "log_loss": float(-np.log(np.maximum(probability, 1e-12))[known].mean()),
-            "mae_end_to_end": float(error[known].mean()),
+            "mae_end_to_end": _mean_error(rows, medians(predictor.config, changed.cdf_BE)),
         }
     return router
 
 
-def _failures(rows: TestRows, predicted: Array, high: Array) -> list[dict[str, Any]]:
+def _failures(rows: EvaluationRows, predicted: Array, high: Array) -> list[dict[str, Any]]:
     """The largest errors to either side; lengths alone, since prompts may not be quoted."""
     tokens = rows.table.response_tokens
     error = np.where(rows.known, predicted - tokens, 0.0)
@@ -229,7 +235,9 @@ def _languages(table: RowTable) -> list[str]:
     return [word or py3langid.classify(prompt[:400])[0] for word, prompt in zip(known, prompts, strict=True)]
 
 
-def draw(evaluation: Evaluation, rows: TestRows, folder: Path, logs: Mapping[str, Path] | None = None) -> list[str]:
+def draw(
+    evaluation: Evaluation, rows: EvaluationRows, folder: Path, logs: Mapping[str, Path] | None = None
+) -> list[str]:
     """Draw all plots into a folder; their file names in the order of the card."""
     folder.mkdir(parents=True, exist_ok=True)
     known, tokens = rows.known, rows.table.response_tokens
@@ -307,15 +315,15 @@ def evaluate_artifact(
     return evaluation.metrics
 
 
-def evaluate_on(predictor: LengthPredictor, data: DataSet, *, samples: int) -> tuple[Evaluation, TestRows]:
+def evaluate_on(predictor: LengthPredictor, data: DataSet, *, samples: int) -> tuple[Evaluation, EvaluationRows]:
     """Evaluate a predictor on the test rows of a data set."""
     table = data.rows.split("test")
     if len(table) < 2:
         raise DataError(f"{data.report.source} has {len(table)} test rows; evaluation needs at least 2")
-    rows = TestRows.of(table, encode_rows(table, predictor.encoder, "encoding test rows"))
+    rows = EvaluationRows.of(table, encode_rows(table, predictor.encoder, "encoding test rows"))
     raw = collect(predictor.backend, rows.encoded, predictor.config.num_experts, "predicting test rows")
     evaluation = evaluate_mope(predictor, rows, raw, samples=samples)
-    evaluation.metrics["data"] = data.report.to_json()
+    evaluation.metrics["data"] = shortened(data.report.to_json())
     return evaluation, rows
 
 

@@ -87,9 +87,20 @@ def train_mope(
             network = new_network(source, config, settings, gate=max(gate, 1), heads=0, outputs=outputs)
         else:
             network = new_network(source, config, settings, gate=0, heads=1, outputs=outputs)
-            train, validation = (rows.take(own) for rows, own in zip((train, validation), own_rows[position - 1], strict=True))
+            train, validation = (
+                rows.take(own) for rows, own in zip((train, validation), own_rows[position - 1], strict=True)
+            )
         results.append(
-            fit(network, objective, train, validation, settings, folder / name, description=f"training {name}", resume=resume)
+            fit(
+                network,
+                objective,
+                train,
+                validation,
+                settings,
+                folder / name,
+                description=f"training {name}",
+                resume=resume,
+            )
         )
         networks.append(network)
     return networks, results
@@ -132,5 +143,6 @@ def train_baseline(
         description=f"training {name}",
         resume=resume,
         pool_batches=50 if name == "single_expert" else 1,
+        length_chunks=1 if name == "single_expert" else 4,
     )
     return network, result, scale

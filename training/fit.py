@@ -30,7 +30,7 @@ from torch import Tensor
 from mope.backends.network import MopeNetwork
 from mope.console import console
 from mope.errors import MopeError
-from mope.training.batches import BucketLoader, EncodedRows
+from mope.training.batches import BucketLoader, EncodedRows, padded_width
 from mope.training.config import FitConfig
 from mope.training.objectives import Loss
 
@@ -49,18 +49,20 @@ class FitModule(L.LightningModule):
         objective: its loss.
         config: learning rates and schedule.
         total_steps: optimiser steps of the whole fit, for the schedule.
+        length_chunks: forward passes that a batch of mixed lengths is cut into, for less padding.
     """
 
-    def __init__(self, network: MopeNetwork, objective: Objective, config: FitConfig, total_steps: int) -> None:
+    def __init__(
+        self, network: MopeNetwork, objective: Objective, config: FitConfig, total_steps: int, length_chunks: int = 1
+    ) -> None:
         super().__init__()
         self.network, self._objective, self._config, self._total_steps = network, objective, config, total_steps
+        self._length_chunks = length_chunks
         if config.freeze_embeddings:
             network.encoder.get_input_embeddings().weight.requires_grad_(False)
 
     def _loss(self, batch: dict[str, Tensor], stage: str) -> Tensor:
-        gate_BK, heads_BKN, _ = self.network(
-            batch["input_ids_BS"], batch["attention_mask_BS"], batch["numbers_BF"], batch["llm_B"]
-        )
+        gate_BK, heads_BKN = self._outputs(batch)
         loss = self._objective(gate_BK, heads_BKN, batch["tokens_B"], batch["censored_B"])
         training = stage == "train"
         logs = {f"{stage}/loss": loss.total, **{f"{stage}/{name}": part for name, part in loss.parts.items()}}
@@ -70,6 +72,27 @@ class FitModule(L.LightningModule):
         if training:
             self.log("loss", loss.total, prog_bar=True, logger=False)
         return loss.total
+
+    def _outputs(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Gate and heads of a batch; rows of like length go through the network together."""
+        lengths_B = batch["attention_mask_BS"].sum(dim=1)
+        order_B = torch.argsort(lengths_B)
+        found: list[tuple[Tensor | None, Tensor | None]] = []
+        for rows in order_B.chunk(self._length_chunks):
+            width = padded_width(int(lengths_B[rows].max()))
+            gate_BK, heads_BKN, _ = self.network(
+                batch["input_ids_BS"][rows, :width],
+                batch["attention_mask_BS"][rows, :width],
+                batch["numbers_BF"][rows],
+                batch["llm_B"][rows],
+            )
+            found.append((gate_BK, heads_BKN))
+        back_B = torch.argsort(order_B)
+        gate, heads = (
+            None if parts[0] is None else torch.cat([part for part in parts if part is not None])[back_B]
+            for parts in zip(*found, strict=True)
+        )
+        return gate, heads
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         """One optimiser step."""
@@ -190,7 +213,9 @@ class _ProgressLines(Callback):
             return
         self._last = now
         speed = self._rows / (now - self._start)
-        left = (self._total - trainer.global_step) * (now - self._start) / max(1, trainer.global_step - self._first_step)
+        left = (
+            (self._total - trainer.global_step) * (now - self._start) / max(1, trainer.global_step - self._first_step)
+        )
         loss = float(trainer.callback_metrics.get("loss", math.nan))
         console().print(
             f"{self._description}: step {trainer.global_step}/{self._total}, loss {loss:.3f}, "
@@ -247,6 +272,7 @@ def fit(
     description: str,
     resume: bool = False,
     pool_batches: int = 50,
+    length_chunks: int = 1,
 ) -> FitResult:
     """Train `network` in place; on return it holds the weights of the best validation run.
 
@@ -260,6 +286,7 @@ def fit(
         description: what is trained, for the progress line.
         resume: go on from the folder's last checkpoint, or return at once if the fit had finished.
         pool_batches: see `BucketLoader`.
+        length_chunks: see `FitModule`.
 
     Raises:
         TrainingInterruptedError: Ctrl-C; `folder` holds a checkpoint to resume from.
@@ -306,8 +333,11 @@ def fit(
         enable_progress_bar=console().is_terminal,
     )
     started = time.monotonic()
-    module = FitModule(network, objective, config, total_steps)
-    console().print(f"{description}: {len(train):,} rows, {total_steps:,} steps of {config.batch_size}, precision {trainer.precision}")
+    module = FitModule(network, objective, config, total_steps, length_chunks)
+    console().print(
+        f"{description}: {len(train):,} rows, {total_steps:,} steps of {config.batch_size}, "
+        f"precision {trainer.precision}"
+    )
     network.train()
     try:
         trainer.fit(module, datamodule=_Rows(train, validation, config, pool_batches), ckpt_path=checkpoint)
@@ -324,10 +354,12 @@ def fit(
     network.to("cpu").eval()
     result = FitResult(loss, trainer.global_step, time.monotonic() - started, folder / "csv" / "metrics.csv")
     if trainer.is_global_zero:
-        save_file(network, weights)
+        save_file(network, str(weights))
         done.write_text(json.dumps({"validation_loss": loss, "num_steps": result.num_steps, "seconds": result.seconds}))
         for checkpoint_file in folder.glob("*.ckpt"):
             checkpoint_file.unlink()
     if interrupt.asked:
-        raise TrainingInterruptedError(f"stopped after the last step, {trainer.global_step}, saved; add --resume to go on")
+        raise TrainingInterruptedError(
+            f"stopped after the last step, {trainer.global_step}, saved; add --resume to go on"
+        )
     return result

@@ -83,7 +83,9 @@ class MopeObjective:
         bin_B = torch.bucketize(tokens_B, self._upper_E.to(device))
         if log_gate_BK is not None:
             log_mix_BN = torch.logsumexp(log_gate_BK.unsqueeze(-1) + log_p_BKN, dim=1)
-            own_BK = (tokens_B.unsqueeze(-1) >= self._low_K.to(device)) & (tokens_B.unsqueeze(-1) <= self._high_K.to(device))
+            own_BK = (tokens_B.unsqueeze(-1) >= self._low_K.to(device)) & (
+                tokens_B.unsqueeze(-1) <= self._high_K.to(device)
+            )
             own_BK = own_BK | (censored_B.unsqueeze(-1) & (tokens_B.unsqueeze(-1) <= self._high_K.to(device)))
             nll_BK = torch.stack([class_nll(log_p, bin_B, censored_B) for log_p in log_p_BKN.unbind(1)], dim=1)
             parts["experts"] = (nll_BK * own_BK).sum() / own_BK.sum().clamp(min=1)

@@ -14,6 +14,7 @@ from mope.config import FORMAT_VERSION, PredictorConfig
 from mope.errors import ConfigError, DataError
 from mope.features import NUMBER_NAMES, RequestEncoder
 from mope.grid import Array, body_edges, pareto_tail, tail_edges, tail_shares
+from mope.provenance import shortened
 from mope.training.batches import EncodedRows, encode_rows
 from mope.training.config import ModelConfig
 from mope.training.data.table import RowTable
@@ -105,7 +106,7 @@ def prepare(rows: RowTable, model: ModelConfig, source: EncoderSource, label_tok
         tail_shares=tuple(float(share) for share in tail_shares(float(body[-1]), tail, index)),
         tail_index=index,
         label_tokenizer=label_tokenizer,
-        encoder=source.name,
+        encoder=shortened(source.name),
         encoder_config=source.config,
         tokenizer_sha256=hashlib.sha256(encoder.tokenizer_json().encode()).hexdigest(),
         special_ids=source.special_ids,
@@ -120,4 +121,5 @@ def prepare(rows: RowTable, model: ModelConfig, source: EncoderSource, label_tok
         router_parts=model.router_parts if model.num_experts > 1 else (),
         combination="mixture",
     )
-    return Prepared(config, encoder, *encoded, validation.table["num_earlier_turns"].to_numpy() > 0)
+    has_history = validation.table["num_earlier_turns"].to_numpy() > 0
+    return Prepared(config, encoder, encoded[0], encoded[1], encoded[2], has_history)

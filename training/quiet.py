@@ -28,7 +28,8 @@ def quiet() -> None:
     Downloads keep their bars: they are long, and a user wants to see them.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # set at all, it no longer warns about subprocesses
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        import_module(name)  # sets its own level
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in LIGHTNING_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

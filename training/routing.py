@@ -28,12 +28,15 @@ COMBINATIONS: tuple[Combination, ...] = ("top1", "mixture")
 
 def collect(backend: Backend, rows: EncodedRows, num_experts: int, description: str) -> RawOutputs:
     """The network's outputs for many rows, every expert asked, with a progress bar."""
+
+    def everyone(gate_BK: Array, embedding_BH: Array) -> Array:
+        return np.ones((len(gate_BK), num_experts), dtype=bool)
+
     order: list[Array] = []
     outputs: list[RawOutputs] = []
     with progress(description, total=len(rows)) as advance:
         for batch in rows.by_length(BATCH_ROWS):
-            everyone = np.ones((len(batch), num_experts), dtype=bool)
-            outputs.append(backend.run(rows.requests(batch), lambda gate, embedding, all_=everyone: all_))
+            outputs.append(backend.run(rows.requests(batch), everyone))
             order.append(batch)
             advance(len(batch))
     back = np.argsort(np.concatenate(order))
@@ -112,7 +115,9 @@ def _fit_combiner(votes: Array, truth: Array, num_experts: int) -> tuple[Array, 
     weights = np.concatenate([np.ones(len(votes)), np.full(num_experts, 0.1)])
     regression = LogisticRegression(C=1.0, max_iter=2000).fit(rows, labels, sample_weight=weights)
     if num_experts == 2:  # scikit-learn gives one column for two classes
-        return np.concatenate([-regression.coef_, regression.coef_]).T / 2, np.array([-0.5, 0.5]) * regression.intercept_
+        return np.concatenate([-regression.coef_, regression.coef_]).T / 2, np.array(
+            [-0.5, 0.5]
+        ) * regression.intercept_
     return np.asarray(regression.coef_.T), np.asarray(regression.intercept_)
 
 

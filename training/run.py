@@ -6,7 +6,8 @@ predictor is written whole at the end.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mope import artifact
 from mope.backends.torch_backend import TorchBackend, weight_files
@@ -24,18 +26,18 @@ from mope.console import console
 from mope.errors import ConfigError
 from mope.predictor import LengthPredictor
 from mope.provenance import collect as collect_provenance
+from mope.provenance import shortened
 from mope.training.compare import compare
-from mope.training.config import TrainConfig
+from mope.training.config import FitConfig, TrainConfig
 from mope.training.data.build import DataSet, build_rows
 from mope.training.data.sources import Hub, open_source
 from mope.training.data.table import RowTable
 from mope.training.encoders import find_encoder
 from mope.training.evaluate import (
-    TestRows,
+    EvaluationRows,
     draw,
     evaluate_mope,
     evaluate_on,
-    expert_names,
     resolve_label_tokenizer,
 )
 from mope.training.experts import train_mope
@@ -45,6 +47,9 @@ from mope.training.report import metrics_markdown, print_metrics
 from mope.training.routing import choose_combination, collect, fit_calibration, fit_router, lookup_sample, marginal
 
 SPLITS = ("train", "validation", "test")
+# settings that may differ when a run is resumed: they do not change what is trained
+FREE_IN_MODEL = {"combination", "router_parts", "lookup_rows", "lookup_neighbours"}
+FREE_IN_FIT = {"checkpoint_minutes", "accelerator", "devices", "num_nodes", "strategy", "precision"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def train(
     )
     data = build_rows(resolve_label_tokenizer(config.data, source.tokenizer_json, work))
     for line in data.report.lines():
-        console().print(line, highlight=False)
+        console().print(line, highlight=False, soft_wrap=True)
     rows = sample(data.rows, config)
     prepared = prepare(rows, config.model, source, config.data.label_tokenizer)
     _say_plan(prepared, config)
@@ -95,27 +100,28 @@ def train(
     networks, fits = train_mope(prepared, source, config.fit, work, resume=resume)
     if int(os.environ.get("LOCAL_RANK", "0")) or int(os.environ.get("NODE_RANK", "0")):
         return None
-    predictor = finish(prepared, TorchBackend(networks, prepared.config), config)
+    predictor = finish(prepared, TorchBackend(networks, prepared.config, inference_device(config.fit)), config)
     tables = {name: rows.split(name) for name in SPLITS}
-    test = TestRows.of(tables["test"], prepared.test)
+    test = EvaluationRows.of(tables["test"], prepared.test)
     samples = config.evaluation.bootstrap_samples
     raw = collect(predictor.backend, test.encoded, prepared.config.num_experts, "predicting test rows")
     evaluation = evaluate_mope(predictor, test, raw, samples=samples)
     logs = dict(zip(_names(prepared.config), [fit.csv for fit in fits], strict=True))
     logs |= compare(evaluation, test, tables, prepared, source, config, work, resume=resume)
     metrics = evaluation.metrics
-    metrics["data"] = data.report.to_json()
+    metrics["data"] = shortened(data.report.to_json())
     metrics["training"] = _training_metrics(prepared, fits)
     if config.test_data is not None:
         foreign = config.test_data.model_copy(update={"label_tokenizer": config.data.label_tokenizer, "min_rows": 0})
         other = build_rows(resolve_label_tokenizer(foreign, source.tokenizer_json, work))
-        metrics["other_data"] = {foreign.source: evaluate_on(predictor, other, samples=samples)[0].metrics}
+        metrics["other_data"] = {shortened(foreign.source): evaluate_on(predictor, other, samples=samples)[0].metrics}
     with artifact.writing(output) as folder:
         predictor.write(folder)
         provenance = collect_provenance(
             list(command), config.fit.seed, {config.data.source: data.fingerprint}, started=started
         )
-        provenance["config"] = config.model_dump(mode="json", exclude={"data": {"cache_dir"}, "test_data": {"cache_dir"}})
+        settings = config.model_dump(mode="json", exclude={"data": {"cache_dir"}, "test_data": {"cache_dir"}})
+        provenance["config"] = shortened(settings)
         artifact.write_json(folder / "metrics.json", metrics)
         artifact.write_json(folder / "provenance.json", provenance)
         drawn = draw(evaluation, test, folder / "plots", logs)
@@ -131,7 +137,8 @@ def train(
             datasets=[config.data.source] if isinstance(open_source(config.data), Hub) else [],
         )
         write_card(folder, card)
-    exec(compile(snippet(str(output)), "the model card's snippet", "exec"), {})  # what the card shows must run
+    with contextlib.redirect_stdout(io.StringIO()):  # what the card shows must run
+        exec(compile(snippet(str(output)), "the model card's snippet", "exec"), {})
     print_metrics(metrics, console())
     console().print(f"predictor, card, metrics and plots are in [bold]{output}[/]; checkpoints and logs in {work}")
     return RunResult(output, metrics)
@@ -145,9 +152,7 @@ def finish(prepared: Prepared, backend: TorchBackend, config: TrainConfig) -> Le
     wants_lookup = "lookup" in settings.router_parts
     neighbours = lookup_sample(prepared.train, config.model.lookup_rows if wants_lookup else 1, config.fit.seed)
     neighbour_outputs = collect(backend, neighbours, num_experts, "embedding look-up rows")
-    router = fit_router(
-        settings, config.model, prepared.train, neighbours, neighbour_outputs, validation, outputs
-    )
+    router = fit_router(settings, config.model, prepared.train, neighbours, neighbour_outputs, validation, outputs)
     history = prepared.validation_history
     if config.model.combination == "auto":
         errors = choose_combination(settings, router, validation, outputs, history)
@@ -159,12 +164,17 @@ def finish(prepared: Prepared, backend: TorchBackend, config: TrainConfig) -> Le
     calibration = fit_calibration(settings, router, validation, outputs, history)
     return LengthPredictor(
         settings,
-        TorchBackend(backend.networks, settings),
+        TorchBackend(backend.networks, settings, inference_device(config.fit)),
         prepared.encoder,
         router,
         calibration,
         marginal(settings, prepared.train),
     )
+
+
+def inference_device(fit: FitConfig) -> str:
+    """Where a run's own predictions are made: on the GPU that it trains on, if any."""
+    return "cuda" if fit.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def sample(rows: RowTable, config: TrainConfig) -> RowTable:
@@ -190,41 +200,44 @@ def _check_output(output: Path) -> None:
 
 def _check_work(work: Path, config: TrainConfig, data: DataSet, *, resume: bool) -> None:
     """Let a run be resumed only with the settings and rows that it was begun with."""
-    shaping = {"data": data.fingerprint, "model": config.model.model_dump(mode="json"), "fit": config.fit.model_dump(mode="json")}
-    for free in ("checkpoint_minutes", "accelerator", "devices", "num_nodes", "strategy", "precision"):
-        shaping["fit"].pop(free)
-    for free in ("combination", "router_parts", "lookup_rows", "lookup_neighbours"):
-        shaping["model"].pop(free)
-    digest = hashlib.sha256(repr(sorted(shaping.items())).encode()).hexdigest()
+    settings = config.model_dump(mode="json", exclude={"model": FREE_IN_MODEL, "fit": FREE_IN_FIT})
+    shaping: dict[str, Any] = {"rows": data.fingerprint, "model": settings["model"], "fit": settings["fit"]}
     marker = work / "run.json"
     if resume and marker.exists():
         begun = artifact.read_json(marker)
-        if begun["digest"] != digest:
+        if begun != shaping:
             changed = [
                 f"{section}.{name}"
                 for section in ("model", "fit")
                 for name, value in shaping[section].items()
-                if begun[section].get(name) != value
+                if begun.get(section, {}).get(name) != value
             ]
             what = ", ".join(changed) or "the data"
             raise ConfigError(f"--resume: {work} was begun with other settings ({what}); drop --resume to start anew")
         return
     work.mkdir(parents=True, exist_ok=True)
-    artifact.write_json(marker, {"digest": digest, "model": shaping["model"], "fit": shaping["fit"]})
+    artifact.write_json(marker, shaping)
 
 
 def _say_plan(prepared: Prepared, config: TrainConfig) -> None:
     settings = prepared.config
     console().print(
-        f"{settings.num_experts} experts ({'; '.join(expert_names(settings))} tokens), {settings.design} design, "
+        f"{settings.num_experts} experts ({'; '.join(settings.expert_names)} tokens), {settings.design} design, "
         f"{settings.num_body_bins} bins up to {settings.edges[settings.num_body_bins]:.0f} tokens, then a Pareto tail "
         f"of index {settings.tail_index:.2f}",
         highlight=False,
+        soft_wrap=True,
     )
     sizes = ", ".join(f"{name} {len(getattr(prepared, name)):,}" for name in SPLITS)
-    console().print(f"rows used: {sizes}; {prepared.train.lengths.mean():.0f} input tokens on average", highlight=False)
+    console().print(
+        f"rows used: {sizes}; {prepared.train.lengths.mean():.0f} input tokens on average",
+        highlight=False,
+        soft_wrap=True,
+    )
     if config.fit.max_train_rows is not None:
-        console().print("this is a sample: `mope-train --recipe sharegpt-small` trains on all rows", highlight=False)
+        console().print(
+            "this is a sample: `mope-train --recipe sharegpt-small` trains on all rows", highlight=False, soft_wrap=True
+        )
 
 
 def _names(config: PredictorConfig) -> list[str]:

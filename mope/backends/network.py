@@ -19,12 +19,14 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 def build_encoder(encoder_config: dict[str, Any]) -> PreTrainedModel:
     """An encoder of the given architecture with fresh weights, without a pooling layer."""
     config: PretrainedConfig = AutoConfig.for_model(**encoder_config)
-    return _without_pooler(lambda **options: AutoModel.from_config(config, **options))
+    return _without_pooler(lambda **options: AutoModel.from_config(config, **options))  # type: ignore[no-untyped-call]
 
 
 def load_encoder(name_or_path: str, revision: str | None = None) -> PreTrainedModel:
     """A pre-trained encoder from a folder or the Hugging Face Hub, without a pooling layer."""
-    return _without_pooler(lambda **options: AutoModel.from_pretrained(name_or_path, revision=revision, dtype=torch.float32, **options))
+    return _without_pooler(
+        lambda **options: AutoModel.from_pretrained(name_or_path, revision=revision, dtype=torch.float32, **options)
+    )
 
 
 def _without_pooler(make: Any) -> PreTrainedModel:
@@ -51,6 +53,9 @@ class MopeNetwork(nn.Module):
         dropout: dropout before each head's last layer.
     """
 
+    number_mean: Tensor
+    number_scale: Tensor
+
     def __init__(
         self,
         encoder: PreTrainedModel,
@@ -74,14 +79,18 @@ class MopeNetwork(nn.Module):
         width = encoder.config.hidden_size + len(number_mean) + llm_dim
 
         def head(outputs: int) -> nn.Module:
-            return nn.Sequential(nn.Linear(width, head_hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(head_hidden, outputs))
+            return nn.Sequential(
+                nn.Linear(width, head_hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(head_hidden, outputs)
+            )
 
         self.gate = head(num_gate) if num_gate else None
         self.heads = nn.ModuleList(head(num_outputs) for _ in range(num_heads))
 
     def embed(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
         """Mean of the trunk's last hidden states over the text, shape (B, H), float32."""
-        hidden_BSH = self.encoder(input_ids=input_ids_BS, attention_mask=attention_mask_BS).last_hidden_state.float()
+        hidden_BSH: Tensor = self.encoder(
+            input_ids=input_ids_BS, attention_mask=attention_mask_BS
+        ).last_hidden_state.float()
         weights_BS1 = attention_mask_BS.unsqueeze(-1).to(hidden_BSH.dtype)
         return (hidden_BSH * weights_BS1).sum(1) / weights_BS1.sum(1).clamp(min=1.0)
 

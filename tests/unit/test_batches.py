@@ -112,7 +112,9 @@ def test_pools_save_padding_and_a_pool_of_one_batch_does_not_sort():
     rows = encoded(2000)
 
     def padding(pool):
-        return sum(rows.lengths[batch].max() * len(batch) for batch in BucketLoader(rows, 16, pool_batches=pool).batches(0))
+        return sum(
+            rows.lengths[batch].max() * len(batch) for batch in BucketLoader(rows, 16, pool_batches=pool).batches(0)
+        )
 
     assert padding(50) < 1.1 * rows.lengths.sum()
     assert padding(1) > 1.6 * rows.lengths.sum()

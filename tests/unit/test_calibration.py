@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mope.calibration import NUM_KNOTS, Calibration, cumulative_map
+from mope.calibration import KNOTS, Calibration, cumulative_map
 
 
 def overconfident(num_rows, seed):
@@ -33,7 +33,7 @@ def test_censored_answers_do_not_bias_the_map():
     true = rng.random(30_000) ** 2
     cut_at = rng.random(30_000)
     levels, censored = np.minimum(true, cut_at), cut_at < true
-    knots = np.linspace(0, 1, NUM_KNOTS)
+    knots = KNOTS
     truth = np.sqrt(knots)
     inner = knots <= 0.95  # few are at risk above
     found = cumulative_map(levels, censored, knots, knots, 0.0)
@@ -55,7 +55,9 @@ def test_kaplan_and_meier_by_hand():
     st.lists(st.floats(0, 1), min_size=1, max_size=8),
 )
 def test_the_map_is_monotone_with_its_ends_fixed(rows, stated):
-    levels, censored, history = (np.array([row[i] for row in rows], dtype) for i, dtype in enumerate((float, bool, bool)))
+    levels, censored, history = (
+        np.array([row[i] for row in rows], dtype) for i, dtype in enumerate((float, bool, bool))
+    )
     calibration = Calibration.fit(levels, censored, history)
     cdf = np.array([[0.0, *sorted(stated), 1.0]] * 2)
     corrected = calibration(cdf, np.array([False, True]))

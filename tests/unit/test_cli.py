@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from mope import console as terminal
-from mope.cli import COMMANDS, LEVELS, _bucket, main
+from mope.cli import COMMANDS, LEVELS, main
 from mope.errors import DataError
 from mope.predictor import LengthPredictor
 from mope.training import cli as training_cli
@@ -256,11 +256,6 @@ def test_a_gpu_that_is_not_there_is_a_mistake(run: Run, tiny: Path, monkeypatch:
     assert "type --device cpu" in mistake(run("predict", tiny, "x", "--device", "cuda:0"))
 
 
-def test_the_buckets_of_the_experts_have_no_gap() -> None:
-    assert [_bucket([53, 210], expert) for expert in range(3)] == ["up to 53", "54 to 210", "above 210"]
-    assert _bucket([], 0) == "all"
-
-
 # --- mope-train, mope train ---
 
 
@@ -340,6 +335,10 @@ def test_ctrl_c_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         (["--recipe", "demo", "--output", "x", "--router-parts", "gat"], "--router-parts: got 'gat'"),
         (["--recipe", "demo", "--output", "x", "--fine-tuned", "bert"], "--fine-tuned: got 'bert'"),
         (["--recipe", "demo", "--output", "x", "--epoch", "1"], "--epoch"),
+        (["--recipe", "demo", "--output", "x", "--accelerator", "abacus"], "--accelerator abacus"),
+        (["--recipe", "demo", "--output", "x", "--accelerator", "cpu", "--devices", "none"], "--devices none"),
+        (["--recipe", "demo", "--output", "x", "--strategy", "hope"], "--strategy hope"),
+        (["--recipe", "demo", "--dry-run", "--test-source", "none", "--num-nodes", "0"], "--num-nodes: got '0'"),
     ],
 )
 def test_mistakes_of_train(run: Run, begun: list[SimpleNamespace], arguments: list[str], said: str) -> None:
@@ -379,16 +378,15 @@ def test_packages_that_are_missing_are_named_before_any_work(
 
 
 def test_quiet_hushes_tips_but_no_warning_that_matters() -> None:
-    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    rank_zero.setLevel(logging.INFO)
+    loggers = [logging.getLogger(f"lightning.{part}.utilities.rank_zero") for part in ("pytorch", "fabric")]
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         quiet()
         warnings.warn("The 'train_dataloader' does not have many workers which may be a bottleneck.", stacklevel=1)
         warnings.warn("the loss is not a number", stacklevel=1)
     assert [str(warning.message) for warning in seen] == ["the loss is not a number"]
-    assert not rank_zero.isEnabledFor(logging.INFO)
-    assert rank_zero.isEnabledFor(logging.WARNING)
+    assert not any(logger.isEnabledFor(logging.INFO) for logger in loggers)
+    assert all(logger.isEnabledFor(logging.WARNING) for logger in loggers)
 
 
 # --- mope evaluate ---

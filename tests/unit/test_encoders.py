@@ -65,7 +65,9 @@ def test_a_folder_without_an_encoder_is_one_line(name):
 
 
 def test_an_encoder_that_cannot_be_had_offline_points_to_one_that_can():
-    with pytest.raises(ConfigError, match=r"encoder 'no-such/encoder' can't be loaded: .*--encoder minilm works") as caught:
+    with pytest.raises(
+        ConfigError, match=r"encoder 'no-such/encoder' can't be loaded: .*--encoder minilm works"
+    ) as caught:
         find_encoder("no-such/encoder")
     assert "\n" not in str(caught.value)
 
@@ -79,7 +81,7 @@ def test_a_broken_config_is_one_line(tmp_path):
 
 def test_layers_of_other_architectures_are_not_cut(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "distilbert"}')
-    with pytest.raises(ConfigError, match="--num-layers cuts BERT-like encoders; .* is of type 'distilbert'"):
+    with pytest.raises(ConfigError, match=r"--num-layers cuts BERT-like encoders; .* is of type 'distilbert'"):
         find_encoder(str(tmp_path), num_layers=2)
 
 

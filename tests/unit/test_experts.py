@@ -122,7 +122,10 @@ def test_baselines_have_the_same_encoder_and_one_output(tiny_encoder, tmp_path, 
         assert fits[-1][4]["pool_batches"] == pool
         assert scale == pytest.approx(rows.train.tokens_R.mean())
         gate, heads, _ = network(
-            *(rows.train.batch(np.arange(3))[key] for key in ("input_ids_BS", "attention_mask_BS", "numbers_BF", "llm_B"))
+            *(
+                rows.train.batch(np.arange(3))[key]
+                for key in ("input_ids_BS", "attention_mask_BS", "numbers_BF", "llm_B")
+            )
         )
         assert gate is None
         assert heads.shape == (3, 1, 1)

@@ -19,6 +19,10 @@ from mope.training.encoders import find_encoder
 from mope.training.fit import FitModule, TrainingInterruptedError, fit, resolve_precision
 from mope.training.objectives import MopeObjective
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Checkpoint directory", "ignore:Experiment logs directory", "ignore:The number of training batches",
+    "ignore:.*LeafSpec",
+)  # fmt: skip
 EDGES = [0.5, 5.5, 20.5, 60.5, 200.5, 400.5, 600.5]
 SETTINGS = {
     "accelerator": "cpu", "devices": "1", "precision": "32-true", "batch_size": 16, "epochs": 2.0, "dropout": 0.0,
@@ -57,7 +61,9 @@ def train(rows, tiny_encoder, tmp_path):
         )
         options = {"description": "training", "resume": resume, "pool_batches": pool_batches}
         own = objective or MopeObjective(EDGES, [100.5])
-        result = fit(network, own, rows[0], validation, FitConfig(**{**SETTINGS, **settings}), tmp_path / name, **options)
+        result = fit(
+            network, own, rows[0], validation, FitConfig(**{**SETTINGS, **settings}), tmp_path / name, **options
+        )
         return network, result
 
     return run
@@ -131,7 +137,9 @@ def test_the_weights_of_the_best_validation_run_are_kept_and_patience_ends_it(tr
         return with_snapshots(**options)
 
     monkeypatch.setattr(fitting.L, "Trainer", trainer)
-    network, result = train(epochs=20.0, checks_per_epoch=2, patience=2, objective=_Turning(), validation=rows[1].take(np.arange(30)))
+    network, result = train(
+        epochs=20.0, checks_per_epoch=2, patience=2, objective=_Turning(), validation=rows[1].take(np.arange(30))
+    )
     assert result.validation_loss == 3.0
     assert len(snapshots.taken) == 5  # three that improved, two that did not
     assert result.num_steps == 5 * 3
@@ -163,7 +171,9 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(train, tmp_path, st
         train(objective=_Interrupting(step))
     assert (tmp_path / "run" / "last.ckpt").exists() == (step < 12)
     assert (tmp_path / "run" / "finished.json").exists() == (step == 12)
-    network, result = train(resume=True)
+    counting = _Interrupting(1000)  # counts down, and is never reached
+    network, result = train(resume=True, objective=counting)
+    assert 1000 - counting.left == 12 - step
     assert result.num_steps == expected.num_steps == 12
     assert result.validation_loss == pytest.approx(expected.validation_loss, rel=1e-5)
     torch.testing.assert_close(weights(network), weights(whole), atol=1e-5, rtol=1e-4)

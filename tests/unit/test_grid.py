@@ -69,7 +69,7 @@ def test_cdf_passes_through_the_edges_and_is_0_and_1_outside(masses):
 def test_survival_integral_equals_numeric_integration(masses, start, end):
     cdf = cumulative(masses)
     start, end = min(start, end), max(start, end)
-    t = np.unique(np.concatenate([np.linspace(start, end, 4000), EDGES[(EDGES > start) & (EDGES < end)]]))
+    t = np.unique(np.concatenate([np.linspace(start, end, 4000), EDGES[(start < EDGES) & (end > EDGES)]]))
     survival = 1.0 - cdf_at(EDGES, np.repeat(cdf, len(t), axis=0), t)
     exact = survival_integral(EDGES, cdf, np.array([start]), np.array([end]))[0]
     trapezoids = (survival[1:] + survival[:-1]) / 2 * np.diff(t)

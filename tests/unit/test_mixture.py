@@ -77,7 +77,14 @@ def test_assemble_takes_parts_and_combination_for_ablations(predictor):
 
     def expert(parts):
         result = assemble(
-            predictor.config, predictor.router, identity, raw, encoded.rule_hits, history, parts=parts, combination="top1"
+            predictor.config,
+            predictor.router,
+            identity,
+            raw,
+            encoded.rule_hits,
+            history,
+            parts=parts,
+            combination="top1",
         )
         own = np.concatenate([[0.0], result.experts_BKM[0, result.route_BK.argmax()].cumsum()])
         assert result.cdf_BE[0] == pytest.approx(own)

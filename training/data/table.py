@@ -69,7 +69,7 @@ class RowTable:
     @cached_property
     def response_tokens(self) -> npt.NDArray[np.int64]:
         """Labels, shape (rows,), in label tokens."""
-        return self.table["response_tokens"].to_numpy().astype(np.int64)
+        return np.asarray(self.table["response_tokens"].to_numpy(), dtype=np.int64)
 
     @cached_property
     def censored(self) -> npt.NDArray[np.bool_]:
@@ -84,7 +84,8 @@ class RowTable:
     @cached_property
     def groups(self) -> npt.NDArray[np.int64]:
         """A number per conversation group, shape (rows,)."""
-        return self.table["group"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+        indices = self.table["group"].combine_chunks().dictionary_encode().indices
+        return np.asarray(indices.to_numpy(), dtype=np.int64)
 
     def earlier_answer_tokens(self) -> list[Sequence[int]]:
         """Label tokens of each row's earlier answers, oldest first."""

@@ -1,0 +1,175 @@
+"""Whole runs on generated chats with a tiny encoder: train, save, load, predict, evaluate, resume."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mope import LengthPredictor
+from mope.errors import ConfigError, DataError
+from mope.training.config import EvaluationConfig, FitConfig, ModelConfig, TrainConfig
+from mope.training.data.config import DataConfig
+from mope.training.evaluate import evaluate_artifact
+from mope.training.run import RunResult, train
+
+NUM_CHATS = 900
+
+
+def write_chats(path: Path, seed: int = 0) -> Path:
+    """OpenAI messages of two turns; the first word says how long the answer is, the LLM doubles it."""
+    draw = random.Random(seed)
+    lines = []
+    for number in range(NUM_CHATS):
+        llm = draw.choice(["brief-llm", "wordy-llm"])
+        messages = []
+        for _turn in range(2):
+            kind = draw.choice(["name", "explain", "write"])
+            words = draw.randint(1, 4) * {"name": 1, "explain": 12, "write": 70}[kind] * (1 + (llm == "wordy-llm"))
+            subject = "".join(draw.choices("abcdefghij", k=6))
+            messages += [
+                {"role": "user", "content": f"{kind} {subject}"},
+                {"role": "assistant", "content": f"{subject} " * words},
+            ]
+        lines.append(json.dumps({"id": f"{seed}-{number}", "model": llm, "messages": messages}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def settings(chats: Path, encoder: Path, cache: Path, **model: object) -> TrainConfig:
+    return TrainConfig(
+        data=DataConfig(source=str(chats), label_tokenizer="encoder", cache_dir=cache),
+        model=ModelConfig(
+            encoder=str(encoder), max_prompt_tokens=16, max_context_tokens=8, lookup_rows=100, min_llm_rows=50, **model
+        ),
+        fit=FitConfig(
+            epochs=4, learning_rate=5e-3, head_learning_rate=5e-3, checks_per_epoch=1, accelerator="cpu", devices="1",
+            precision="32-true", freeze_embeddings=False,
+        ),
+        evaluation=EvaluationConfig(baselines=("constant", "previous_answers"), fine_tuned=(), bootstrap_samples=20),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path, tiny_encoder: Path) -> TrainConfig:
+    config = settings(write_chats(folder / "chats.jsonl"), tiny_encoder, folder / "cache")
+    return config.model_copy(
+        update={"evaluation": config.evaluation.model_copy(update={"fine_tuned": ("single_expert", "ranker")})}
+    )
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, config: TrainConfig) -> RunResult:
+    result = train(config, folder / "out", command=["mope-train", "chats.jsonl"])
+    assert result is not None
+    return result
+
+
+def test_a_run_learns_what_there_is_to_learn(run: RunResult) -> None:
+    for part in ("first_turn", "all_turns"):
+        found = run.metrics["test"][part]
+        assert set(found) == {"mope", "mope_oracle_routed", "constant", "previous_answers", "single_expert", "ranker"}
+        assert found["mope"]["mae"] < 0.7 * found["constant"]["mae"]
+        assert found["mope_oracle_routed"]["mae"] < found["mope"]["mae"]
+        assert found["mope"]["kendall_tau"] > 0.5
+    assert run.metrics["router"]["accuracy"] > 0.6
+
+
+def test_what_a_run_leaves_is_all_there_and_strict_json(run: RunResult) -> None:
+    names = {path.name for path in run.folder.iterdir()}
+    assert {
+        "config.json", "model.safetensors", "tokenizer.json", "router.json", "lookup.safetensors", "calibration.json",
+        "files.json", "metrics.json", "provenance.json", "README.md", "plots",
+    } <= names  # fmt: skip
+    assert not [path for path in run.folder.rglob("*") if path.suffix in (".pkl", ".pt", ".ckpt", ".joblib")]
+    for name in ("metrics.json", "provenance.json", "config.json"):
+        json.loads((run.folder / name).read_text(), parse_constant=pytest.fail)
+    assert len(list((run.folder / "plots").glob("*.png"))) >= 8
+    card = (run.folder / "README.md").read_text()
+    assert f"{run.metrics['test']['all_turns']['mope']['mae']:.1f}" in card
+    assert str(run.folder.parent) not in (run.folder / "provenance.json").read_text()
+
+
+def test_the_saved_predictor_predicts_what_was_evaluated(run: RunResult, config: TrainConfig) -> None:
+    again = evaluate_artifact(run.folder, config.data)
+    for part, found in again["test"].items():
+        assert found["mope"]["mae"] == pytest.approx(run.metrics["test"][part]["mope"]["mae"], rel=1e-6)
+
+
+def test_the_predictor_tells_short_from_long_and_one_llm_from_another(run: RunResult) -> None:
+    predictor = LengthPredictor.from_pretrained(run.folder)
+    assert predictor.config.target_llms == ("brief-llm", "wordy-llm")
+    long = predictor.predict("write abcdef", target_llm="wordy-llm")
+    short = predictor.predict("name abcdef", target_llm="wordy-llm")
+    assert long.median > 5 * short.median
+    assert long.expert > short.expert
+    assert long.median > predictor.predict("write abcdef", target_llm="brief-llm").median
+
+
+def test_resume_takes_what_is_trained_and_gives_the_same(
+    run: RunResult, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning.Trainer.fit", lambda *_, **__: pytest.fail("trained again"))
+    again = train(config, run.folder, resume=True, command=["mope-train", "--resume"])
+    assert again is not None
+    assert again.metrics["test"] == run.metrics["test"]
+
+
+def test_resume_refuses_other_settings_and_says_which(run: RunResult, config: TrainConfig) -> None:
+    other = config.model_copy(update={"fit": config.fit.model_copy(update={"dropout": 0.3})})
+    with pytest.raises(ConfigError, match=r"fit\.dropout"):
+        train(other, run.folder, resume=True)
+
+
+def test_an_output_that_is_something_else_is_refused_before_training(
+    folder: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning.Trainer.fit", lambda *_, **__: pytest.fail("trained"))
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not a saved predictor"):
+        train(config, folder / "mine")
+    assert (folder / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [
+        ({"design": "separate", "num_experts": 2, "combination": "top1"}, 3),
+        ({"num_experts": 1}, 1),
+        ({"num_experts": 4, "router_parts": ("gate",), "boundaries": (5, 40, 150)}, 1),
+    ],
+)
+def test_other_designs(
+    model: dict[str, object], weights: int, folder: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    config = settings(folder / "chats.jsonl", tiny_encoder, folder / "cache", **model)
+    config = config.model_copy(update={"fit": config.fit.model_copy(update={"epochs": 2.0})})
+    result = train(config, tmp_path / "out")
+    assert result is not None
+    assert len([p for p in result.folder.glob("*.safetensors") if p.name != "lookup.safetensors"]) == weights
+    found = result.metrics["test"]["all_turns"]
+    assert found["mope"]["mae"] < found["constant"]["mae"]
+    predictor = LengthPredictor.from_pretrained(result.folder)
+    assert predictor.config.num_experts == model["num_experts"]
+    assert np.isfinite(predictor.predict("write abcdef").mean)
+
+
+def test_evaluation_on_other_data_and_on_too_little(run: RunResult, tmp_path: Path) -> None:
+    other = DataConfig(source=str(write_chats(tmp_path / "other.jsonl", seed=9)), cache_dir=tmp_path / "cache")
+    found = evaluate_artifact(run.folder, other, tmp_path / "evaluated", samples=20)
+    assert found["test"]["all_turns"]["mope"]["num_rows"] > 50
+    assert (tmp_path / "evaluated" / "metrics.json").exists()
+    assert list((tmp_path / "evaluated" / "plots").glob("*.png"))
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"prompt": "a", "response": "b c"}\n{"prompt": "d", "response": "e"}\n')
+    with pytest.raises(DataError, match="test rows"):
+        evaluate_artifact(run.folder, DataConfig(source=str(few), cache_dir=tmp_path / "cache"))
