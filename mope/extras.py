@@ -13,7 +13,7 @@ from mope.errors import MissingExtraError
 # top-level module -> extra of `mope-llm` that installs it
 EXTRAS = {
     "torch": "torch",
-    "transformers": "train",
+    "transformers": "torch",
     "lightning": "train",
     "datasets": "train",
     "sklearn": "train",
