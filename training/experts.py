@@ -28,17 +28,8 @@ def new_network(
     source: EncoderSource, config: PredictorConfig, settings: FitConfig, *, gate: int, heads: int, outputs: int
 ) -> MopeNetwork:
     """A network on the pre-trained encoder, gate and heads fresh."""
-    return MopeNetwork(
-        source.load(),
-        number_mean=list(config.number_mean),
-        number_scale=list(config.number_scale),
-        num_llms=len(config.target_llms),
-        llm_dim=config.llm_dim,
-        num_gate=gate,
-        num_heads=heads,
-        num_outputs=outputs,
-        head_hidden=config.head_hidden,
-        dropout=settings.dropout,
+    return MopeNetwork.of(
+        config, source.load(), num_gate=gate, num_heads=heads, num_outputs=outputs, dropout=settings.dropout
     )
 
 

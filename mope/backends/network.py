@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from mope.config import PredictorConfig
+
 
 def build_encoder(encoder_config: dict[str, Any]) -> PreTrainedModel:
     """An encoder of the given architecture with fresh weights, without a pooling layer."""
@@ -85,6 +87,31 @@ class MopeNetwork(nn.Module):
 
         self.gate = head(num_gate) if num_gate else None
         self.heads = nn.ModuleList(head(num_outputs) for _ in range(num_heads))
+
+    @classmethod
+    def of(
+        cls,
+        config: PredictorConfig,
+        encoder: PreTrainedModel,
+        *,
+        num_gate: int,
+        num_heads: int,
+        num_outputs: int | None = None,
+        dropout: float = 0.0,
+    ) -> MopeNetwork:
+        """A network of a predictor's sizes and scales on the given trunk; a head's outputs are its bins by default."""
+        return cls(
+            encoder,
+            number_mean=list(config.number_mean),
+            number_scale=list(config.number_scale),
+            num_llms=len(config.target_llms),
+            llm_dim=config.llm_dim,
+            num_gate=num_gate,
+            num_heads=num_heads,
+            num_outputs=num_outputs or config.num_body_bins + 1,
+            head_hidden=config.head_hidden,
+            dropout=dropout,
+        )
 
     def embed(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
         """Mean of the trunk's last hidden states over the text, shape (B, H), float32."""

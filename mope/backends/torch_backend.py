@@ -28,25 +28,16 @@ def weight_files(config: PredictorConfig) -> list[str]:
     return ["gate.safetensors", *(f"expert-{k}.safetensors" for k in range(config.num_experts))]
 
 
-def _network(config: PredictorConfig, num_gate: int, num_heads: int) -> MopeNetwork:
-    return MopeNetwork(
-        build_encoder(copy.deepcopy(config.encoder_config)),
-        number_mean=list(config.number_mean),
-        number_scale=list(config.number_scale),
-        num_llms=len(config.target_llms),
-        llm_dim=config.llm_dim,
-        num_gate=num_gate,
-        num_heads=num_heads,
-        num_outputs=config.num_body_bins + 1,
-        head_hidden=config.head_hidden,
-    )
-
-
 def empty_networks(config: PredictorConfig) -> list[MopeNetwork]:
     """Networks in the order of `weight_files`, with fresh weights."""
+
+    def network(num_gate: int, num_heads: int) -> MopeNetwork:
+        encoder = build_encoder(copy.deepcopy(config.encoder_config))
+        return MopeNetwork.of(config, encoder, num_gate=num_gate, num_heads=num_heads)
+
     if config.design == "shared":
-        return [_network(config, config.num_experts if config.num_experts > 1 else 0, config.num_experts)]
-    return [_network(config, config.num_experts, 0), *(_network(config, 0, 1) for _ in range(config.num_experts))]
+        return [network(config.num_experts if config.num_experts > 1 else 0, config.num_experts)]
+    return [network(config.num_experts, 0), *(network(0, 1) for _ in range(config.num_experts))]
 
 
 class TorchBackend:
