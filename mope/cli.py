@@ -259,6 +259,8 @@ def _reading(name: str) -> Iterator[tuple[Iterable[str | bytes], int | None]]:
             total = sum(1 for _ in file)
             file.seek(0)
             yield file, total
+    except BrokenPipeError:  # whoever reads our output went away
+        raise
     except OSError as error:
         raise ConfigError(f"--input {name} can't be read: {error.strerror}") from error
 

@@ -23,13 +23,17 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + 2  # as a shell reports SIGINT
 EXIT_BROKEN_PIPE = 128 + 13  # as a shell reports SIGPIPE
 
+LOG_WIDTH = 110  # columns of tables in a log
 LOG_INTERVAL_S = 30.0  # between two lines of progress where there is no terminal to draw a bar on
 
 
 @cache
 def console() -> Console:
     """The console on stderr that all commands share."""
-    return Console(stderr=True)
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.width = max(console.width, LOG_WIDTH)
+    return console
 
 
 def run(main: Callable[[list[str]], int], arguments: list[str] | None = None) -> int:

@@ -73,6 +73,8 @@ class Request:
                 prompts.append(text)
             elif role == "assistant":
                 answers.append(len(text.encode("utf-8", "replace")))
+            elif role not in ("tool", "function"):
+                raise DataError(f"message {position} has the role {role!r}; known are system, user, assistant and tool")
         if not prompts:
             raise DataError(
                 f"no message with role 'user' among {len(messages)} messages; the prompt is the last of them"

@@ -147,7 +147,9 @@ def evaluate_mope(predictor: LengthPredictor, rows: EvaluationRows, raw: RawOutp
         "by_length": metrics.by_bucket(
             tokens[known], predicted[known], [*config.boundaries, edges[config.num_body_bins]]
         ),
-        "by_expert": metrics.by_label(tokens[known], predicted[known], _expert_labels(config, result, known)),
+        "by_expert": dict(
+            sorted(metrics.by_label(tokens[known], predicted[known], _expert_labels(config, result, known)).items())
+        ),
         "failures": _failures(rows, predicted, quantiles_NQ[:, LEVELS.index(0.9)]),
     }
     for name, labels in (("by_language", _languages(rows.table)), ("by_target_llm", rows.table.strings("target_llm"))):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 
 from mope.backends.network import MopeNetwork
@@ -27,7 +28,8 @@ MIN_EXPERT_ROWS = 32
 def new_network(
     source: EncoderSource, config: PredictorConfig, settings: FitConfig, *, gate: int, heads: int, outputs: int
 ) -> MopeNetwork:
-    """A network on the pre-trained encoder, gate and heads fresh."""
+    """A network on the pre-trained encoder, gate and heads fresh from the seed."""
+    L.seed_everything(settings.seed, verbose=False)
     return MopeNetwork.of(
         config, source.load(), num_gate=gate, num_heads=heads, num_outputs=outputs, dropout=settings.dropout
     )

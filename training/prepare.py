@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -40,6 +41,24 @@ class Prepared:
     validation: EncodedRows
     test: EncodedRows
     validation_history: Array
+
+
+def check_borders(model: ModelConfig) -> None:
+    """What is wrong with the given borders can be said before any row is read.
+
+    Raises:
+        ConfigError: their number does not fit the experts, or they do not increase.
+    """
+    for flag, borders, low in (
+        ("--boundaries", model.boundaries, 1),
+        ("--boundary-quantiles", model.boundary_quantiles, 0),
+    ):
+        if borders and len(borders) != model.num_experts - 1:
+            raise ConfigError(
+                f"{model.num_experts} experts need {model.num_experts - 1} inner borders; {flag} gives {len(borders)}"
+            )
+        if any(later <= earlier for earlier, later in pairwise(borders)) or any(border < low for border in borders):
+            raise ConfigError(f"{flag} must increase and be at least {low}; got {', '.join(f'{b:g}' for b in borders)}")
 
 
 def choose_boundaries(tokens: Array, model: ModelConfig) -> tuple[float, ...]:

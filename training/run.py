@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -42,7 +42,7 @@ from mope.training.evaluate import (
 )
 from mope.training.experts import train_mope
 from mope.training.fit import FitResult
-from mope.training.prepare import Prepared, prepare
+from mope.training.prepare import Prepared, check_borders, prepare
 from mope.training.report import metrics_markdown, print_metrics
 from mope.training.routing import choose_combination, collect, fit_calibration, fit_router, lookup_sample, marginal
 
@@ -86,7 +86,8 @@ def train(
     """
     started = datetime.now(timezone.utc)
     work = work or output.with_name(output.name + ".work")
-    _check_output(output)
+    check_borders(config.model)
+    _check_output(output, work)
     source = find_encoder(
         config.model.encoder, revision=config.model.encoder_revision, num_layers=config.model.num_layers
     )
@@ -140,6 +141,8 @@ def train(
     with contextlib.redirect_stdout(io.StringIO()):  # what the card shows must run
         exec(compile(snippet(str(output)), "the model card's snippet", "exec"), {})
     print_metrics(metrics, console())
+    for line in verdict(metrics):
+        console().print(line, highlight=False, soft_wrap=True)
     console().print(f"predictor, card, metrics and plots are in [bold]{output}[/]; checkpoints and logs in {work}")
     return RunResult(output, metrics)
 
@@ -172,6 +175,29 @@ def finish(prepared: Prepared, backend: TorchBackend, config: TrainConfig) -> Le
     )
 
 
+def verdict(metrics: Mapping[str, Any]) -> list[str]:
+    """How MoPE did against the best other predictor of each part, in a sentence each; what was left out."""
+    lines: list[str] = []
+    for part, found in metrics["test"].items():
+        mope = found["mope"]["mae"]
+        others = {name: found[name]["mae"] for name in found if name not in ("mope", "mope_oracle_routed")}
+        if not others:
+            continue
+        best = min(others, key=others.__getitem__)
+        low, high = metrics["mope_minus"][part][best]["ci"]
+        word = "better than" if high < 0 else "worse than" if low > 0 else "not told apart from"
+        lines.append(
+            f"{part.replace('_', ' ')}: MoPE's mean absolute error is {mope:.1f} tokens, {word} the best other, "
+            f"{best.replace('_', ' ')} at {others[best]:.1f} (difference {mope - others[best]:+.1f}, 95 % interval "
+            f"{low:+.1f} to {high:+.1f})"
+        )
+    rows = metrics["training"]["rows"]["test"]
+    counted = max(found["mope"]["num_rows"] for found in metrics["test"].values())
+    if counted < rows:
+        lines.append(f"{rows - counted:,} of {rows:,} test rows have answers that were cut: their length is not known")
+    return lines
+
+
 def inference_device(fit: FitConfig) -> str:
     """Where a run's own predictions are made: on the GPU that it trains on, if any."""
     return "cuda" if fit.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
@@ -192,10 +218,16 @@ def sample(rows: RowTable, config: TrainConfig) -> RowTable:
     return rows.take(np.sort(np.concatenate(kept)))
 
 
-def _check_output(output: Path) -> None:
-    """Refuse before hours of training what `artifact.writing` would refuse after them."""
+def _check_output(output: Path, work: Path) -> None:
+    """Refuse before hours of training what could not be written after them."""
     if output.exists() and not (output / "files.json").exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output} exists and is not a saved predictor; choose another or remove it")
+    if output.exists():
+        console().print(f"the predictor in {output} will be replaced at the end", highlight=False)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: {work} can't be written: {error.strerror}") from error
 
 
 def _check_work(work: Path, config: TrainConfig, data: DataSet, *, resume: bool) -> None:
@@ -215,7 +247,8 @@ def _check_work(work: Path, config: TrainConfig, data: DataSet, *, resume: bool)
             what = ", ".join(changed) or "the data"
             raise ConfigError(f"--resume: {work} was begun with other settings ({what}); drop --resume to start anew")
         return
-    work.mkdir(parents=True, exist_ok=True)
+    if resume:
+        console().print(f"nothing to resume in {work}: starting anew", highlight=False)
     artifact.write_json(marker, shaping)
 
 

@@ -120,11 +120,13 @@ def test_pools_save_padding_and_a_pool_of_one_batch_does_not_sort():
     assert padding(1) > 1.6 * rows.lengths.sum()
 
 
-def test_a_batch_is_padded_to_its_longest_row():
+def test_a_batch_is_padded_to_its_longest_row_and_a_little_more():
     rows = encoded(20)
     picked = np.array([3, 11, 7])
     batch = rows.batch(picked)
-    assert batch["input_ids_BS"].shape[1] == rows.lengths[picked].max()
+    width, longest = batch["input_ids_BS"].shape[1], rows.lengths[picked].max()
+    assert width % 8 == 0
+    assert longest <= width < longest + 8
     for position, row in enumerate(picked):
         own = rows.flat_ids[rows.offsets[row] : rows.offsets[row + 1]].tolist()
         assert batch["input_ids_BS"][position, : len(own)].tolist() == own
