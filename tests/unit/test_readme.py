@@ -58,6 +58,7 @@ def test_python_block_runs(position: int) -> None:
     namespace: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(PYTHON_BLOCKS[: position + 1]):
         exec(compile(block, f"README.md, Python block {number + 1}", "exec"), namespace)
+    assert "predictor" in namespace
 
 
 def program(name: str) -> Callable[[list[str]], int]:
