@@ -59,7 +59,7 @@ class Calibration:
 
     @classmethod
     def fit(
-        cls, levels: Array, censored: Array, has_history: Array, *, prior_count: float = 50.0, turn_count: float = 500.0
+        cls, levels: Array, censored: Array, has_history: Array, *, prior_count: float = 50.0, turn_count: float = 100.0
     ) -> Calibration:
         """Fit on validation rows.
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CHARS_PER_TOKEN = 10  # characters kept per input token before tokenising; English words have about 5
 HEAD_SHARE = 0.6  # of a long prompt's window, how much is taken from its beginning
+COMPARED_CHARS = 1000  # characters of this and the previous prompt that are compared
 RULE_CHARS = 2000  # characters of the prompt, half from each end, that rules and lexical numbers look at
 
 _WH = re.compile(r"^\W*(?:what|which|who|whom|whose|when|where|why|how)\b", re.I)
@@ -43,11 +44,13 @@ _CODE_SIGNS = re.compile(
 _NON_ASCII = re.compile(r"[^\x00-\x7f]")
 _DIGIT = re.compile(r"[0-9]")
 _UPPER = re.compile(r"[A-Z]")
+_WORD = re.compile(r"\w+")
 
 NUMBER_NAMES = (
     "log_prompt_chars", "log_previous_prompt_chars", "log_system_chars",
     "log_earlier_turns", "has_history", "log_last_answer", "log_mean_answer", "log_max_answer", "log_min_answer",
-    "answer_spread", "last_minus_mean",
+    "answer_spread", "last_minus_mean", "log_answer_before_last", "log_recent_answers", "recent_spread",
+    "log_median_answer", "log_all_answers", "same_words", "log_same_beginning",
     "log_newlines", "question_marks", "exclamations", "log_digits", "non_ascii_share", "upper_share",
     "ends_with_question", "ends_with_colon", "wh_question", "asks_long", "asks_short", "code_signs", "log_asked_tokens",
     *(f"rule_{name}" for name in RULE_NAMES),
@@ -77,22 +80,10 @@ def request_numbers(request: Request, window: str, hits: RuleHits) -> list[float
         window: its prompt, cut by `ends`.
         hits: the rules that the window matches.
     """
-    answers = np.log1p(np.asarray(request.answer_bytes, dtype=np.float64) / 4)  # about four bytes a token
-    if len(answers):
-        history = [
-            answers[-1],
-            answers.mean(),
-            answers.max(),
-            answers.min(),
-            answers.std(),
-            answers[-1] - answers.mean(),
-        ]
-    else:
-        history = [0.0] * 6
     chars = max(len(window), 1)
     numbers = [
         np.log1p(len(request.prompt)), np.log1p(len(request.previous_prompt)), np.log1p(len(request.system)),
-        np.log1p(request.num_earlier_turns), float(len(answers) > 0), *history,
+        np.log1p(request.num_earlier_turns), float(len(request.answer_bytes) > 0), *_history(request),
         np.log1p(window.count("\n")), min(window.count("?"), 5), min(window.count("!"), 5),
         np.log1p(len(_DIGIT.findall(window))), len(_NON_ASCII.findall(window)) / chars,
         len(_UPPER.findall(window)) / chars, float(window.rstrip().endswith("?")), float(window.rstrip().endswith(":")),
@@ -108,6 +99,25 @@ def request_numbers(request: Request, window: str, hits: RuleHits) -> list[float
         float(request.thinking is True), float(request.thinking is False),
     ]  # fmt: skip
     return [float(number) for number in numbers]
+
+
+def _history(request: Request) -> list[float]:
+    """What the conversation's earlier answers and the prompt before tell; zeros on a first turn."""
+    if not request.answer_bytes:
+        return [0.0] * 13
+    tokens = np.asarray(request.answer_bytes, dtype=np.float64) / 4  # about four bytes a token
+    answers = np.log1p(tokens)
+    fading = 0.5 ** np.arange(len(answers))[::-1]  # each answer counts half of the one after it
+    prompt, previous = request.prompt[:COMPARED_CHARS], request.previous_prompt[:COMPARED_CHARS]
+    shorter = min(len(prompt), len(previous))
+    words, previous_words = set(_WORD.findall(prompt.lower())), set(_WORD.findall(previous.lower()))
+    return [
+        answers[-1], answers.mean(), answers.max(), answers.min(), answers.std(), answers[-1] - answers.mean(),
+        answers[-2:][0], (fading @ answers) / fading.sum(), answers[-3:].std(),
+        np.median(answers), np.log1p(tokens.sum()),
+        len(words & previous_words) / max(len(words | previous_words), 1),
+        np.log1p(next((i for i, (a, b) in enumerate(zip(prompt, previous, strict=False)) if a != b), shorter)),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,9 @@ NUMBER_WORDS = {
         ),
         start=1,
     )
-}  # fmt: skip
-_NUMBER = r"(\d[\d,]{0,6}|" + "|".join(NUMBER_WORDS) + r")"
+} | {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}  # fmt: skip
+_WORD = "(?:" + "|".join((*NUMBER_WORDS, "hundred", "thousand")) + r")\b"
+_NUMBER = rf"\b(\d[\d,]{{0,6}}(?:k\b)?|{_WORD}(?:[\s-]{_WORD}){{0,3}})"  # 500, 2,000, 2k, twenty-five, five hundred
 _TOKENS_PER = {
     "word": 1.35, "character": 0.25, "letter": 0.25, "sentence": 24.0, "line": 12.0, "paragraph": 95.0, "page": 600.0,
     "token": 1.0, "tweet": 45.0, "bullet": 24.0, "item": 20.0, "step": 35.0,
@@ -38,7 +39,7 @@ _UNITS = re.compile(
 )
 _LIST = re.compile(
     r"\b(?:list|give|name|suggest|generate|write|provide|create|top|best"
-    rf"|recommend|brainstorm|make|tell|show|need|want)\b[^.?!\n]{{0,40}}?\b{_NUMBER}"
+    rf"|recommend|brainstorm|make|tell|show|need|want)\b[^.?!\n]{{0,40}}?{_NUMBER}"
     r"\s+(?!words?\b|characters?\b|sentences?\b|years?\b|days?\b|hours?\b|minutes?\b|percent\b|%)\w+",
     re.I,
 )
@@ -76,8 +77,17 @@ _THANKS = re.compile(
 
 def _count(text: str) -> float:
     if text[0].isdecimal():
-        return float(int(text.replace(",", "")))
-    return float(NUMBER_WORDS.get(text.lower(), 0))  # 0: re.I takes look-alikes such as a dotless i for a letter
+        thousands = text[-1] in "kK"
+        return float(int(text.rstrip("kK").replace(",", ""))) * (1000 if thousands else 1)
+    count = part = 0.0
+    for word in re.split(r"[\s-]", text.lower()):
+        if word == "thousand":
+            count, part = count + 1000 * max(part, 1.0), 0.0
+        elif word == "hundred":
+            part = 100 * max(part, 1.0)
+        else:  # 0: re.I takes look-alikes such as a dotless i for a letter
+            part += NUMBER_WORDS.get(word, 0)
+    return count + part
 
 
 def _units(match: re.Match[str], prompt: str) -> float:

@@ -151,7 +151,7 @@ def _lean(network: MopeNetwork, centres: list[float], edges: np.ndarray) -> None
     torch.nn.init.normal_(network.llm.weight)
     for head, centre in zip(network.heads, centres, strict=True):
         bias = torch.tensor(-0.5 * ((middle - np.log(centre)) / 0.8) ** 2, dtype=torch.float32)
-        head[-1].bias.data += torch.cat([bias, bias[-1:] - 1.0])  # type: ignore[index, operator, union-attr]
+        head.bias.data[:-2] += torch.cat([bias, bias[-1:] - 1.0])  # type: ignore[index, operator, union-attr]
 
 
 def make_predictor(encoder_folder: Path, design: Design = "shared", num_experts: int = 3) -> LengthPredictor:

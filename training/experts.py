@@ -26,13 +26,17 @@ MIN_EXPERT_ROWS = 32
 
 
 def new_network(
-    source: EncoderSource, config: PredictorConfig, settings: FitConfig, *, gate: int, heads: int, outputs: int
+    source: EncoderSource,
+    config: PredictorConfig,
+    settings: FitConfig,
+    *,
+    gate: bool,
+    num_heads: int,
+    plain: bool = False,
 ) -> MopeNetwork:
-    """A network on the pre-trained encoder, gate and heads fresh from the seed."""
+    """A network on the pre-trained encoder, gate and heads fresh from the seed; see `MopeNetwork.of`."""
     L.seed_everything(settings.seed, verbose=False)
-    return MopeNetwork.of(
-        config, source.load(), num_gate=gate, num_heads=heads, num_outputs=outputs, dropout=settings.dropout
-    )
+    return MopeNetwork.of(config, source.load(), gate=gate, num_heads=num_heads, plain=plain, dropout=settings.dropout)
 
 
 def expert_rows(rows: EncodedRows, boundaries: tuple[float, ...], expert: int, overlap: float) -> Array:
@@ -65,7 +69,6 @@ def train_mope(
         gate_weight=settings.gate_weight,
         tokens_scale=float(prepared.train.tokens_R.mean()),
     )
-    gate, outputs = (config.num_experts if config.num_experts > 1 else 0), config.num_body_bins + 1
     names = [name.removesuffix(".safetensors") for name in weight_files(config)]
     separate = range(config.num_experts) if config.design == "separate" else ()
     own_rows = [_own_rows(prepared, settings, expert) for expert in separate]  # before anything is trained
@@ -74,12 +77,12 @@ def train_mope(
     for position, name in enumerate(names):
         train, validation = prepared.train, prepared.validation
         if config.design == "shared":
-            network = new_network(source, config, settings, gate=gate, heads=config.num_experts, outputs=outputs)
+            network = new_network(source, config, settings, gate=config.num_experts > 1, num_heads=config.num_experts)
         elif position == 0:
             # one expert needs no gate, but its embedding serves the look-up
-            network = new_network(source, config, settings, gate=max(gate, 1), heads=0, outputs=outputs)
+            network = new_network(source, config, settings, gate=True, num_heads=0)
         else:
-            network = new_network(source, config, settings, gate=0, heads=1, outputs=outputs)
+            network = new_network(source, config, settings, gate=False, num_heads=1)
             train, validation = (
                 rows.take(own) for rows, own in zip((train, validation), own_rows[position - 1], strict=True)
             )
@@ -124,7 +127,7 @@ def train_baseline(
     """
     config = prepared.config
     scale = float(prepared.train.tokens_R.mean())
-    network = new_network(source, config, settings, gate=0, heads=1, outputs=1)
+    network = new_network(source, config, settings, gate=False, num_heads=1, plain=True)
     objective = RegressionObjective(scale) if name == "single_expert" else RankingObjective()
     result = fit(
         network,

@@ -40,7 +40,8 @@ class MopeObjective:
     Args:
         edges: edges of the body's bins in tokens, length N (the tail is the N-th bin).
         boundaries: inner borders of the buckets in tokens, length K - 1.
-        overlap: margin of each bucket, as a share of its borders: 0.15 trains an expert on 15 % more each side.
+        overlap: margin of each bucket, as a share of its borders: 0.5 trains an expert on half as much
+            again each side.
         crps_weight: weight of the CRPS.
         expert_weight: weight of the experts' own likelihood.
         gate_weight: weight of the gate's cross-entropy.
@@ -52,10 +53,10 @@ class MopeObjective:
         edges: list[float],
         boundaries: list[float],
         *,
-        overlap: float = 0.15,
+        overlap: float = 0.5,
         crps_weight: float = 1.0,
-        expert_weight: float = 0.5,
-        gate_weight: float = 0.5,
+        expert_weight: float = 0.25,
+        gate_weight: float = 0.25,
         tokens_scale: float = 100.0,
     ) -> None:
         self._upper_E = torch.tensor(edges[1:], dtype=torch.float32)

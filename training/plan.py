@@ -185,9 +185,13 @@ def _network(prepared: Prepared, encoder: EncoderSource, fit: FitConfig) -> Mope
     """The shared network, or one of the separate experts."""
     config = prepared.config
     shared = config.design == "shared"
-    gate = config.num_experts if shared and config.num_experts > 1 else 0
-    heads = config.num_experts if shared else 1
-    return new_network(encoder, config, fit, gate=gate, heads=heads, outputs=config.num_body_bins + 1)
+    return new_network(
+        encoder,
+        config,
+        fit,
+        gate=shared and config.num_experts > 1,
+        num_heads=config.num_experts if shared else 1,
+    )
 
 
 def _padded_tokens(rows: EncodedRows, fit: FitConfig) -> float:

@@ -1,17 +1,21 @@
 """The network of MoPE: an encoder trunk, a gate over the experts and one head per expert.
 
 One class serves both designs: `shared` is one network with a gate and K heads, `separate` is a network with a
-gate and no head, and K networks with one head and no gate. Baselines of equal size use it with one output.
+gate and no head, and K networks with one head and no gate. Baselines of equal size use it with one plain output.
 Knows tensors only; training is elsewhere.
 
-Shape suffixes: B rows, S tokens, H encoder width, F numbers, K experts, N bins (the body's and one for the tail).
+Shape suffixes: B rows, S tokens, H encoder width, F numbers, K experts, N bins (the body's and one for the tail),
+C classes in order of length (experts' buckets or bins).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
@@ -39,6 +43,55 @@ def _without_pooler(make: Any) -> PreTrainedModel:
     return model
 
 
+class OrdinalHead(nn.Module):
+    """Logits over classes that are ranges of lengths, one above the other.
+
+    A small perceptron gives a location and a scale on the axis of log(tokens), and a free logit per class. The
+    probability of a class is that of a logistic distribution there, times exp(its free logit), normalised: where
+    the answer lies is one number that shifts all classes together, what it looks like stays free. From the same
+    rows this learns a better median than free logits alone.
+
+    Args:
+        width: inputs.
+        hidden: hidden units.
+        borders: borders between the classes in tokens, increasing, length C - 1.
+        start: location before training, in tokens.
+        dropout: dropout before the last layer.
+    """
+
+    log_borders: Tensor
+
+    MIN_SCALE = 0.05  # of the logistic distribution, in log(tokens)
+
+    def __init__(self, width: int, hidden: int, *, borders: Sequence[float], start: float, dropout: float) -> None:
+        super().__init__()
+        self.layers = _perceptron(width, hidden, len(borders) + 3, dropout)
+        log_borders = torch.tensor(np.log(np.asarray(borders, dtype=np.float64)), dtype=torch.float32)
+        self.register_buffer("log_borders", log_borders, persistent=False)
+        self._log_start = float(np.log(start))
+
+    @property
+    def bias(self) -> Tensor:
+        """Bias of the last layer: C free logits, location, scale."""
+        bias: Tensor = self.layers[-1].bias  # type: ignore[assignment]
+        return bias
+
+    def forward(self, joined_BW: Tensor) -> Tensor:
+        """Logits, shape (B, C), float32."""
+        raw = self.layers(joined_BW).float()
+        free_BC, location_B1, scale_B1 = raw[:, :-2], raw[:, -2:-1] + self._log_start, raw[:, -1:]
+        # log(sigmoid(b) - sigmoid(a)) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b)), exact far out, too
+        z = (self.log_borders - location_B1) / (F.softplus(scale_B1) + self.MIN_SCALE)
+        below, above = F.pad(F.logsigmoid(z), (0, 1)), F.pad(F.logsigmoid(-z), (1, 0))
+        inside = F.pad(torch.log((1.0 - torch.exp(z[:, :-1] - z[:, 1:])).clamp(min=1e-30)), (1, 1))
+        logits_BC: Tensor = free_BC + below + above + (inside if z.shape[1] else 0.0)
+        return logits_BC
+
+
+def _perceptron(width: int, hidden: int, outputs: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, outputs))
+
+
 class MopeNetwork(nn.Module):
     """Trunk, gate and heads.
 
@@ -48,9 +101,11 @@ class MopeNetwork(nn.Module):
         number_scale: one over their standard deviations, 0 for constants, length F.
         num_llms: known target LLMs.
         llm_dim: size of a target LLM's embedding.
-        num_gate: outputs of the gate, 0 for none.
+        gate_borders: inner borders of the experts' buckets in tokens, length K - 1; None for no gate.
         num_heads: expert heads, 0 for none.
-        num_outputs: outputs of a head: bins, or 1 for a regression or ranking baseline.
+        head_borders: borders between a head's bins in tokens, length N - 1; None for heads with one plain
+            output, as regression and ranking baselines have.
+        start: typical length, where gate and heads begin, in tokens.
         head_hidden: hidden units of the gate and of each head.
         dropout: dropout before each head's last layer.
     """
@@ -66,9 +121,10 @@ class MopeNetwork(nn.Module):
         number_scale: list[float],
         num_llms: int,
         llm_dim: int,
-        num_gate: int,
+        gate_borders: Sequence[float] | None,
         num_heads: int,
-        num_outputs: int,
+        head_borders: Sequence[float] | None,
+        start: float,
         head_hidden: int,
         dropout: float = 0.1,
     ) -> None:
@@ -80,13 +136,13 @@ class MopeNetwork(nn.Module):
         nn.init.zeros_(self.llm.weight)
         width = encoder.config.hidden_size + len(number_mean) + llm_dim
 
-        def head(outputs: int) -> nn.Module:
-            return nn.Sequential(
-                nn.Linear(width, head_hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(head_hidden, outputs)
-            )
+        def head(borders: Sequence[float] | None) -> nn.Module:
+            if borders is None:
+                return _perceptron(width, head_hidden, 1, dropout)
+            return OrdinalHead(width, head_hidden, borders=borders, start=start, dropout=dropout)
 
-        self.gate = head(num_gate) if num_gate else None
-        self.heads = nn.ModuleList(head(num_outputs) for _ in range(num_heads))
+        self.gate = None if gate_borders is None else head(gate_borders)
+        self.heads = nn.ModuleList(head(head_borders) for _ in range(num_heads))
 
     @classmethod
     def of(
@@ -94,21 +150,23 @@ class MopeNetwork(nn.Module):
         config: PredictorConfig,
         encoder: PreTrainedModel,
         *,
-        num_gate: int,
+        gate: bool,
         num_heads: int,
-        num_outputs: int | None = None,
+        plain: bool = False,
         dropout: float = 0.0,
     ) -> MopeNetwork:
-        """A network of a predictor's sizes and scales on the given trunk; a head's outputs are its bins by default."""
+        """A network of a predictor's sizes, borders and scales on the given trunk; `plain` for one output a head."""
+        bins = config.edges[1 : config.num_body_bins + 1]
         return cls(
             encoder,
             number_mean=list(config.number_mean),
             number_scale=list(config.number_scale),
             num_llms=len(config.target_llms),
             llm_dim=config.llm_dim,
-            num_gate=num_gate,
+            gate_borders=config.boundaries if gate else None,
             num_heads=num_heads,
-            num_outputs=num_outputs or config.num_body_bins + 1,
+            head_borders=None if plain else bins,
+            start=float(np.exp(np.mean(np.log(config.boundaries or bins)))),
             head_hidden=config.head_hidden,
             dropout=dropout,
         )

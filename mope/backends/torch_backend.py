@@ -31,13 +31,16 @@ def weight_files(config: PredictorConfig) -> list[str]:
 def empty_networks(config: PredictorConfig) -> list[MopeNetwork]:
     """Networks in the order of `weight_files`, with fresh weights."""
 
-    def network(num_gate: int, num_heads: int) -> MopeNetwork:
+    def network(*, gate: bool, num_heads: int) -> MopeNetwork:
         encoder = build_encoder(copy.deepcopy(config.encoder_config))
-        return MopeNetwork.of(config, encoder, num_gate=num_gate, num_heads=num_heads)
+        return MopeNetwork.of(config, encoder, gate=gate, num_heads=num_heads)
 
     if config.design == "shared":
-        return [network(config.num_experts if config.num_experts > 1 else 0, config.num_experts)]
-    return [network(config.num_experts, 0), *(network(0, 1) for _ in range(config.num_experts))]
+        return [network(gate=config.num_experts > 1, num_heads=config.num_experts)]
+    return [
+        network(gate=True, num_heads=0),
+        *(network(gate=False, num_heads=1) for _ in range(config.num_experts)),
+    ]
 
 
 class TorchBackend:

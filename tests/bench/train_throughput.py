@@ -129,9 +129,7 @@ def mope_train(
 ) -> Arm:
     """What `mope-train` does between two validation runs."""
     config = prepared.config
-    network = new_network(
-        source, config, settings, gate=config.num_experts, heads=config.num_experts, outputs=config.num_body_bins + 1
-    )
+    network = new_network(source, config, settings, gate=True, num_heads=config.num_experts)
     edges = list(config.edges[: config.num_body_bins + 1])
     objective = MopeObjective(edges, list(config.boundaries), tokens_scale=float(prepared.train.tokens_R.mean()))
     precision = resolve_precision(settings)

@@ -68,7 +68,7 @@ def test_the_map_is_monotone_with_its_ends_fixed(rows, stated):
 
 def test_few_rows_change_little():
     calibration = Calibration.fit(np.array([0.9, 0.95]), np.zeros(2, bool), np.zeros(2, bool))
-    assert calibration.first_turn == pytest.approx(calibration.knots, abs=0.04)
+    assert calibration.first_turn == pytest.approx(calibration.knots, abs=0.06)
 
 
 def test_kinds_of_turn_have_maps_of_their_own():

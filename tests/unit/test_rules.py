@@ -46,7 +46,13 @@ def test_no_rule_matches_plain_text(prompt):
     ("prompt", "tokens"),
     [
         ("Describe it in 50 words", 67.5),
-        ("describe it in fifty words or twelve words", 16.2),
+        ("describe it in fifty words or twelve words", 67.5),
+        ("describe it in fifty-two words", 70.2),
+        ("in sixteen words", 21.6),  # not six
+        ("keep the written words, fix the often lines", 0.0),  # neither ten
+        ("a story of two thousand five hundred words", 3375.0),
+        ("a hundred words at most", 135.0),
+        ("a 2k word story", 2700.0),
         ("a 1,000-word essay", 1350.0),
         ("answer in 2-3 sentences", 60.0),
         ("answer in two to four sentences", 72.0),
