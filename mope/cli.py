@@ -297,6 +297,12 @@ def _evaluate(argv: list[str]) -> int:
     parser.add_argument("artifact", metavar="ARTIFACT", type=Path, help="folder of a saved predictor")
     parser.add_argument("--data", required=True, metavar="SOURCE", help=DataConfig.model_fields["source"].description)
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for metrics.json and plots")
+    parser.add_argument(
+        "--baselines",
+        metavar="NAMES",
+        help="baselines to fit on the data's training rows and show beside it, or none (default: all but those that "
+        "need an encoder)",
+    )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON on stdout instead of tables")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
     add_flags(parser, "data", DataConfig, skip={"source", "label_tokenizer", "min_rows"})
@@ -307,9 +313,15 @@ def _evaluate(argv: list[str]) -> int:
     )
     _check_device(arguments.device)
 
-    from mope.training.evaluate import evaluate_artifact, show
+    from mope.training.evaluate_saved import evaluate_artifact, named_baselines, show
 
-    found = evaluate_artifact(arguments.artifact, data, arguments.output, device=arguments.device)
+    found = evaluate_artifact(
+        arguments.artifact,
+        data,
+        arguments.output,
+        baselines=named_baselines(arguments.baselines),
+        device=arguments.device,
+    )
     show(found, as_json=arguments.json)
     return 0
 

@@ -165,25 +165,29 @@ class TfidfRidge:
         return _tokens(self._ridge, self._vectorizer.transform(_texts(rows)))
 
 
-def default_baselines(embed: Embed, *, seed: int = 0) -> list[Baseline]:
+def default_baselines(embed: Embed | None, *, seed: int = 0) -> list[Baseline]:
     """The baselines of `metrics.json`, cheapest first.
 
     Args:
-        embed: frozen embeddings, from N texts to shape (N, H); asked once for each set of rows.
+        embed: frozen embeddings, from N texts to shape (N, H); asked once for each set of rows. None leaves the
+            baseline on them out.
         seed: of the boosted trees.
     """
 
-    def embeddings_and_lexical(prompts: list[str]) -> Features:
-        return np.hstack([np.asarray(embed(prompts), np.float32), lexical_features(prompts).astype(np.float32)])
-
-    return [
+    plain: list[Baseline] = [
         Constant(),
         PreviousAnswers(),
         BoostedTrees("prompt_length", prompt_sizes, seed=seed),
         BoostedTrees("lexical_gbm", lexical_features, seed=seed),
         TfidfRidge(),
-        BoostedTrees("embedding_gbm", embeddings_and_lexical, seed=seed),
     ]
+    if embed is None:
+        return plain
+
+    def embeddings_and_lexical(prompts: list[str]) -> Features:
+        return np.hstack([np.asarray(embed(prompts), np.float32), lexical_features(prompts).astype(np.float32)])
+
+    return [*plain, BoostedTrees("embedding_gbm", embeddings_and_lexical, seed=seed)]
 
 
 def fit_and_predict(

@@ -7,7 +7,6 @@ rows; trains nothing.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,23 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from mope import artifact, metrics
+from mope import metrics
 from mope.backends import RawOutputs
 from mope.config import PredictorConfig
-from mope.console import console
 from mope.errors import DataError
 from mope.grid import Array, quantiles_at
 from mope.mixture import Assembled, assemble
 from mope.predictor import LengthPredictor
-from mope.provenance import shortened
 from mope.router import PARTS, parts_key
 from mope.training import plots
-from mope.training.batches import EncodedRows, encode_rows
-from mope.training.data.build import DataSet, build_rows
-from mope.training.data.config import DataConfig
+from mope.training.batches import EncodedRows
 from mope.training.data.table import RowTable
-from mope.training.report import print_metrics
-from mope.training.routing import COMBINATIONS, buckets, collect, medians
+from mope.training.routing import COMBINATIONS, buckets, medians
 
 LEVELS = metrics.QUANTILES
 CURVE_LEVELS = tuple(np.round(np.arange(0.05, 1.0, 0.05), 2))
@@ -62,8 +56,10 @@ class EvaluationRows:
         return cls(table, encoded, has_history(table), ~table.censored)
 
     def parts(self) -> dict[str, Array]:
-        """Positions of the rows of each part that is reported; a part without rows is left out."""
+        """Positions of the rows of each reported part; one without rows, or that equals another, is left out."""
         masks = {"first_turn": self.known & self.table.first_turn, "all_turns": self.known}
+        if np.array_equal(masks["first_turn"], masks["all_turns"]):  # single turns alone: one part says it
+            del masks["first_turn"]
         return {name: np.flatnonzero(mask) for name, mask in masks.items() if mask.sum() > 1}
 
 
@@ -271,67 +267,3 @@ def draw(
             plots.training_curves(log, folder / f"training_{name}.png", title=f"Training of {name}: loss against steps")
             names.append(f"training_{name}.png")
     return names
-
-
-def resolve_label_tokenizer(data: DataConfig, tokenizer_json: str, folder: Path) -> DataConfig:
-    """Data settings whose tokenizer `encoder` has become a file with the given content in `folder`."""
-    if data.label_tokenizer != "encoder":
-        return data
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "tokenizer.json"
-    path.write_text(tokenizer_json, encoding="utf-8")
-    return data.model_copy(update={"label_tokenizer": str(path)})
-
-
-def evaluate_artifact(
-    folder: Path, data: DataConfig, output: Path | None = None, *, samples: int = 1000, device: str = "cpu"
-) -> dict[str, Any]:
-    """Evaluate a saved predictor on the test split of a data set: `mope evaluate`.
-
-    Lengths are counted with the tokenizer that the predictor was trained for.
-
-    Args:
-        folder: the saved predictor.
-        data: where rows come from; the split rule makes its test rows disjoint from training rows of the same source.
-        output: folder for `metrics.json` and plots, None to write nothing.
-        samples: bootstrap samples.
-        device: where the predictor runs.
-
-    Returns:
-        What `metrics.json` holds.
-
-    Raises:
-        ArtifactError: the predictor can't be loaded.
-        DataError: no test rows.
-    """
-    predictor = LengthPredictor.from_pretrained(folder, device=device)
-    data = data.model_copy(update={"label_tokenizer": predictor.config.label_tokenizer, "min_rows": 0})
-    cache = data.cache_dir / "tokenizers" / predictor.config.tokenizer_sha256[:16]
-    found = build_rows(resolve_label_tokenizer(data, predictor.encoder.tokenizer_json(), cache))
-    evaluation, rows = evaluate_on(predictor, found, samples=samples)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        draw(evaluation, rows, output / "plots")
-        artifact.write_json(output / "metrics.json", evaluation.metrics)
-        console().print(f"metrics and plots are in {output}")
-    return evaluation.metrics
-
-
-def evaluate_on(predictor: LengthPredictor, data: DataSet, *, samples: int) -> tuple[Evaluation, EvaluationRows]:
-    """Evaluate a predictor on the test rows of a data set."""
-    table = data.rows.split("test")
-    if len(table) < 2:
-        raise DataError(f"{data.report.source} has {len(table)} test rows; evaluation needs at least 2")
-    rows = EvaluationRows.of(table, encode_rows(table, predictor.encoder, "encoding test rows"))
-    raw = collect(predictor.backend, rows.encoded, predictor.config.num_experts, "predicting test rows")
-    evaluation = evaluate_mope(predictor, rows, raw, samples=samples)
-    evaluation.metrics["data"] = shortened(data.report.to_json())
-    return evaluation, rows
-
-
-def show(found: Mapping[str, Any], *, as_json: bool = False) -> None:
-    """Print metrics: as tables on stderr's console, or as JSON on stdout."""
-    if as_json:
-        print(json.dumps(found, indent=2, allow_nan=False))
-    else:
-        print_metrics(found, console())

@@ -26,11 +26,10 @@ from mope.backends.torch_backend import weight_files
 from mope.console import console
 from mope.training.batches import BucketLoader, EncodedRows
 from mope.training.config import FitConfig, TrainConfig
-from mope.training.data.build import DataSet, build_rows
+from mope.training.data.build import DataSet, build_rows, resolve_label_tokenizer
 from mope.training.data.config import DataConfig
 from mope.training.data.table import RowTable
 from mope.training.encoders import EncoderSource, find_encoder
-from mope.training.evaluate import resolve_label_tokenizer
 from mope.training.experts import expert_rows, new_network
 from mope.training.fit import FitModule, resolve_precision
 from mope.training.objectives import MopeObjective

@@ -152,16 +152,20 @@ def metrics_markdown(metrics: Metrics) -> str:
     return "\n\n".join(section.markdown() for section in _sections(metrics)) + "\n"
 
 
-def print_metrics(metrics: Metrics, console: Console) -> None:
-    """Everything that `metrics.json` holds, on the terminal."""
-    for section in _sections(metrics):
+def print_metrics(metrics: Metrics, console: Console, *, short: bool = False) -> None:
+    """What `metrics.json` holds, on the terminal; in short the predictors and the coverage alone."""
+    for section in _headline(metrics) if short else _sections(metrics):
         console.print(section.rich())
 
 
-def _sections(metrics: Metrics) -> Iterator[Section]:
+def _headline(metrics: Metrics) -> Iterator[Section]:
     for part, results in metrics.get("test", {}).items():
         yield _predictors(part, results)
     yield from _coverage(metrics.get("test", {}))
+
+
+def _sections(metrics: Metrics) -> Iterator[Section]:
+    yield from _headline(metrics)
     yield from _router(metrics.get("router", {}))
     for key, heading in BREAKDOWNS.items():
         yield from _breakdown(metrics.get(key, {}), heading, f"MoPE by {heading}")

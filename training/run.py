@@ -29,17 +29,12 @@ from mope.provenance import collect as collect_provenance
 from mope.provenance import shortened
 from mope.training.compare import compare
 from mope.training.config import FitConfig, TrainConfig
-from mope.training.data.build import DataSet, build_rows
+from mope.training.data.build import DataSet, build_rows, resolve_label_tokenizer
 from mope.training.data.sources import Hub, open_source
 from mope.training.data.table import RowTable
 from mope.training.encoders import find_encoder
-from mope.training.evaluate import (
-    EvaluationRows,
-    draw,
-    evaluate_mope,
-    evaluate_on,
-    resolve_label_tokenizer,
-)
+from mope.training.evaluate import EvaluationRows, draw, evaluate_mope
+from mope.training.evaluate_saved import evaluate_on
 from mope.training.experts import train_mope
 from mope.training.fit import FitResult
 from mope.training.prepare import Prepared, check_borders, prepare
@@ -140,10 +135,13 @@ def train(
         write_card(folder, card)
     with contextlib.redirect_stdout(io.StringIO()):  # what the card shows must run
         exec(compile(snippet(str(output)), "the model card's snippet", "exec"), {})
-    print_metrics(metrics, console())
+    print_metrics(metrics, console(), short=True)
     for line in verdict(metrics):
         console().print(line, highlight=False, soft_wrap=True)
-    console().print(f"predictor, card, metrics and plots are in [bold]{output}[/]; checkpoints and logs in {work}")
+    console().print(
+        f"predictor, card, metrics and plots are in [bold]{output}[/] (router, errors by length, language and LLM: its "
+        f"README.md); checkpoints and logs in {work}"
+    )
     return RunResult(output, metrics)
 
 

@@ -13,7 +13,7 @@ from mope import LengthPredictor
 from mope.errors import ConfigError, DataError
 from mope.training.config import EvaluationConfig, FitConfig, ModelConfig, TrainConfig
 from mope.training.data.config import DataConfig
-from mope.training.evaluate import evaluate_artifact
+from mope.training.evaluate_saved import evaluate_artifact, named_baselines
 from mope.training.run import RunResult, train
 
 NUM_CHATS = 900
@@ -168,8 +168,18 @@ def test_evaluation_on_other_data_and_on_too_little(run: RunResult, tmp_path: Pa
     found = evaluate_artifact(run.folder, other, tmp_path / "evaluated", samples=20)
     assert found["test"]["all_turns"]["mope"]["num_rows"] > 50
     assert (tmp_path / "evaluated" / "metrics.json").exists()
+    baselines = set(found["test"]["all_turns"]) - {"mope", "mope_oracle_routed"}
+    assert baselines == {"constant", "prompt_length", "previous_answers", "lexical_gbm", "tfidf_ridge"}
+    assert found["test"]["all_turns"]["mope"]["mae"] < found["test"]["all_turns"]["constant"]["mae"]
     assert list((tmp_path / "evaluated" / "plots").glob("*.png"))
     few = tmp_path / "few.jsonl"
     few.write_text('{"prompt": "a", "response": "b c"}\n{"prompt": "d", "response": "e"}\n')
     with pytest.raises(DataError, match="test rows"):
         evaluate_artifact(run.folder, DataConfig(source=str(few), cache_dir=tmp_path / "cache"))
+
+
+def test_baselines_of_an_evaluation_are_chosen_by_name() -> None:
+    assert named_baselines("constant, tfidf_ridge") == ("constant", "tfidf_ridge")
+    assert named_baselines("none") == ()
+    with pytest.raises(ConfigError, match=r"--baselines: got embedding_gbm; expected constant, .* or none"):
+        named_baselines("constant,embedding_gbm")

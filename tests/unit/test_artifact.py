@@ -92,11 +92,18 @@ def test_a_file_cut_short_is_found(copy):
 
 
 @pytest.mark.parametrize(
-    ("version", "advice"), [(2, "update mope"), (0, "train or convert it anew"), (None, "train"), ("2.0", "train")]
+    ("version", "advice"),
+    [
+        (3, "update mope"),
+        (1, "train or convert it anew"),
+        (0, "train or convert it anew"),
+        (None, "train"),
+        ("2.0", "train"),
+    ],
 )
 def test_another_format_version_says_what_to_do(copy, version, advice):
     rewrite(copy, "config.json", lambda config: config.update(format_version=version))
-    with pytest.raises(ArtifactError, match=f"format version {version}; this mope reads version 1: {advice}"):
+    with pytest.raises(ArtifactError, match=f"format version {version}; this mope reads version 2: {advice}"):
         artifact.check(copy)
 
 

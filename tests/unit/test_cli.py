@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -395,11 +395,13 @@ def test_quiet_hushes_tips_but_no_warning_that_matters() -> None:
 def test_evaluate_hands_data_over_and_prints_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def evaluate(folder: Path, data: Any, output: Path | None, *, device: str) -> dict[str, Any]:
-        asked.append((folder, data, output, device))
+    def evaluate(
+        folder: Path, data: Any, output: Path | None, *, baselines: Sequence[str], device: str
+    ) -> dict[str, Any]:
+        asked.append((folder, data, output, device, baselines))
         return {"test": {"first_turn": {"mope": {"mae": 1.5}}}}
 
-    monkeypatch.setattr("mope.training.evaluate.evaluate_artifact", evaluate)
+    monkeypatch.setattr("mope.training.evaluate_saved.evaluate_artifact", evaluate)
     status, out, _ = run(
         "evaluate",
         "runs/demo",
@@ -415,7 +417,8 @@ def test_evaluate_hands_data_over_and_prints_json(run: Run, monkeypatch: pytest.
     )
     assert status == 0
     assert json.loads(out) == {"test": {"first_turn": {"mope": {"mae": 1.5}}}}
-    ((folder, data, output, device),) = asked
+    ((folder, data, output, device, baselines),) = asked
+    assert baselines == ("constant", "prompt_length", "previous_answers", "lexical_gbm", "tfidf_ridge")
     assert (folder, output, device) == (Path("runs/demo"), Path("o"), "cpu")
     assert (data.source, data.turns, data.languages) == ("chats.jsonl", "first", ("en", "de"))
 

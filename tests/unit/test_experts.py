@@ -110,7 +110,7 @@ def test_the_separate_design_trains_each_expert_on_its_bucket(tiny_encoder, tmp_
 def test_an_expert_with_few_rows_is_refused_before_it_is_trained(tiny_encoder, tmp_path, fits):
     rows, source = prepared(tiny_encoder, design="separate", boundaries=(480,))
     with pytest.raises(DataError, match=r"expert 1 has \d+ training and \d+ validation rows in its bucket, needs 32"):
-        train_mope(rows, source, SETTINGS, tmp_path, resume=False)
+        train_mope(rows, source, SETTINGS.model_copy(update={"overlap": 0.1}), tmp_path, resume=False)
     assert fits == []
 
 

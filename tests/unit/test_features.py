@@ -115,6 +115,14 @@ def test_absurd_temperatures_leave_the_numbers_finite(temperature):
     assert 0 <= numbers(Request(prompt="hello", temperature=temperature))["temperature"] <= 100
 
 
+def test_a_prompt_is_compared_with_the_one_before():
+    found = numbers(Request(prompt="List ten birds", previous_prompt="List six birds", answer_bytes=(4,)))
+    assert found["same_words"] == pytest.approx(2 / 4)
+    assert found["log_same_beginning"] == pytest.approx(np.log1p(len("List ")))
+    again = numbers(Request(prompt="Why?", previous_prompt="Why?", answer_bytes=(4,)))
+    assert (again["same_words"], again["log_same_beginning"]) == pytest.approx((1.0, np.log1p(4)))
+
+
 def test_numbers_say_what_they_are_named():
     request = Request(
         prompt="Why? Explain in 50 words:\nBRIEFLY",
@@ -131,6 +139,9 @@ def test_numbers_say_what_they_are_named():
         "log_prompt_chars": np.log1p(33), "log_previous_prompt_chars": np.log1p(3), "log_earlier_turns": np.log1p(2),
         "has_history": 1, "log_last_answer": np.log1p(100), "log_min_answer": np.log1p(10),
         "log_max_answer": np.log1p(100), "log_mean_answer": (np.log1p(100) + np.log1p(10)) / 2,
+        "log_answer_before_last": np.log1p(10), "log_median_answer": (np.log1p(100) + np.log1p(10)) / 2,
+        "log_recent_answers": (2 * np.log1p(100) + np.log1p(10)) / 3, "log_all_answers": np.log1p(110),
+        "recent_spread": (np.log1p(100) - np.log1p(10)) / 2, "same_words": 0, "log_same_beginning": 0,
         "log_newlines": np.log1p(1), "question_marks": 1,
         "log_digits": np.log1p(2), "wh_question": 1, "asks_long": 1, "asks_short": 1, "ends_with_question": 0,
         "log_asked_tokens": np.log1p(67.5), "rule_units": 1, "rule_code": 0, "log_max_tokens": np.log1p(99),

@@ -53,9 +53,10 @@ def train(rows, tiny_encoder, tmp_path):
             number_scale=[0.1] * rows[0].numbers_RF.shape[1],
             num_llms=2,
             llm_dim=2,
-            num_gate=2,
+            gate_borders=[100.5],
             num_heads=2,
-            num_outputs=len(EDGES),
+            head_borders=EDGES[1:],
+            start=100.5,
             head_hidden=8,
             dropout=0.0,
         )

@@ -1,25 +1,33 @@
 """The network and its PyTorch engine: shapes, masks, standardised numbers, weight files."""
 
+import math
+
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mope import LengthPredictor, Request
-from mope.backends.network import MopeNetwork, build_encoder, load_encoder
+from mope.backends.network import MopeNetwork, OrdinalHead, build_encoder, load_encoder
 from mope.backends.torch_backend import TorchBackend, empty_networks, weight_files
 from mope.training.encoders import find_encoder
 
+BUCKETS, BINS = [50.5, 200.5], [10.5, 50.5, 200.5, 800.5]
 
-def network(tiny_encoder, num_gate=3, num_heads=3, num_outputs=5):
+
+def network(tiny_encoder, gate_borders=BUCKETS, num_heads=3, head_borders=BINS):
     return MopeNetwork(
         load_encoder(str(tiny_encoder)),
         number_mean=[1.0, 10.0],
         number_scale=[0.5, 0.0],
         num_llms=2,
         llm_dim=4,
-        num_gate=num_gate,
+        gate_borders=gate_borders,
         num_heads=num_heads,
-        num_outputs=num_outputs,
+        head_borders=head_borders,
+        start=100.0,
         head_hidden=8,
     ).eval()
 
@@ -40,8 +48,51 @@ def test_shapes(tiny_encoder):
 
 
 def test_a_network_without_gate_or_heads(tiny_encoder):
-    assert network(tiny_encoder, num_gate=0, num_heads=1)(*inputs())[0] is None
+    assert network(tiny_encoder, gate_borders=None, num_heads=1)(*inputs())[0] is None
     assert network(tiny_encoder, num_heads=0)(*inputs())[1] is None
+
+
+def test_plain_heads_have_one_output_each(tiny_encoder):
+    _, heads, _ = network(tiny_encoder, head_borders=None)(*inputs())
+    assert heads.shape == (2, 3, 1)
+
+
+def ordinal(location, scale, borders=BINS, start=100.0):
+    """A head whose logistic distribution lies where it is told, whatever it reads."""
+    head = OrdinalHead(2, 4, borders=borders, start=start, dropout=0.0)
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
+    head.bias.data[-2] = math.log(location / start)
+    head.bias.data[-1] = math.log(math.expm1(scale - head.MIN_SCALE))
+    return head
+
+
+@given(st.floats(2.0, 5000.0), st.floats(0.06, 5.0))
+def test_an_ordinal_head_gives_the_bins_of_a_logistic_distribution(location, scale):
+    logits = ordinal(location, scale)(torch.zeros(1, 2))[0].detach().double()
+    cdf = scipy.stats.logistic.cdf(np.log(BINS), loc=math.log(location), scale=scale)
+    wanted = np.diff([0.0, *cdf, 1.0])
+    np.testing.assert_allclose(torch.softmax(logits, 0).numpy(), wanted, atol=2e-5)
+
+
+def test_far_out_bins_keep_a_finite_likelihood_and_a_gradient():
+    head = ordinal(1e6, 0.06)
+    logits = head(torch.zeros(1, 2))
+    assert torch.isfinite(logits).all()
+    (-torch.log_softmax(logits, -1)[0, 0]).backward()
+    assert head.bias.grad[-2] > 0  # a shorter answer pulls the location down, however far it is
+
+
+def test_free_logits_reshape_the_distribution():
+    head = ordinal(100.0, 0.5)
+    before = torch.softmax(head(torch.zeros(1, 2)), -1)[0].detach()
+    head.bias.data[1] += math.log(2.0)
+    after = torch.softmax(head(torch.zeros(1, 2)), -1)[0].detach()
+    torch.testing.assert_close(after[1] / after[0], 2 * before[1] / before[0])
+
+
+def test_one_class_needs_no_border():
+    assert OrdinalHead(2, 4, borders=[], start=100.0, dropout=0.0)(torch.zeros(3, 2)).shape == (3, 1)
 
 
 def test_what_is_masked_does_not_count(tiny_encoder):

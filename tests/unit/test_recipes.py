@@ -218,5 +218,5 @@ def test_a_recipe_trains_on_rows_of_its_data_s_form(
     recipe = load_recipe(name)
     assert (saved["design"], saved["num_experts"]) == (recipe.model.design, recipe.model.num_experts)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert {"mope", "mope_oracle_routed", "constant"} <= set(metrics["test"]["first_turn"])
+    assert {"mope", "mope_oracle_routed", "constant"} <= set(metrics["test"]["all_turns"])
     assert ("other_data" in metrics) == (name == "lmsys-base")

@@ -54,6 +54,16 @@ class DataSet:
     fingerprint: str
 
 
+def resolve_label_tokenizer(data: DataConfig, tokenizer_json: str, folder: Path) -> DataConfig:
+    """Data settings whose tokenizer `encoder` has become a file with the given content in `folder`."""
+    if data.label_tokenizer != "encoder":
+        return data
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tokenizer.json"
+    path.write_text(tokenizer_json, encoding="utf-8")
+    return data.model_copy(update={"label_tokenizer": str(path)})
+
+
 def build_rows(config: DataConfig, *, console: Console | None = None) -> DataSet:
     """Read a source into leak-safe rows, or take them from the cache.
 
