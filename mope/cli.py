@@ -122,6 +122,8 @@ def _prompts(typed: Sequence[str]) -> list[str]:
     if sys.stdin.isatty():
         terminal.console().print("type the prompt, then Ctrl-D on a line of its own")
     read = sys.stdin.read().removesuffix("\n")
+    if not read:
+        raise ConfigError("no prompt: none was typed and stdin is empty; type one in quotes, or --input FILE")
     return [read if prompt == STDIN else prompt for prompt in typed or [STDIN]]
 
 

@@ -29,6 +29,7 @@ MOPE_BLUE = "#1f5fa8"
 ORANGE = "#d9772b"
 GREY = "#8a8f98"
 OTHERS = ("#d9772b", "#4a9a6f", "#a0629a", "#8a8f98", "#b5a03c", "#5fb3c4", "#c2606b", "#6b6f76")
+MAX_RIVALS = 4  # lines beside MoPE's that can still be told apart
 STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
@@ -140,12 +141,16 @@ def error_by_length(
 
     Args:
         actual_N: true lengths.
-        predictions: predicted lengths by predictor; the first is drawn as MoPE.
+        predictions: predicted lengths by predictor; the first is drawn as MoPE, of the others the
+            `MAX_RIVALS` with the lowest MAE.
         path: PNG to write.
         edges: inner borders of the buckets; deciles of the true lengths if None.
     """
     actual = np.asarray(actual_N, dtype=np.float64)
     _some_rows(actual)
+    first, *others = predictions
+    others.sort(key=lambda name: float(np.abs(np.asarray(predictions[name], np.float64) - actual).mean()))
+    shown = [first, *others[:MAX_RIVALS]]
     if edges is None:
         edges = np.unique(np.quantile(actual, np.arange(0.1, 1.0, 0.1))).tolist()
     bucket_N = np.searchsorted(np.asarray(edges), actual, side="right")
@@ -154,8 +159,8 @@ def error_by_length(
     names = [f"{borders[bucket]:.0f}-{max(borders[bucket + 1] - 1, borders[bucket]):.0f}" for bucket in buckets]
     with _figure(path, 8.0, 5.6) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
-        for index, (name, predicted) in enumerate(predictions.items()):
-            error_N = np.asarray(predicted, np.float64) - actual
+        for index, name in enumerate(shown):
+            error_N = np.asarray(predictions[name], np.float64) - actual
             line = _line_style(index)
             mae = [np.abs(error_N[bucket_N == bucket]).mean() for bucket in buckets]
             upper.plot(range(len(buckets)), mae, label=_shown(name), **line)
@@ -168,7 +173,7 @@ def error_by_length(
             title="Bias, predicted minus true: above zero is too long (tokens)",
         )  # fmt: skip
         lower.set_xticks(range(len(buckets)), names)
-        upper.legend(ncols=min(4, max(1, len(predictions))), loc="upper left")
+        upper.legend(ncols=min(4, len(shown)), loc="upper left")
 
 
 def router_confusion(confusion: npt.ArrayLike, expert_names: Sequence[str], path: Path) -> None:
@@ -244,7 +249,7 @@ def training_curves(log: Path, path: Path, *, title: str = "Loss against optimiz
 
 
 def baselines_bar(results: Mapping[str, Mapping[str, Any]], path: Path, *, title: str = "test rows") -> None:
-    """MAE of each predictor with its 95 % bootstrap interval, the best on top.
+    """MAE of each predictor with its 95 % bootstrap interval, the best on top, the oracle-routed number below all.
 
     Args:
         results: `metrics["test"][part]`: a dictionary with `mae` and, if known, `mae_ci` by predictor. The
@@ -254,7 +259,7 @@ def baselines_bar(results: Mapping[str, Mapping[str, Any]], path: Path, *, title
     """
     if not results:
         raise DataError("got no predictors to draw; expected at least one with a MAE")
-    names = sorted(results, key=lambda name: -float(results[name]["mae"]))
+    names = sorted(results, key=lambda name: (name != "mope_oracle_routed", -float(results[name]["mae"])))
     with _figure(path, 7.0, 1.4 + 0.34 * len(names), **{"axes.grid.axis": "x"}) as figure:
         axes = figure.subplots()
         for row, name in enumerate(names):

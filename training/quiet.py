@@ -23,7 +23,7 @@ LIGHTNING_WARNINGS = (
 
 
 def quiet() -> None:
-    """Hush Lightning's tips and device lines, and transformers' bars and report when weights are loaded.
+    """Hush Lightning's tips and device lines, transformers' bars and report on weights, and the Hub's retries.
 
     Downloads keep their bars: they are long, and a user wants to see them.
     """
@@ -33,6 +33,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in LIGHTNING_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # each retry; the failure is told anyway
     from huggingface_hub.utils.tqdm import enable_progress_bars
 
     transformers_logging: Any = import_module("transformers.utils.logging")  # has no types

@@ -115,6 +115,13 @@ def test_an_empty_prompt_gets_the_fallback_and_says_so(run: Run, tiny: Path) -> 
     assert "fallback:no text" in out
 
 
+def test_nothing_on_stdin_is_a_mistake(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    status, out, err = run("predict", tiny)
+    assert (status, out) == (2, "")
+    assert "no prompt: none was typed and stdin is empty" in err
+
+
 @pytest.mark.parametrize("arguments", [[], ["-"]])
 def test_one_prompt_from_stdin(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))

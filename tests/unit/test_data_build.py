@@ -313,6 +313,16 @@ def test_lmsys_parquet_with_filters(build: Any, tmp_path: Path) -> None:
     assert sum(strict.num_rows.values()) == 37
 
 
+def test_records_of_another_format_are_lost_with_a_warning(build: Any) -> None:
+    pairs, others = kept(30), kept(5, start=5000)
+    data = build([*pairs, *({"messages": chat_of(record)} for record in others)])
+    assert sum(data.report.num_rows.values()) == 30
+    assert data.report.counts[reasons.WRONG_COLUMNS] == 5
+    (warning,) = data.report.warnings
+    assert warning.startswith("5 records look like messages, the first is ")
+    assert "all are read as pairs" in warning
+
+
 def test_mixed_lengths_warn(build: Any) -> None:
     messages = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a b c"}]
     records = [{"id": record["id"], "messages": messages} for record in kept(2)]

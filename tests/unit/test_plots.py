@@ -76,6 +76,14 @@ def test_error_by_length_draws_mae_and_bias(tmp_path, drawn):
     assert [label.get_text() for label in lower.get_xticklabels()] == ["10-99", "100-400"]
 
 
+def test_error_by_length_draws_the_best_rivals_alone(tmp_path, drawn):
+    actual = np.array([10.0, 20.0, 200.0, 400.0])
+    rivals = {f"rival {by}": actual + by for by in (9, 3, 8, 1, 5, 7)}
+    plots.error_by_length(actual, {"mope": actual + 20, **rivals}, tmp_path / "length.png", edges=[100])
+    labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert labels == ["MoPE", "rival 1", "rival 3", "rival 5", "rival 7"]
+
+
 def test_error_by_length_takes_deciles_and_survives_repeated_lengths(tmp_path, drawn):
     plots.error_by_length(ACTUAL, {"mope": PREDICTED}, tmp_path / "deciles.png")
     assert len(drawn[0].axes[0].lines[0].get_ydata()) == 10
@@ -144,9 +152,9 @@ def test_baselines_bar_puts_the_best_on_top(tmp_path, drawn):
     plots.baselines_bar(results, tmp_path / "bar.png", title="first turns")
     assert is_png(tmp_path / "bar.png")
     axes = drawn[0].axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["constant", "MoPE", "MoPE, oracle-routed"]
-    assert [bar.get_width() for bar in axes.patches] == [150.0, 108.0, 60.0]
-    assert axes.lines[1].get_xdata().tolist() == [104.0, 112.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["MoPE, oracle-routed", "constant", "MoPE"]
+    assert [bar.get_width() for bar in axes.patches] == [60.0, 150.0, 108.0]
+    assert axes.lines[2].get_xdata().tolist() == [104.0, 112.0]
     with pytest.raises(DataError, match="no predictors"):
         plots.baselines_bar({}, tmp_path / "none.png")
 

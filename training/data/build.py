@@ -174,6 +174,7 @@ class _Records:
         self.num_read = 0
         self._config = config
         self._problems = problems
+        self._others: dict[str | None, tuple[int, str]] = {}  # other formats that records look like, count and first
         self._records = source.records(problems, moderation=config.moderation == "drop")
         self._head: list[Located] = list(islice(self._records, DETECTION_RECORDS))
         self.data_format = self._format()
@@ -204,11 +205,20 @@ class _Records:
                 chat = normalise(record, location)
             except Unusable as unusable:
                 self._problems.add(unusable.reason, location)
+                other = detect_format([record]) if unusable.reason == reasons.WRONG_COLUMNS else None
+                if other not in (None, self.data_format):
+                    count, first = self._others.get(other, (0, location))
+                    self._others[other] = count + 1, first
                 continue
             if languages and (chat.language or "").lower() not in languages:
                 self._problems.add(reasons.OTHER_LANGUAGE, location)
             elif staging.is_new(chat):
                 yield chat
+        for other, (count, first) in self._others.items():
+            self._problems.warn(
+                f"{count:,} records look like {other}, the first is {first}, but all are read as "
+                f"{self.data_format}, so they are lost: put each format in a source of its own"
+            )
 
     def nothing_found(self) -> DataError:
         """Why there is not a single row."""

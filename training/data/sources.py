@@ -175,8 +175,8 @@ def _hub_error(name: str, error: Exception) -> DataError:
         return DataError(f"data set {name!r} was not found on the Hub (or is private: `hf auth login`): {said[:200]}")
     if "Connect" in kinds or "Offline" in kinds or "Timeout" in kinds or "Connection" in said or "offline" in said:
         return DataError(
-            f"data set {name!r} can't be read without a network ({type(error).__name__}); "
-            "connect, or give the path of a downloaded copy"
+            f"data set {name!r} can't be read without a network ({type(error).__name__}); connect (where its licence "
+            "must be accepted first, type `hf auth login`, too), or give the path of a downloaded copy"
         )
     return DataError(f"data set {name!r} can't be read: {type(error).__name__}: {said[:300]}")
 
