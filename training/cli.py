@@ -91,6 +91,12 @@ def _train(argv: list[str], prog: str) -> int:
             f"--output is missing: where to save the predictor, for example --output runs/{_label(config.data.source)}"
         )
 
+    from mope.training.data.sources import open_source
+
+    for data in (config.data, config.test_data):
+        if data is not None:
+            open_source(data)  # a mistyped path is told before the slow imports
+
     from mope.training.quiet import quiet
 
     quiet()

@@ -219,8 +219,13 @@ class _ProgressLines(Callback):
         loss = float(trainer.callback_metrics.get("loss", math.nan))
         console().print(
             f"{self._description}: step {trainer.global_step}/{self._total}, loss {loss:.3f}, "
-            f"{speed:.0f} rows/s, {left / 60:.0f} min left"
+            f"{speed:.0f} rows/s, {max(1.0, left / 60):.0f} min left"
         )
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say that the clock stands still for a reason."""
+        if trainer.global_rank == 0 and not trainer.sanity_checking:
+            console().print(f"{self._description}: step {trainer.global_step}, validating")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what validation gave."""

@@ -267,7 +267,15 @@ def test_a_gpu_that_is_not_there_is_a_mistake(run: Run, tiny: Path, monkeypatch:
 
 
 @pytest.fixture
-def begun(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+def chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with files that can be named; nobody reads them."""
+    for name in ("chats.jsonl", "my chats.jsonl"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def begun(chats: None, monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     """The runs that were begun; none of them trains."""
     runs: list[SimpleNamespace] = []
 
@@ -318,6 +326,7 @@ def test_data_goes_over_the_recipe_s(run: Run, begun: list[SimpleNamespace]) -> 
     assert one.config.model == load_recipe("lmsys-base").model
 
 
+@pytest.mark.usefixtures("chats")
 def test_ctrl_c_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from mope.training.fit import TrainingInterruptedError
 
@@ -460,6 +469,12 @@ def test_a_bug_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch, ti
         run("train", "--recipe", "demo", "--output", "x")
 
 
+def test_a_mistyped_path_is_told_before_anything_slow(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mope.training.quiet.quiet", lambda: pytest.fail("imported Lightning first"))
+    assert "source 'chatz.jsonl' does not exist" in mistake(run("train", "chatz.jsonl", "--output", "x"))
+
+
+@pytest.mark.usefixtures("chats")
 def test_an_error_about_the_data_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise DataError("chats.jsonl: 3 training rows")
