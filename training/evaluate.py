@@ -56,10 +56,8 @@ class EvaluationRows:
         return cls(table, encoded, has_history(table), ~table.censored)
 
     def parts(self) -> dict[str, Array]:
-        """Positions of the rows of each reported part; one without rows, or that equals another, is left out."""
+        """Positions of the rows of each part that is reported; a part without rows is left out."""
         masks = {"first_turn": self.known & self.table.first_turn, "all_turns": self.known}
-        if np.array_equal(masks["first_turn"], masks["all_turns"]):  # single turns alone: one part says it
-            del masks["first_turn"]
         return {name: np.flatnonzero(mask) for name, mask in masks.items() if mask.sum() > 1}
 
 

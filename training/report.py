@@ -159,9 +159,17 @@ def print_metrics(metrics: Metrics, console: Console, *, short: bool = False) ->
 
 
 def _headline(metrics: Metrics) -> Iterator[Section]:
-    for part, results in metrics.get("test", {}).items():
+    parts = distinct_parts(metrics.get("test", {}))
+    for part, results in parts.items():
         yield _predictors(part, results)
-    yield from _coverage(metrics.get("test", {}))
+    yield from _coverage(parts)
+
+
+def distinct_parts(parts: Metrics) -> Metrics:
+    """Without the first turns where there are no others: the same numbers would be shown twice."""
+    sizes = [parts[part].get("mope", {}).get("num_rows") for part in PARTS if part in parts]
+    same = len(sizes) == len(PARTS) and sizes[0] is not None and len(set(sizes)) == 1
+    return {part: results for part, results in parts.items() if not (same and part == "first_turn")}
 
 
 def _sections(metrics: Metrics) -> Iterator[Section]:

@@ -38,7 +38,7 @@ from mope.training.evaluate_saved import evaluate_on
 from mope.training.experts import train_mope
 from mope.training.fit import FitResult
 from mope.training.prepare import Prepared, check_borders, prepare
-from mope.training.report import metrics_markdown, print_metrics
+from mope.training.report import distinct_parts, metrics_markdown, print_metrics
 from mope.training.routing import choose_combination, collect, fit_calibration, fit_router, lookup_sample, marginal
 
 SPLITS = ("train", "validation", "test")
@@ -140,7 +140,8 @@ def train(
         console().print(line, highlight=False, soft_wrap=True)
     console().print(
         f"predictor, card, metrics and plots are in [bold]{output}[/] (router, errors by length, language and LLM: its "
-        f"README.md); checkpoints and logs in {work}"
+        f"README.md); checkpoints and logs in {work}",
+        soft_wrap=True,
     )
     return RunResult(output, metrics)
 
@@ -176,7 +177,7 @@ def finish(prepared: Prepared, backend: TorchBackend, config: TrainConfig) -> Le
 def verdict(metrics: Mapping[str, Any]) -> list[str]:
     """How MoPE did against the best other predictor of each part, in a sentence each; what was left out."""
     lines: list[str] = []
-    for part, found in metrics["test"].items():
+    for part, found in distinct_parts(metrics["test"]).items():
         mope = found["mope"]["mae"]
         others = {name: found[name]["mae"] for name in found if name not in ("mope", "mope_oracle_routed")}
         if not others:

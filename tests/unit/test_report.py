@@ -161,3 +161,21 @@ def test_nothing_to_show():
 def test_an_unknown_part_is_named():
     with pytest.raises(DataError, match=r"'last_turn'.*'first_turn'"):
         report.metrics_table(METRICS, "last_turn")
+
+
+def test_single_turns_alone_are_shown_once():
+    one = METRICS["test"]["first_turn"]
+    assert list(report.distinct_parts({"first_turn": one, "all_turns": one})) == ["all_turns"]
+    more = {name: {**values, "num_rows": 950} for name, values in one.items()}
+    assert list(report.distinct_parts({"first_turn": one, "all_turns": more})) == ["first_turn", "all_turns"]
+    assert list(report.distinct_parts({"first_turn": one})) == ["first_turn"]
+    assert report.metrics_markdown({"test": {"first_turn": one, "all_turns": one}}).count("Response tokens") == 1
+
+
+def test_in_short_the_predictors_and_the_coverage():
+    console = Console(file=io.StringIO(), width=140)
+    report.print_metrics(METRICS, console, short=True)
+    shown = console.file.getvalue()
+    assert "TF-IDF ridge" in shown
+    assert "90 % quantile" in shown
+    assert "gate+rules" not in shown
