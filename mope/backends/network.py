@@ -82,7 +82,8 @@ class OrdinalHead(nn.Module):
         free_BC, location_B1, scale_B1 = raw[:, :-2], raw[:, -2:-1] + self._log_start, raw[:, -1:]
         # log(sigmoid(b) - sigmoid(a)) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b)), exact far out, too
         z = (self.log_borders - location_B1) / (F.softplus(scale_B1) + self.MIN_SCALE)
-        below, above = F.pad(F.logsigmoid(z), (0, 1)), F.pad(F.logsigmoid(-z), (1, 0))
+        # softplus, since log(sigmoid) underflows in engines that run the two one after the other
+        below, above = F.pad(-F.softplus(-z), (0, 1)), F.pad(-F.softplus(z), (1, 0))
         inside = F.pad(torch.log((1.0 - torch.exp(z[:, :-1] - z[:, 1:])).clamp(min=1e-30)), (1, 1))
         logits_BC: Tensor = free_BC + below + above + (inside if z.shape[1] else 0.0)
         return logits_BC
