@@ -93,6 +93,9 @@ def _predict(argv: list[str]) -> int:
     parser.add_argument(
         "--batch-size", type=int, default=64, metavar="N", help="requests predicted at once (default: 64)"
     )
+    parser.add_argument(
+        "--backend", default="torch", choices=("torch", "onnx"), help="onnx runs what mope-export wrote, without torch"
+    )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
     arguments = parser.parse_args(argv)
     if arguments.input and arguments.prompts:
@@ -130,8 +133,9 @@ def _prompts(typed: Sequence[str]) -> list[str]:
 def _load(arguments: Namespace) -> LengthPredictor:
     from mope.predictor import LengthPredictor
 
-    _check_device(arguments.device)
-    return LengthPredictor.from_pretrained(arguments.artifact, device=arguments.device)
+    if arguments.backend == "torch":
+        _check_device(arguments.device)
+    return LengthPredictor.from_pretrained(arguments.artifact, backend=arguments.backend, device=arguments.device)
 
 
 def _check_device(device: str) -> None:
@@ -328,8 +332,15 @@ def _evaluate(argv: list[str]) -> int:
     return 0
 
 
+def _export(argv: list[str]) -> int:
+    from mope.export.cli import main as export
+
+    return export(argv, prog="mope export")
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a predictor on chats or logs, evaluate and save it"),
     "predict": (_predict, "predict the response tokens of prompts or of a file of requests"),
     "evaluate": (_evaluate, "evaluate a saved predictor on a data set"),
+    "export": (_export, "export a saved predictor to ONNX"),
 }

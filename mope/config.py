@@ -59,3 +59,10 @@ class PredictorConfig(Frozen):
             return ("0: all",)
         middle = [f"{k}: {borders[k - 1] + 1} to {borders[k]}" for k in range(1, len(borders))]
         return (f"0: up to {borders[0]}", *middle, f"{len(borders)}: above {borders[-1]}")
+
+
+def network_names(config: PredictorConfig) -> list[str]:
+    """Names of an artifact's networks: one, or a gate and one per expert."""
+    if config.design == "shared":
+        return ["model"]
+    return ["gate", *(f"expert-{k}" for k in range(config.num_experts))]

@@ -5,6 +5,7 @@
         ├── DataError(ValueError)       rows, files or columns that cannot be used
         ├── ConfigError(ValueError)     a recipe, flag or option that cannot be used
         ├── ArtifactError(ValueError)   a saved predictor that is damaged, foreign or of another format
+        ├── ExportError(ValueError)     a graph that is not what its network is
         └── MissingExtraError(ImportError)   an optional package that is not installed
 
 Every leaf is also the builtin error that a caller who does not know mope would catch. Anything that is not
@@ -32,6 +33,10 @@ class ConfigError(UserError, ValueError):
 
 class ArtifactError(UserError, ValueError):
     """A saved predictor that is damaged, foreign or of another format."""
+
+
+class ExportError(UserError, ValueError):
+    """An exported graph that is not what its network is; nothing was written."""
 
 
 class MissingExtraError(UserError, ImportError):

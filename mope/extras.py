@@ -14,6 +14,9 @@ from mope.errors import MissingExtraError
 EXTRAS = {
     "torch": "torch",
     "transformers": "torch",
+    "onnxruntime": "onnx",
+    "onnx": "export",
+    "onnxscript": "export",
     "lightning": "train",
     "datasets": "train",
     "sklearn": "train",

@@ -41,6 +41,9 @@ _FLAG_TYPES: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
 )
 
 
+BACKENDS = ("torch", "onnx")
+
+
 class LengthPredictor:
     """Predicts how many tokens an LLM will answer, as a calibrated distribution.
 
@@ -80,14 +83,17 @@ class LengthPredictor:
         *,
         backend: str = "torch",
         device: str = "cpu",
+        num_threads: int = 1,
         revision: str | None = None,
     ) -> LengthPredictor:
         """Load a predictor from a folder or the Hugging Face Hub.
 
         Args:
             name_or_path: a folder that `save_pretrained` or `mope-train` wrote, or a Hub id.
-            backend: engine that runs the network: `"torch"`.
-            device: where it runs, for example `"cpu"` or `"cuda"`.
+            backend: engine that runs the network: `"torch"`, or `"onnx"` for what `mope-export` wrote, which needs
+                no torch.
+            device: where torch runs it, for example `"cpu"` or `"cuda"`; ONNX Runtime runs on the CPU.
+            num_threads: threads of each call in ONNX Runtime; torch has its own setting.
             revision: revision of a Hub id.
 
         Raises:
@@ -95,19 +101,17 @@ class LengthPredictor:
             ConfigError: an unknown backend.
             MissingExtraError: the backend's packages are not installed.
         """
-        if backend != "torch":
-            raise ConfigError(f"unknown backend {backend!r}; known is 'torch'")
+        if backend not in BACKENDS:
+            raise ConfigError(f"unknown backend {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+        if backend == "onnx" and device != "cpu":
+            raise ConfigError(f"the onnx backend runs on the CPU; got device {device!r}")
         folder = _find(name_or_path, revision)
         config = artifact.check(folder)
         if config.number_names != NUMBER_NAMES:
             raise ArtifactError(
                 f"{folder} was trained on other request features than this mope computes; train it anew"
             )
-        require("torch", "the torch backend")
-        require("transformers", "the torch backend")
         from tokenizers import Tokenizer
-
-        from mope.backends.torch_backend import TorchBackend
 
         encoder = RequestEncoder(
             Tokenizer.from_file(str(folder / "tokenizer.json")),
@@ -120,7 +124,7 @@ class LengthPredictor:
         learned = folder / "recalibration.json"
         return cls(
             config,
-            TorchBackend.load(folder, config, device),
+            _load_backend(backend, folder, config, device, num_threads),
             encoder,
             artifact.read_router(folder),
             calibration,
@@ -248,7 +252,7 @@ class LengthPredictor:
         target = Path(folder)
         with artifact.writing(target) as temporary:
             self.write(temporary)
-            for name in ("metrics.json", "provenance.json", "README.md", "plots"):
+            for name in ("metrics.json", "provenance.json", "README.md", "plots", "onnx"):
                 source = self.folder / name if self.folder is not None else None
                 if source is not None and source.is_dir():
                     shutil.copytree(source, temporary / name)
@@ -351,6 +355,18 @@ def _check_flags(flags: Mapping[str, Any]) -> None:
     temperature = flags.get("temperature")
     if temperature is not None and not (type(temperature) in (int, float) and 0 <= temperature <= 100):
         raise DataError(f"temperature is a number from 0 to 100; got {temperature!r}")
+
+
+def _load_backend(name: str, folder: Path, config: PredictorConfig, device: str, num_threads: int) -> Backend:
+    if name == "onnx":
+        from mope.backends.onnx_backend import OnnxBackend
+
+        return OnnxBackend.load(folder, config, num_threads)
+    for module in ("torch", "transformers"):
+        require(module, "the torch backend")
+    from mope.backends.torch_backend import TorchBackend
+
+    return TorchBackend.load(folder, config, device)
 
 
 def _find(name_or_path: str | Path, revision: str | None) -> Path:

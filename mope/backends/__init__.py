@@ -5,11 +5,14 @@ Shape suffixes: B requests, K experts, N bins (the body's and one for the tail),
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
+from mope.config import PredictorConfig
 from mope.features import EncodedRequests
 from mope.grid import Array
 
@@ -44,3 +47,36 @@ class Backend(Protocol):
     def save(self, folder: Path) -> None:
         """Write the weight files into a folder."""
         ...
+
+
+# token ids (B, S), attention mask (B, S), numbers (B, F), target LLM (B,) -> gate logits (B, K) or None, head logits
+# (B, heads, N) or None, embedding (B, H); float32
+RunNetwork = Callable[[Array, Array, Array, Array], tuple[Array | None, Array | None, Array]]
+
+
+def run_networks(
+    networks: Sequence[RunNetwork], config: PredictorConfig, encoded: EncodedRequests, choose: ChooseExperts
+) -> RawOutputs:
+    """Run the networks of an artifact on a batch: the first one on all rows, separate experts where they are needed.
+
+    Args:
+        networks: in the order of `mope.config.network_names`.
+        config: of the artifact.
+        encoded: the batch.
+        choose: see `Backend.run`.
+    """
+    num_rows, num_experts = len(encoded.token_ids), config.num_experts
+    inputs = (*encoded.padded(config.special_ids[2]), encoded.numbers_BF, encoded.llm_B)
+    gate_BK, heads_BKN, embedding_BH = networks[0](*inputs)
+    if gate_BK is None:
+        gate_BK = np.zeros((num_rows, num_experts), np.float32)
+    if heads_BKN is None:
+        needed_BK = choose(gate_BK, embedding_BH)
+        heads_BKN = np.zeros((num_rows, num_experts, config.num_body_bins + 1), np.float32)
+        for k, expert in enumerate(networks[1:]):
+            rows = np.flatnonzero(needed_BK[:, k])
+            if len(rows):
+                _, own_B1N, _ = expert(*(array[rows] for array in inputs))
+                assert own_B1N is not None, "the network of an expert has a head"
+                heads_BKN[rows, k] = own_B1N[:, 0]
+    return RawOutputs(gate_BK, heads_BKN, embedding_BH)

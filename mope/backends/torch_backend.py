@@ -9,23 +9,20 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
 
-from mope.backends import ChooseExperts, RawOutputs
+from mope.backends import ChooseExperts, RawOutputs, RunNetwork, run_networks
 from mope.backends.network import MopeNetwork, build_encoder
-from mope.config import PredictorConfig
+from mope.config import PredictorConfig, network_names
 from mope.errors import ConfigError
 from mope.features import EncodedRequests
 from mope.grid import Array
 
 
 def weight_files(config: PredictorConfig) -> list[str]:
-    """Names of an artifact's weight files: one network, or a gate and one per expert."""
-    if config.design == "shared":
-        return ["model.safetensors"]
-    return ["gate.safetensors", *(f"expert-{k}.safetensors" for k in range(config.num_experts))]
+    """Names of an artifact's weight files, in the order of `mope.config.network_names`."""
+    return [f"{name}.safetensors" for name in network_names(config)]
 
 
 def empty_networks(config: PredictorConfig) -> list[MopeNetwork]:
@@ -76,25 +73,18 @@ class TorchBackend:
         for network, name in zip(self.networks, weight_files(self._config), strict=True):
             save_model(network, str(folder / name))
 
-    @torch.inference_mode()
     def run(self, encoded: EncodedRequests, choose: ChooseExperts) -> RawOutputs:
         """Outputs for a batch, in float32."""
-        num_rows, num_experts = len(encoded.token_ids), self._config.num_experts
-        ids_BS, mask_BS = encoded.padded(self._config.special_ids[2])
-        inputs = [
-            torch.from_numpy(array).to(self._device) for array in (ids_BS, mask_BS, encoded.numbers_BF, encoded.llm_B)
-        ]
-        gate, heads, embedding = self.networks[0](*inputs)
-        embedding_BH = embedding.float().cpu().numpy()
-        gate_BK = np.zeros((num_rows, num_experts), np.float32) if gate is None else gate.float().cpu().numpy()
-        if heads is not None:
-            return RawOutputs(gate_BK, heads.float().cpu().numpy(), embedding_BH)
-        needed_BK: Array = choose(gate_BK, embedding_BH)
-        heads_BKN = np.zeros((num_rows, num_experts, self._config.num_body_bins + 1), np.float32)
-        for k in range(num_experts):
-            rows = np.flatnonzero(needed_BK[:, k])
-            if len(rows):
-                chosen = torch.from_numpy(rows).to(self._device)
-                _, head, _ = self.networks[1 + k](*(tensor[chosen] for tensor in inputs))
-                heads_BKN[rows, k] = head[:, 0].float().cpu().numpy()
-        return RawOutputs(gate_BK, heads_BKN, embedding_BH)
+        return run_networks([self._runner(network) for network in self.networks], self._config, encoded, choose)
+
+    def _runner(self, network: MopeNetwork) -> RunNetwork:
+        @torch.inference_mode()
+        def run(*inputs: Array) -> tuple[Array | None, Array | None, Array]:
+            gate, heads, embedding = network(*(torch.from_numpy(array).to(self._device) for array in inputs))
+            return (
+                None if gate is None else gate.float().cpu().numpy(),
+                None if heads is None else heads.float().cpu().numpy(),
+                embedding.float().cpu().numpy(),
+            )
+
+        return run

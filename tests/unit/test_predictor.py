@@ -240,7 +240,7 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name, monkeypat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "abacus"}, "unknown backend 'abacus'; known is"),
+        ({"backend": "abacus"}, "unknown backend 'abacus'; expected one of 'torch', 'onnx'"),
         ({"device": "toaster"}, "device 'toaster' can't be used"),
     ],
 )

@@ -122,7 +122,13 @@ def test_shell_command_is_right(
         check_make(arguments)
     elif name == "pip":
         check_pip(arguments)
+    elif name == "mope-export":
+        assert call(name, arguments, monkeypatch) == 0
+        assert (workspace / arguments[0] / "onnx" / "manifest.json").is_file()
     elif name == "mope" and arguments[0] == "predict":
+        if "onnx" in arguments:
+            assert call("mope-export", [arguments[1], "--to", "onnx"], monkeypatch) == 0
+            capsys.readouterr()
         piped = " ".join(shlex.split(command)[1:]) + "\n"
         monkeypatch.setattr(sys, "stdin", io.StringIO(piped))
         for option, value in pairwise(arguments):

@@ -1,0 +1,170 @@
+"""From a network to an ONNX graph, and the proof that both say the same.
+
+Standard operators of opset 20 alone, any batch and any width, so that every runtime takes the file. Knows networks and
+graphs; not artifacts or manifests.
+
+Shape suffixes: B requests, S tokens, F numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mope.backends.network import MopeNetwork
+from mope.backends.onnx_backend import EMBEDDING, GATE, HEADS, INPUTS
+from mope.errors import ExportError
+from mope.extras import require
+
+OPSET = 20
+MAX_BATCH = 256
+TOLERANCE = 1e-4  # of probabilities, and of embeddings relative to their size
+
+
+class _Outputs(nn.Module):
+    """A network whose outputs are those that it has, without None."""
+
+    def __init__(self, network: MopeNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, numbers_BF: Tensor, llm_B: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs = self.network(input_ids_BS, attention_mask_BS, numbers_BF, llm_B)
+        return tuple(output for output in outputs if output is not None)
+
+
+def output_names(network: MopeNetwork) -> list[str]:
+    """Names of a graph's outputs, in order."""
+    return [*([GATE] if network.gate is not None else []), *([HEADS] if len(network.heads) else []), EMBEDDING]
+
+
+def sample_inputs(network: MopeNetwork, lengths: Sequence[int], seed: int = 0) -> tuple[Tensor, ...]:
+    """Random token ids of the given lengths, padded, with mask, numbers and target LLMs."""
+    rng = torch.Generator().manual_seed(seed)
+    mask_BS = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    vocabulary, num_llms = network.encoder.config.vocab_size, network.llm.num_embeddings
+    ids_BS = torch.randint(0, vocabulary, mask_BS.shape, generator=rng) * mask_BS
+    numbers_BF = network.number_mean + 3 * torch.randn(len(lengths), len(network.number_mean), generator=rng)
+    return ids_BS, mask_BS, numbers_BF, torch.randint(0, num_llms, (len(lengths),), generator=rng)
+
+
+def write_graph(network: MopeNetwork, path: Path, max_tokens: int) -> None:
+    """Write a network as one ONNX file.
+
+    Args:
+        network: changed to plain attention, which gives the graph that every parser takes; give one of its own.
+        path: of the file.
+        max_tokens: widest input, in tokens.
+    """
+    require("onnxscript", "mope-export")
+    network.eval().encoder.set_attn_implementation("eager")
+    batch, tokens = torch.export.Dim("batch", min=1, max=MAX_BATCH), torch.export.Dim("tokens", min=2, max=max_tokens)
+    with _hushed():
+        torch.onnx.export(
+            _Outputs(network),
+            sample_inputs(network, (7, 4, 9)),
+            path,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(INPUTS),
+            output_names=output_names(network),
+            external_data=False,
+            dynamic_shapes={
+                "input_ids_BS": {0: batch, 1: tokens},
+                "attention_mask_BS": {0: batch, 1: tokens},
+                "numbers_BF": {0: batch},
+                "llm_B": {0: batch},
+            },
+        )
+
+
+@contextlib.contextmanager
+def _hushed() -> Any:
+    """Without the exporter's own progress and its words on packages that nobody needs here."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def check_form(path: Path, network: MopeNetwork) -> None:
+    """Check a graph by ONNX's own checker, and its operators, names and free axes.
+
+    Raises:
+        ExportError: something is not as it should be.
+    """
+    onnx = require("onnx", "mope-export")
+    model = onnx.load(path)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"{path.name}: {error}") from error
+    foreign = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
+    if foreign:
+        raise ExportError(f"{path.name} has operators of {', '.join(foreign)}; expected standard ones alone")
+    wanted = [*INPUTS, *output_names(network)]
+    tensors = {tensor.name: tensor.type.tensor_type.shape.dim for tensor in (*model.graph.input, *model.graph.output)}
+    if list(tensors) != wanted:
+        raise ExportError(f"{path.name} has the tensors {', '.join(tensors)}; expected {', '.join(wanted)}")
+    for name, axes in tensors.items():
+        free = [axis.dim_param for axis in axes if axis.dim_param]
+        expected = ["batch", "tokens"] if name in INPUTS[:2] else ["batch"]
+        if free != expected:
+            raise ExportError(f"{path.name}: {name} has the free axes {free}; expected {expected}")
+
+
+def check_values(path: Path, network: MopeNetwork, max_tokens: int) -> float:
+    """Compare a graph in ONNX Runtime with the network in PyTorch, over lengths, batches and padding.
+
+    Args:
+        path: the graph.
+        network: what it was made of, untouched by `write_graph`.
+        max_tokens: widest input.
+
+    Returns:
+        The largest difference of a probability, or of an embedding's entry relative to the largest one.
+
+    Raises:
+        ExportError: it is above `TOLERANCE`, or not a number.
+    """
+    runtime = require("onnxruntime", "mope-export")
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    widths = sorted({2, 3, 8, max_tokens // 4, max_tokens // 2, max_tokens})
+    cases = [*([width] for width in widths), widths, [max_tokens] * 3, [2] * 33]
+    worst = 0.0
+    for seed, lengths in enumerate(cases):
+        inputs = sample_inputs(network, lengths, seed)
+        with torch.inference_mode():
+            expected = [output for output in network.eval()(*inputs) if output is not None]
+        found = session.run(None, {name: value.numpy() for name, value in zip(INPUTS, inputs, strict=True)})
+        for name, one, other in zip(output_names(network), expected, found, strict=True):
+            difference = _difference(name, one, torch.from_numpy(other))
+            if not difference <= TOLERANCE:
+                raise ExportError(
+                    f"{path.name}: {name} differs from PyTorch by {difference:.2g} on inputs of {lengths} tokens; "
+                    f"at most {TOLERANCE:g} is allowed"
+                )
+            worst = max(worst, difference)
+    return worst
+
+
+def _difference(name: str, one: Tensor, other: Tensor) -> float:
+    if name == EMBEDDING:
+        return float((one - other).abs().max() / one.abs().max().clamp(min=1e-12))
+    return float(np.abs(torch.softmax(one, -1).numpy() - torch.softmax(other, -1).numpy()).max())
