@@ -366,9 +366,16 @@ def _limits(config: Facts, metrics: Facts) -> str:
     )
 
 
+MIN_BIAS_ROWS = 10  # an average over fewer is none
+
+
 def _biases(by_length: Facts) -> Iterator[str]:
     """The buckets of true length that are guessed too short and too long by most."""
-    biases = {name: float(values["bias"]) for name, values in by_length.items() if _is_number(values.get("bias"))}
+    biases = {
+        name: float(values["bias"])
+        for name, values in by_length.items()
+        if _is_number(values.get("bias")) and values.get("num_rows", MIN_BIAS_ROWS) >= MIN_BIAS_ROWS
+    }
     if not biases:
         return
     shortest, longest = (choose(biases, key=biases.__getitem__) for choose in (min, max))

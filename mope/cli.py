@@ -97,7 +97,7 @@ def _predict(argv: list[str]) -> int:
         "--backend", default="torch", choices=("torch", "onnx"), help="onnx runs what mope-export wrote, without torch"
     )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # prompts may stand behind flags
     if arguments.input and arguments.prompts:
         raise ConfigError("got prompts and --input; give one of them")
     if arguments.output and not arguments.input:

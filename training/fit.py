@@ -217,9 +217,10 @@ class _ProgressLines(Callback):
             (self._total - trainer.global_step) * (now - self._start) / max(1, trainer.global_step - self._first_step)
         )
         loss = float(trainer.callback_metrics.get("loss", math.nan))
+        minutes = f"{left / 60:.0f}" if left >= 60 else "less than 1"
         console().print(
             f"{self._description}: step {trainer.global_step}/{self._total}, loss {loss:.3f}, "
-            f"{speed:.0f} rows/s, {max(1.0, left / 60):.0f} min left"
+            f"{speed:.0f} rows/s, {minutes} min left"
         )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -115,6 +115,16 @@ def test_an_empty_prompt_gets_the_fallback_and_says_so(run: Run, tiny: Path) -> 
     assert "fallback:no text" in out
 
 
+def test_prompts_may_stand_behind_flags(run: Run, tiny: Path) -> None:
+    _, expected, _ = run("predict", tiny, "Hi", "Why?", "--json", "--max-tokens", "60")
+    for arguments in (
+        ["--json", tiny, "--max-tokens", "60", "Hi", "Why?"],
+        [tiny, "Hi", "--max-tokens", "60", "Why?", "--json"],
+    ):
+        status, out, _ = run("predict", *arguments)
+        assert (status, out) == (0, expected)
+
+
 def test_nothing_on_stdin_is_a_mistake(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     status, out, err = run("predict", tiny)

@@ -110,9 +110,10 @@ def _check_learnable(config: DataConfig, rows: RowTable, report: DataReport) -> 
     num_train = report.num_rows["train"]
     if num_train < config.min_rows:
         dropped = sum(report.counts.values())
+        others = ", ".join(f"{count:,} are for {name}" for name, count in report.num_rows.items() if name != "train")
         raise DataError(
-            f"{config.source}: {num_train:,} training rows of {report.num_records:,} records ({dropped:,} problems "
-            f"counted); expected at least min_rows = {config.min_rows:,}: give more data, or lower --min-rows"
+            f"{config.source}: {num_train:,} training rows of {report.num_records:,} records ({others}; {dropped:,} "
+            f"problems counted); expected at least min_rows = {config.min_rows:,}: give more data, or lower --min-rows"
         )
     is_train = pc.equal(rows.table["split"], "train").to_numpy()
     train = rows.response_tokens[is_train]
