@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 Design = Literal["shared", "separate"]
 Combination = Literal["top1", "mixture"]
@@ -42,6 +42,8 @@ class PredictorConfig(Frozen):
     special_ids: tuple[int, int, int] = Field(description="token ids of [CLS], [SEP] and padding")
     max_prompt_tokens: int = Field(description="window of the prompt in input tokens")
     max_context_tokens: int = Field(description="window of the previous or system prompt in input tokens")
+    chars_per_token: int = Field(ge=1, description="characters of the text that are tokenised per input token")
+    lexical_chars: int = Field(ge=2, description="characters of the prompt, from both ends, that rules and numbers see")
     target_llms: tuple[str, ...] = Field(description="target LLMs with an embedding of their own")
     llm_dim: int = Field(description="size of a target LLM's embedding")
     head_hidden: int = Field(description="hidden units of the gate and of each head")

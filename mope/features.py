@@ -23,10 +23,10 @@ from mope.rules import RULE_NAMES, RuleHits, match_rules
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-CHARS_PER_TOKEN = 10  # characters kept per input token before tokenising; English words have about 5
+    from mope.config import PredictorConfig
+
 HEAD_SHARE = 0.6  # of a long prompt's window, how much is taken from its beginning
 COMPARED_CHARS = 1000  # characters of this and the previous prompt that are compared
-RULE_CHARS = 2000  # characters of the prompt, half from each end, that rules and lexical numbers look at
 
 _WH = re.compile(r"^\W*(?:what|which|who|whom|whose|when|where|why|how)\b", re.I)
 _LONG_ASK = re.compile(
@@ -162,6 +162,8 @@ class RequestEncoder:
         special_ids: ids of the tokens that stand for `[CLS]`, `[SEP]` and padding.
         max_prompt_tokens: window of the prompt in tokens.
         max_context_tokens: window of the context in tokens, 0 to leave it out.
+        chars_per_token: characters kept per input token before tokenising; English words have about 5.
+        lexical_chars: characters of the prompt, from both ends, that rules and lexical numbers look at.
         target_llms: names of known target LLMs.
     """
 
@@ -172,6 +174,8 @@ class RequestEncoder:
         special_ids: tuple[int, int, int],
         max_prompt_tokens: int,
         max_context_tokens: int,
+        chars_per_token: int,
+        lexical_chars: int,
         target_llms: Sequence[str] = (),
     ) -> None:
         self._tokenizer = tokenizer
@@ -180,11 +184,25 @@ class RequestEncoder:
         self._tokenizer.encode_special_tokens = True
         self._cls, self._sep, self.pad_id = special_ids
         self._max_prompt, self._max_context = max_prompt_tokens, max_context_tokens
+        self._chars_per_token, self._lexical_chars = chars_per_token, lexical_chars
         self._llm_index = {name: index for index, name in enumerate(target_llms, start=1)}
+
+    @classmethod
+    def of(cls, config: PredictorConfig, tokenizer: Tokenizer) -> RequestEncoder:
+        """The encoder of a saved predictor."""
+        return cls(
+            tokenizer,
+            special_ids=config.special_ids,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_context_tokens=config.max_context_tokens,
+            chars_per_token=config.chars_per_token,
+            lexical_chars=config.lexical_chars,
+            target_llms=config.target_llms,
+        )
 
     def encode(self, requests: Sequence[Request]) -> EncodedRequests:
         """Encode a batch of requests."""
-        windows = [ends(request.prompt, RULE_CHARS) for request in requests]
+        windows = [ends(request.prompt, self._lexical_chars) for request in requests]
         hits = [match_rules(window) for window in windows]
         prompts = self._windows([request.prompt for request in requests], self._max_prompt)
         contexts = self._windows([request.previous_prompt or request.system for request in requests], self._max_context)
@@ -206,7 +224,7 @@ class RequestEncoder:
     def _windows(self, texts: list[str], num_tokens: int) -> list[list[int]]:
         if num_tokens == 0:
             return [[] for _ in texts]
-        cut = [_without_surrogates(ends(text, CHARS_PER_TOKEN * num_tokens)) for text in texts]
+        cut = [_without_surrogates(ends(text, self._chars_per_token * num_tokens)) for text in texts]
         head = int(num_tokens * HEAD_SHARE)
         encoded: list[Any] = self._tokenizer.encode_batch_fast(cut, add_special_tokens=False)
         return [

@@ -113,13 +113,7 @@ class LengthPredictor:
             )
         from tokenizers import Tokenizer
 
-        encoder = RequestEncoder(
-            Tokenizer.from_file(str(folder / "tokenizer.json")),
-            special_ids=config.special_ids,
-            max_prompt_tokens=config.max_prompt_tokens,
-            max_context_tokens=config.max_context_tokens,
-            target_llms=config.target_llms,
-        )
+        encoder = RequestEncoder.of(config, Tokenizer.from_file(str(folder / "tokenizer.json")))
         calibration, fallback = artifact.read_calibration(folder)
         learned = folder / "recalibration.json"
         return cls(

@@ -100,10 +100,10 @@ def save_encoder(folder: Path) -> None:
 def make_config(encoder_folder: Path, design: Design = "shared", num_experts: int = 3) -> PredictorConfig:
     """The config of a tiny predictor."""
     source = find_encoder(str(encoder_folder))
+    encoder = make_encoder(source)
     body = body_edges(1000, 24)
     tail = tail_edges(float(body[-1]), 8000, 4)
     requests = [Request(prompt=prompt) for prompt in PROMPTS]
-    encoder = make_encoder(source)
     numbers = encoder.encode(requests).numbers_BF
     deviation = numbers.std(axis=0)
     return PredictorConfig(
@@ -123,6 +123,8 @@ def make_config(encoder_folder: Path, design: Design = "shared", num_experts: in
         special_ids=source.special_ids,
         max_prompt_tokens=MAX_PROMPT_TOKENS,
         max_context_tokens=MAX_CONTEXT_TOKENS,
+        chars_per_token=10,
+        lexical_chars=2000,
         target_llms=("llama-3-8b", "gpt-4"),
         llm_dim=2,
         head_hidden=8,
@@ -141,6 +143,8 @@ def make_encoder(source: EncoderSource) -> RequestEncoder:
         special_ids=source.special_ids,
         max_prompt_tokens=MAX_PROMPT_TOKENS,
         max_context_tokens=MAX_CONTEXT_TOKENS,
+        chars_per_token=10,
+        lexical_chars=2000,
         target_llms=("llama-3-8b", "gpt-4"),
     )
 

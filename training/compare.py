@@ -109,12 +109,7 @@ def first_output(network: MopeNetwork, rows: EncodedRows, description: str) -> A
 def frozen_embeddings(source: EncoderSource, prepared: Prepared) -> Callable[[list[str]], Array]:
     """A function that embeds prompts with the encoder as it was pre-trained: mean pooling, the prompt's window."""
     config = prepared.config
-    encoder = RequestEncoder(
-        source.tokenizer(),
-        special_ids=config.special_ids,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_context_tokens=0,
-    )
+    encoder = RequestEncoder.of(config.model_copy(update={"max_context_tokens": 0}), source.tokenizer())
 
     @torch.inference_mode()
     def embed(prompts: list[str]) -> Array:

@@ -41,6 +41,10 @@ class ModelConfig(Frozen):
     num_tail_bins: int = Field(16, ge=1, le=64, description="log-spaced bins of the tail")
     max_prompt_tokens: int = Field(112, ge=8, le=448, description="window of the prompt in input tokens")
     max_context_tokens: int = Field(24, ge=0, le=60, description="window of the previous or system prompt")
+    chars_per_token: int = Field(10, ge=1, description="characters that are tokenised per token of a window")
+    lexical_chars: int = Field(
+        2000, ge=2, description="characters of the prompt, from both ends, that rules and numbers see"
+    )
     head_hidden: int = Field(256, ge=8, description="hidden units of the gate and each head")
     llm_dim: int = Field(8, ge=1, description="size of a target LLM's embedding")
     min_llm_rows: int = Field(200, ge=1, description="training rows an LLM needs for an embedding of its own")

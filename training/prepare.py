@@ -106,6 +106,8 @@ def prepare(rows: RowTable, model: ModelConfig, source: EncoderSource, label_tok
         special_ids=source.special_ids,
         max_prompt_tokens=model.max_prompt_tokens,
         max_context_tokens=model.max_context_tokens,
+        chars_per_token=model.chars_per_token,
+        lexical_chars=model.lexical_chars,
         target_llms=llms,
     )
     encoded = [
@@ -131,6 +133,8 @@ def prepare(rows: RowTable, model: ModelConfig, source: EncoderSource, label_tok
         special_ids=source.special_ids,
         max_prompt_tokens=model.max_prompt_tokens,
         max_context_tokens=model.max_context_tokens,
+        chars_per_token=model.chars_per_token,
+        lexical_chars=model.lexical_chars,
         target_llms=llms,
         llm_dim=model.llm_dim,
         head_hidden=model.head_hidden,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mope import artifact
+from mope.config import FORMAT_VERSION
 from mope.errors import ArtifactError
 from mope.predictor import LengthPredictor
 
@@ -94,7 +95,7 @@ def test_a_file_cut_short_is_found(copy):
 @pytest.mark.parametrize(
     ("version", "advice"),
     [
-        (3, "update mope"),
+        (FORMAT_VERSION + 1, "update mope"),
         (1, "train or convert it anew"),
         (0, "train or convert it anew"),
         (None, "train"),
@@ -103,7 +104,8 @@ def test_a_file_cut_short_is_found(copy):
 )
 def test_another_format_version_says_what_to_do(copy, version, advice):
     rewrite(copy, "config.json", lambda config: config.update(format_version=version))
-    with pytest.raises(ArtifactError, match=f"format version {version}; this mope reads version 2: {advice}"):
+    expected = f"format version {version}; this mope reads version {FORMAT_VERSION}: {advice}"
+    with pytest.raises(ArtifactError, match=expected):
         artifact.check(copy)
 
 

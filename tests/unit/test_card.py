@@ -30,6 +30,8 @@ CONFIG = {
     "encoder_config": {"model_type": "bert", "num_hidden_layers": 6, "hidden_size": 384, "vocab_size": 30522},
     "max_prompt_tokens": 112,
     "max_context_tokens": 24,
+    "chars_per_token": 10,
+    "lexical_chars": 2000,
     "target_llms": ["vicuna-13b", "gpt-4"],
     "number_names": ["a"] * 51,
     "router_parts": ["gate", "rules", "lookup"],

@@ -26,6 +26,8 @@ def encoder(max_prompt_tokens=24, max_context_tokens=8):
         special_ids=(CLS, SEP, PAD),
         max_prompt_tokens=max_prompt_tokens,
         max_context_tokens=max_context_tokens,
+        chars_per_token=10,
+        lexical_chars=2000,
         target_llms=("llama-3-8b", "gpt-4"),
     )
 
