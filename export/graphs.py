@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mope.backends.network import MopeNetwork
 from mope.backends.onnx_backend import EMBEDDING, GATE, HEADS, INPUTS
+from mope.backends.static_encoder import StaticEncoder
 from mope.errors import ExportError
 from mope.extras import require
 
@@ -68,7 +69,9 @@ def write_graph(network: MopeNetwork, path: Path, max_tokens: int) -> None:
         max_tokens: widest input, in tokens.
     """
     require("onnxscript", "mope-export")
-    network.eval().encoder.set_attn_implementation("eager")
+    encoder = network.eval().encoder
+    if not isinstance(encoder, StaticEncoder):
+        encoder.set_attn_implementation("eager")
     batch, tokens = torch.export.Dim("batch", min=1, max=MAX_BATCH), torch.export.Dim("tokens", min=2, max=max_tokens)
     with _hushed():
         torch.onnx.export(

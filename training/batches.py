@@ -2,7 +2,7 @@
 
 Knows arrays and order; does not know what is trained on them. All order follows from the seed and the epoch.
 
-Shape suffixes: R rows, B rows of a batch, S tokens, F numbers.
+Shape suffixes: R rows, B rows of a batch, S tokens, F numbers, K experts, N bins.
 """
 
 from __future__ import annotations
@@ -26,6 +26,23 @@ WIDTH_STEP = 8  # batches are padded to a multiple of this: few shapes, so that 
 
 
 @dataclass(frozen=True)
+class Targets:
+    """What a teacher says of each row.
+
+    Attributes:
+        log_mix_RN: log probability of each bin in its mixture, float16.
+        log_gate_RK: log probability of each expert by its gate, float16.
+    """
+
+    log_mix_RN: Array
+    log_gate_RK: Array
+
+    def take(self, rows: Array) -> Targets:
+        """The rows at the given positions."""
+        return Targets(self.log_mix_RN[rows], self.log_gate_RK[rows])
+
+
+@dataclass(frozen=True)
 class EncodedRows:
     """Rows as the network reads them, tokens of all rows in one flat array.
 
@@ -38,6 +55,7 @@ class EncodedRows:
         tokens_R: labels, response tokens.
         censored_R: True where the answer hit a cap.
         pad_id: the encoder's padding token.
+        targets: what a teacher says of the rows, if there is one.
     """
 
     flat_ids: Array
@@ -48,6 +66,7 @@ class EncodedRows:
     tokens_R: Array
     censored_R: Array
     pad_id: int
+    targets: Targets | None = None
 
     def __len__(self) -> int:
         return len(self.tokens_R)
@@ -70,6 +89,7 @@ class EncodedRows:
             tokens_R=self.tokens_R[rows],
             censored_R=self.censored_R[rows],
             pad_id=self.pad_id,
+            targets=None if self.targets is None else self.targets.take(rows),
         )
 
     def requests(self, rows: Array) -> EncodedRequests:
@@ -92,7 +112,12 @@ class EncodedRows:
         mask_BS = np.arange(padded_width(lengths.max())) < lengths[:, None]
         ids_BS = np.full(mask_BS.shape, self.pad_id, dtype=np.int64)
         ids_BS[mask_BS] = np.concatenate([self.flat_ids[self.offsets[r] : self.offsets[r + 1]] for r in rows])
+        taught = {}
+        if self.targets is not None:
+            targets = self.targets.take(rows)
+            taught = {"teacher_mix_BN": targets.log_mix_RN, "teacher_gate_BK": targets.log_gate_RK}
         return {
+            **{name: torch.from_numpy(array.astype(np.float32)) for name, array in taught.items()},
             "input_ids_BS": torch.from_numpy(ids_BS),
             "attention_mask_BS": torch.from_numpy(mask_BS.astype(np.int64)),
             "numbers_BF": torch.from_numpy(self.numbers_RF[rows]),

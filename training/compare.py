@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from sklearn.isotonic import IsotonicRegression
 
-from mope.backends.network import MopeNetwork
+from mope.backends.network import MopeNetwork, embed
 from mope.console import console, progress
 from mope.features import RequestEncoder, pad
 from mope.grid import Array
@@ -21,7 +21,7 @@ from mope.training.baselines import default_baselines, fit_and_predict
 from mope.training.batches import EncodedRows
 from mope.training.config import TrainConfig
 from mope.training.data.table import RowTable
-from mope.training.encoders import EncoderSource
+from mope.training.encoders import Trunk
 from mope.training.evaluate import Evaluation, EvaluationRows
 from mope.training.experts import train_baseline
 from mope.training.fit import native_bf16
@@ -34,7 +34,7 @@ def compare(
     rows: EvaluationRows,
     tables: dict[str, RowTable],
     prepared: Prepared,
-    source: EncoderSource,
+    source: Trunk,
     config: TrainConfig,
     work: Path,
     *,
@@ -106,13 +106,13 @@ def first_output(network: MopeNetwork, rows: EncodedRows, description: str) -> A
     return output
 
 
-def frozen_embeddings(source: EncoderSource, prepared: Prepared) -> Callable[[list[str]], Array]:
+def frozen_embeddings(source: Trunk, prepared: Prepared) -> Callable[[list[str]], Array]:
     """A function that embeds prompts with the encoder as it was pre-trained: mean pooling, the prompt's window."""
     config = prepared.config
     encoder = RequestEncoder.of(config.model_copy(update={"max_context_tokens": 0}), source.tokenizer())
 
     @torch.inference_mode()
-    def embed(prompts: list[str]) -> Array:
+    def embed_prompts(prompts: list[str]) -> Array:
         model = source.load()
         model.train(False)
         ids = [encoder.encode([Request(prompt=prompt)]).token_ids[0] for prompt in prompts]
@@ -125,10 +125,8 @@ def frozen_embeddings(source: EncoderSource, prepared: Prepared) -> Callable[[li
                     torch.from_numpy(array) for array in pad([ids[row] for row in rows], encoder.pad_id)
                 )
                 with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16()):
-                    hidden = model(input_ids=padded_BS, attention_mask=mask_BS).last_hidden_state.float()
-                weight = mask_BS.unsqueeze(-1).float()
-                embeddings[rows] = ((hidden * weight).sum(1) / weight.sum(1)).numpy()
+                    embeddings[rows] = embed(model, padded_BS, mask_BS).numpy()
                 advance(len(rows))
         return embeddings
 
-    return embed
+    return embed_prompts

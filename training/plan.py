@@ -25,16 +25,19 @@ from mope.backends.network import MopeNetwork
 from mope.backends.torch_backend import weight_files
 from mope.console import console
 from mope.training.batches import BucketLoader, EncodedRows
-from mope.training.config import FitConfig, TrainConfig
+from mope.training.config import FitConfig, ModelConfig, TrainConfig
 from mope.training.data.build import DataSet, build_rows, resolve_label_tokenizer
 from mope.training.data.config import DataConfig
 from mope.training.data.table import RowTable
-from mope.training.encoders import EncoderSource, find_encoder
+from mope.training.encoders import Trunk
 from mope.training.experts import expert_rows, new_network
 from mope.training.fit import FitModule, resolve_precision
 from mope.training.objectives import MopeObjective
-from mope.training.prepare import Prepared, prepare
+from mope.training.prepare import Grid, Prepared, prepare
+from mope.training.recipe import load_recipe, recipe_names
 from mope.training.run import SPLITS, sample
+from mope.training.teacher import Teacher
+from mope.training.trunks import find_trunk
 
 SAMPLE_ROWS = {"train": 4096, "validation": 512, "test": 64}  # encoded for the estimate
 MEASURE_S = 8.0
@@ -137,7 +140,7 @@ def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
         UserError: data or config that the run could not use either.
     """
     model = config.model
-    encoder = find_encoder(model.encoder, revision=model.encoder_revision, num_layers=model.num_layers)
+    encoder, grid = _trunk(model)
     data = [_read(config.data, encoder)]
     if config.test_data is not None:
         data.append(_read(config.test_data.model_copy(update={"min_rows": 0}), encoder))
@@ -145,7 +148,7 @@ def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
     num_rows = {name: len(rows.split(name)) for name in SPLITS}
     if len(data) > 1:
         num_rows["other test"] = len(data[1].rows.split("test"))
-    prepared = prepare(_few(rows, config.fit.seed), model, encoder, config.data.label_tokenizer)
+    prepared = prepare(_few(rows, config.fit.seed), model, encoder, config.data.label_tokenizer, grid)
     network = _network(prepared, encoder, config.fit)
     num_parameters = sum(p.numel() for p in network.parameters())
     measured = _measure(network, prepared, config.fit, measure_s)
@@ -168,7 +171,17 @@ def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
     )
 
 
-def _read(data: DataConfig, encoder: EncoderSource) -> DataSet:
+def _trunk(model: ModelConfig) -> tuple[Trunk, Grid | None]:
+    """The trunk and its teacher's grid; a teacher that is still to be trained lends its encoder alone."""
+    if model.teacher is None or model.teacher in recipe_names():
+        origin = model if model.teacher is None else load_recipe(model.teacher).model
+        settled = {"preset": model.preset, "num_layers": model.num_layers, "static_size": model.static_size}
+        return find_trunk(origin.model_copy(update=settled)), None
+    teacher = Teacher(Path(model.teacher).expanduser(), model.num_layers)
+    return find_trunk(model, teacher), Grid.of(teacher.settings)
+
+
+def _read(data: DataConfig, encoder: Trunk) -> DataSet:
     with tempfile.TemporaryDirectory(prefix="mope-plan-") as folder:
         return build_rows(resolve_label_tokenizer(data, encoder.tokenizer_json, Path(folder)))
 
@@ -180,7 +193,7 @@ def _few(rows: RowTable, seed: int) -> RowTable:
     return rows.take(np.sort(np.concatenate(kept)))
 
 
-def _network(prepared: Prepared, encoder: EncoderSource, fit: FitConfig) -> MopeNetwork:
+def _network(prepared: Prepared, encoder: Trunk, fit: FitConfig) -> MopeNetwork:
     """The shared network, or one of the separate experts."""
     config = prepared.config
     shared = config.design == "shared"

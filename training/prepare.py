@@ -19,7 +19,7 @@ from mope.provenance import shortened
 from mope.training.batches import EncodedRows, encode_rows
 from mope.training.config import ModelConfig
 from mope.training.data.table import RowTable
-from mope.training.encoders import EncoderSource
+from mope.training.encoders import Trunk
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,51 @@ def choose_boundaries(tokens: Array, model: ModelConfig) -> tuple[float, ...]:
     return tuple(float(border) for border in borders)
 
 
-def prepare(rows: RowTable, model: ModelConfig, source: EncoderSource, label_tokenizer: str) -> Prepared:
-    """Settle the predictor's config from the training rows and encode all rows."""
+@dataclass(frozen=True)
+class Grid:
+    """Bins, tail and buckets: what the lengths of answers are counted on.
+
+    Attributes:
+        boundaries: inner borders of the experts' buckets in tokens.
+        edges: edges of the bins in tokens, the tail included.
+        num_body_bins: bins below the tail.
+        tail_shares: share of the tail's mass in each tail bin.
+        tail_index: Pareto index of the tail.
+    """
+
+    boundaries: tuple[float, ...]
+    edges: tuple[float, ...]
+    num_body_bins: int
+    tail_shares: tuple[float, ...]
+    tail_index: float
+
+    @classmethod
+    def of(cls, config: PredictorConfig) -> Grid:
+        """The grid of a saved predictor."""
+        return cls(config.boundaries, config.edges, config.num_body_bins, config.tail_shares, config.tail_index)
+
+    @classmethod
+    def fit(cls, train: RowTable, model: ModelConfig) -> Grid:
+        """A grid for the training rows."""
+        tokens = train.response_tokens
+        top = max(2, int(np.quantile(tokens, model.tail_quantile)))
+        body = body_edges(top, model.num_bins)
+        tail = tail_edges(float(body[-1]), max(model.max_grid_tokens, int(tokens.max())), model.num_tail_bins)
+        index = pareto_tail(tokens, train.censored, float(body[-1]))
+        return cls(
+            boundaries=choose_boundaries(tokens, model),
+            edges=tuple(float(edge) for edge in (*body, *tail)),
+            num_body_bins=len(body) - 1,
+            tail_shares=tuple(float(share) for share in tail_shares(float(body[-1]), tail, index)),
+            tail_index=index,
+        )
+
+
+def prepare(
+    rows: RowTable, model: ModelConfig, source: Trunk, label_tokenizer: str, grid: Grid | None = None
+) -> Prepared:
+    """Settle the predictor's config from the training rows, on a given grid if there is one, and encode all rows."""
     train, validation, test = (rows.split(name) for name in ("train", "validation", "test"))
-    tokens = train.response_tokens
-    top = max(2, int(np.quantile(tokens, model.tail_quantile)))
-    body = body_edges(top, model.num_bins)
-    tail = tail_edges(float(body[-1]), max(model.max_grid_tokens, int(tokens.max())), model.num_tail_bins)
-    index = pareto_tail(tokens, train.censored, float(body[-1]))
     names, counts = np.unique(np.array(train.strings("target_llm"), dtype=object), return_counts=True)
     llms = tuple(str(n) for n, c in zip(names, counts, strict=True) if n and c >= model.min_llm_rows)
     encoder = RequestEncoder(
@@ -116,16 +153,17 @@ def prepare(rows: RowTable, model: ModelConfig, source: EncoderSource, label_tok
     ]
     deviation = encoded[0].numbers_RF.std(axis=0, dtype=np.float64)
     constant = deviation < 1e-4
+    grid = grid or Grid.fit(train, model)
     config = PredictorConfig(
         format_version=FORMAT_VERSION,
         preset=model.preset,
         design=model.design,
         num_experts=model.num_experts,
-        boundaries=choose_boundaries(tokens, model),
-        edges=tuple(float(edge) for edge in (*body, *tail)),
-        num_body_bins=len(body) - 1,
-        tail_shares=tuple(float(share) for share in tail_shares(float(body[-1]), tail, index)),
-        tail_index=index,
+        boundaries=grid.boundaries,
+        edges=grid.edges,
+        num_body_bins=grid.num_body_bins,
+        tail_shares=grid.tail_shares,
+        tail_index=grid.tail_index,
         label_tokenizer=label_tokenizer,
         encoder=shortened(source.name),
         encoder_config=source.config,

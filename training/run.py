@@ -10,7 +10,7 @@ import contextlib
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,16 @@ from mope.training.config import FitConfig, TrainConfig
 from mope.training.data.build import DataSet, build_rows, resolve_label_tokenizer
 from mope.training.data.sources import Hub, open_source
 from mope.training.data.table import RowTable
-from mope.training.encoders import find_encoder
 from mope.training.evaluate import EvaluationRows, draw, evaluate_mope
 from mope.training.evaluate_saved import evaluate_on
 from mope.training.experts import train_mope
-from mope.training.fit import FitResult
-from mope.training.prepare import Prepared, check_borders, prepare
+from mope.training.fit import FitResult, world_size
+from mope.training.prepare import Grid, Prepared, check_borders, prepare
+from mope.training.recipe import load_recipe, recipe_names
 from mope.training.report import distinct_parts, metrics_markdown, print_metrics
 from mope.training.routing import choose_combination, collect, fit_calibration, fit_router, lookup_sample, marginal
+from mope.training.teacher import Teacher
+from mope.training.trunks import find_trunk
 
 SPLITS = ("train", "validation", "test")
 # settings that may differ when a run is resumed: they do not change what is trained
@@ -83,17 +85,20 @@ def train(
     work = work or output.with_name(output.name + ".work")
     check_borders(config.model)
     _check_output(output, work)
-    source = find_encoder(
-        config.model.encoder, revision=config.model.encoder_revision, num_layers=config.model.num_layers
-    )
+    teacher = _teacher(config, output, resume=resume, command=command)
+    source = find_trunk(config.model, teacher)
     data = build_rows(resolve_label_tokenizer(config.data, source.tokenizer_json, work))
     for line in data.report.lines():
         console().print(line, highlight=False, soft_wrap=True)
     rows = sample(data.rows, config)
-    prepared = prepare(rows, config.model, source, config.data.label_tokenizer)
+    grid = None if teacher is None else Grid.of(teacher.settings)
+    prepared = prepare(rows, config.model, source, config.data.label_tokenizer, grid)
     _say_plan(prepared, config)
     _check_work(work, config, data, resume=resume)
-    networks, fits = train_mope(prepared, source, config.fit, work, resume=resume)
+    if teacher is not None:
+        taught = teacher.teach(prepared.train, rows.split("train"), work, resume=resume)
+        prepared = replace(prepared, train=taught)
+    networks, fits = train_mope(prepared, source, config.fit, work, resume=resume, teacher=teacher)
     if int(os.environ.get("LOCAL_RANK", "0")) or int(os.environ.get("NODE_RANK", "0")):
         return None
     predictor = finish(prepared, TorchBackend(networks, prepared.config, inference_device(config.fit)), config)
@@ -116,8 +121,7 @@ def train(
         provenance = collect_provenance(
             list(command), config.fit.seed, {config.data.source: data.fingerprint}, started=started
         )
-        settings = config.model_dump(mode="json", exclude={"data": {"cache_dir"}, "test_data": {"cache_dir"}})
-        provenance["config"] = shortened(settings)
+        provenance["config"] = _settings(config)
         artifact.write_json(folder / "metrics.json", metrics)
         artifact.write_json(folder / "provenance.json", provenance)
         drawn = draw(evaluation, test, folder / "plots", logs)
@@ -144,6 +148,40 @@ def train(
         soft_wrap=True,
     )
     return RunResult(output, metrics)
+
+
+def _teacher(config: TrainConfig, output: Path, *, resume: bool, command: Sequence[str]) -> Teacher | None:
+    """The predictor that teaches, if one is to: a saved one, or a recipe's, trained first beside `output`."""
+    name = config.model.teacher
+    if name is None:
+        return None
+    folder = Path(name).expanduser()
+    if name in recipe_names():
+        folder = output.with_name(f"{output.name}.teacher")
+        recipe = load_recipe(name, {"evaluation": {"fine_tuned": (), "baselines": ("constant",)}})
+        if world_size(config.fit) > 1:
+            raise ConfigError(
+                f"on several devices a teacher is trained by itself: mope-train --recipe {name} --output {folder}, "
+                f"then --teacher {folder}"
+            )
+        if not (folder / "files.json").exists():
+            console().print(f"first the teacher: recipe {name}, into {folder}", highlight=False)
+            train(recipe, folder, resume=resume, command=command)
+        elif artifact.read_json(folder / "provenance.json").get("config") != _settings(recipe):
+            raise ConfigError(f"{folder} was not trained as recipe {name} says; remove it, or type --teacher {folder}")
+        else:
+            console().print(f"the teacher, recipe {name}, is already trained: {folder}", highlight=False)
+    teacher = Teacher(folder, config.model.num_layers, inference_device(config.fit))
+    teacher.check(config.model, config.data.label_tokenizer)
+    return teacher
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """The config as the provenance keeps it: without folders of this machine."""
+    kept: dict[str, Any] = shortened(
+        config.model_dump(mode="json", exclude={"data": {"cache_dir"}, "test_data": {"cache_dir"}})
+    )
+    return kept
 
 
 def finish(prepared: Prepared, backend: TorchBackend, config: TrainConfig) -> LengthPredictor:
@@ -268,7 +306,7 @@ def _say_plan(prepared: Prepared, config: TrainConfig) -> None:
     )
     if config.fit.max_train_rows is not None:
         console().print(
-            "this is a sample: `mope-train --recipe sharegpt-small` trains on all rows", highlight=False, soft_wrap=True
+            "this is a sample: `mope-train --recipe sharegpt-minilm` trains on all rows", highlight=False, soft_wrap=True
         )
 
 

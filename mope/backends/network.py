@@ -11,7 +11,7 @@ C classes in order of length (experts' buckets or bins).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,11 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from mope.backends.static_encoder import MODEL_TYPE, StaticConfig, StaticEncoder
 from mope.config import PredictorConfig
 
+Encoder: TypeAlias = PreTrainedModel | StaticEncoder
 
-def build_encoder(encoder_config: dict[str, Any]) -> PreTrainedModel:
+
+def build_encoder(encoder_config: dict[str, Any]) -> Encoder:
     """An encoder of the given architecture with fresh weights, without a pooling layer."""
+    if encoder_config["model_type"] == MODEL_TYPE:
+        return StaticEncoder(StaticConfig(**encoder_config))
     config: PretrainedConfig = AutoConfig.for_model(**encoder_config)
     return _without_pooler(lambda **options: AutoModel.from_config(config, **options))  # type: ignore[no-untyped-call]
 
@@ -41,6 +46,16 @@ def _without_pooler(make: Any) -> PreTrainedModel:
     except TypeError:  # the architecture has no pooling layer to leave out
         model = make()
     return model
+
+
+def embed(encoder: Encoder, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
+    """One vector of each text, shape (B, H), float32: of a transformer, the mean of its last hidden states."""
+    if isinstance(encoder, StaticEncoder):
+        static_BH: Tensor = encoder(input_ids_BS, attention_mask_BS)
+        return static_BH.float()
+    hidden_BSH: Tensor = encoder(input_ids=input_ids_BS, attention_mask=attention_mask_BS).last_hidden_state.float()
+    weights_BS1 = attention_mask_BS.unsqueeze(-1).to(hidden_BSH.dtype)
+    return (hidden_BSH * weights_BS1).sum(1) / weights_BS1.sum(1).clamp(min=1.0)
 
 
 class OrdinalHead(nn.Module):
@@ -97,7 +112,7 @@ class MopeNetwork(nn.Module):
     """Trunk, gate and heads.
 
     Args:
-        encoder: the trunk, a Hugging Face encoder.
+        encoder: the trunk.
         number_mean: means of the numbers, length F.
         number_scale: one over their standard deviations, 0 for constants, length F.
         num_llms: known target LLMs.
@@ -116,7 +131,7 @@ class MopeNetwork(nn.Module):
 
     def __init__(
         self,
-        encoder: PreTrainedModel,
+        encoder: Encoder,
         *,
         number_mean: list[float],
         number_scale: list[float],
@@ -149,7 +164,7 @@ class MopeNetwork(nn.Module):
     def of(
         cls,
         config: PredictorConfig,
-        encoder: PreTrainedModel,
+        encoder: Encoder,
         *,
         gate: bool,
         num_heads: int,
@@ -172,19 +187,11 @@ class MopeNetwork(nn.Module):
             dropout=dropout,
         )
 
-    def embed(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
-        """Mean of the trunk's last hidden states over the text, shape (B, H), float32."""
-        hidden_BSH: Tensor = self.encoder(
-            input_ids=input_ids_BS, attention_mask=attention_mask_BS
-        ).last_hidden_state.float()
-        weights_BS1 = attention_mask_BS.unsqueeze(-1).to(hidden_BSH.dtype)
-        return (hidden_BSH * weights_BS1).sum(1) / weights_BS1.sum(1).clamp(min=1.0)
-
     def forward(
         self, input_ids_BS: Tensor, attention_mask_BS: Tensor, numbers_BF: Tensor, llm_B: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Gate logits (B, K) or None, head logits (B, heads, outputs) or None, embedding (B, H)."""
-        embedding_BH = self.embed(input_ids_BS, attention_mask_BS)
+        embedding_BH = embed(self.encoder, input_ids_BS, attention_mask_BS)
         standard_BF = ((numbers_BF - self.number_mean) * self.number_scale).clamp(-8, 8)
         joined = torch.cat([embedding_BH, standard_BF, self.llm(llm_B)], dim=-1)
         gate_BK = self.gate(joined).float() if self.gate is not None else None

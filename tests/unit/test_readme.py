@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_PREDICTOR = ROOT / "tests" / "data" / "tiny"
-PREDICTORS = ("runs/demo", "runs/sharegpt-small")  # where the README's own commands save
+PREDICTORS = ("runs/demo", "runs/sharegpt-minilm")  # where the README's own commands save
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -23,7 +23,9 @@ def write(path: Path, text: str) -> str:
 
 
 def test_the_recipes_that_are_promised_are_there() -> None:
-    assert recipe_names() == ["demo", "lmsys-base", "lmsys-small", "sharegpt-small"]
+    assert recipe_names() == [
+        "demo", "lmsys-base", "lmsys-small", "sharegpt-micro", "sharegpt-minilm", "sharegpt-small",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -199,24 +201,41 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
+def flags(name: str, chats: dict[str, str], encoder: Path, folder: Path) -> list[str]:
+    """Arguments that make a recipe small enough for a test."""
+    return [
+        chats[name.partition("-")[0].replace("demo", "sharegpt")], "--recipe", name, "--output", str(folder / "out"),
+        "--encoder", str(encoder), "--label-tokenizer", "encoder", "--cache-dir", str(folder / "cache"), "--epochs",
+        "1", "--max-prompt-tokens", "24", "--max-context-tokens", "8", "--lookup-rows", "64", "--baselines", "constant",
+        "--fine-tuned", "none", "--bootstrap-samples", "10", "--checks-per-epoch", "1", "--accelerator", "cpu",
+        "--devices", "1", "--static-size", "8",
+        *(["--test-source", chats["sharegpt"]] if name == "lmsys-base" else []),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(chats: dict[str, str], tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    assert main(flags("sharegpt-minilm", chats, tiny_encoder, folder)) == 0
+    return folder / "out"
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_trains_on_rows_of_its_data_s_form(
-    name: str, chats: dict[str, str], tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    chats: dict[str, str],
+    tiny_encoder: Path,
+    teacher: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    form = name.partition("-")[0].replace("demo", "sharegpt")
-    status = main(
-        [
-            chats[form], "--recipe", name, "--output", str(tmp_path / "out"), "--encoder", str(tiny_encoder),
-            "--label-tokenizer", "encoder", "--cache-dir", str(tmp_path / "cache"), "--epochs", "1",
-            "--max-prompt-tokens", "24", "--max-context-tokens", "8", "--lookup-rows", "64", "--baselines", "constant",
-            "--fine-tuned", "none", "--bootstrap-samples", "10", "--checks-per-epoch", "1", "--accelerator", "cpu",
-            "--devices", "1", *(["--test-source", chats["sharegpt"]] if name == "lmsys-base" else []),
-        ]
-    )  # fmt: skip
+    recipe = load_recipe(name)
+    taught = ["--teacher", str(teacher)] if recipe.model.teacher else []
+    status = main([*flags(name, chats, tiny_encoder, tmp_path), *taught])
     assert status == 0, capsys.readouterr().err
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
-    recipe = load_recipe(name)
     assert (saved["design"], saved["num_experts"]) == (recipe.model.design, recipe.model.num_experts)
+    assert saved["preset"] == recipe.model.preset
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {"mope", "mope_oracle_routed", "constant"} <= set(metrics["test"]["all_turns"])
     assert ("other_data" in metrics) == (name == "lmsys-base")

@@ -1,0 +1,150 @@
+"""Students of a trained teacher: a cut of its trunk, and a table of static vectors; their files, grids and errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train_run import settings, write_chats
+
+from mope import LengthPredictor
+from mope.backends.static_encoder import StaticEncoder
+from mope.backends.torch_backend import TorchBackend
+from mope.errors import ArtifactError, ConfigError
+from mope.training import run as run_module
+from mope.training.config import ModelConfig, TrainConfig
+from mope.training.run import train
+from mope.training.teacher import Teacher
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("students")
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path, tiny_encoder: Path) -> TrainConfig:
+    return settings(write_chats(folder / "chats.jsonl"), tiny_encoder, folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path, config: TrainConfig) -> Path:
+    train(config, folder / "teacher")
+    return folder / "teacher"
+
+
+def student(config: TrainConfig, **model: object) -> TrainConfig:
+    model = {"max_prompt_tokens": 12, "router_parts": ("gate", "rules"), **model}
+    return config.model_copy(update={"model": config.model.model_copy(update=model)})
+
+
+@pytest.mark.parametrize(
+    "model", [{"preset": "small", "num_layers": 1}, {"preset": "micro", "static_size": 12}], ids=["small", "micro"]
+)
+def test_a_student_learns_on_its_teacher_s_grid(
+    model: dict[str, object], teacher: Path, config: TrainConfig, tmp_path: Path
+) -> None:
+    result = train(student(config, teacher=str(teacher), **model), tmp_path / "out")
+    assert result is not None
+    found = result.metrics["test"]["all_turns"]
+    assert found["mope"]["mae"] < 0.75 * found["constant"]["mae"]
+    predictor, taught = LengthPredictor.from_pretrained(result.folder), LengthPredictor.from_pretrained(teacher)
+    assert (predictor.config.edges, predictor.config.boundaries) == (taught.config.edges, taught.config.boundaries)
+    assert predictor.config.preset == model["preset"]
+    assert predictor.config.max_prompt_tokens == 12
+    assert not (result.folder / "lookup.safetensors").exists()
+    assert predictor.predict("write abcdef").median > 2 * predictor.predict("name abcdef").median
+
+
+def test_the_table_of_a_micro_predictor_begins_with_what_its_teacher_says_of_each_token(teacher: Path) -> None:
+    from mope.training.static import token_vectors
+    from mope.training.trunks import find_trunk
+
+    found = find_trunk(ModelConfig(preset="micro", teacher=str(teacher), static_size=16), Teacher(teacher))
+    encoder = found.load()
+    assert isinstance(encoder, StaticEncoder)
+    vectors = encoder.vectors.weight.detach()
+    original = token_vectors(Teacher(teacher).load(), found.special_ids)
+    assert vectors.std() == pytest.approx(1.0, abs=1e-3)
+    # all 16 axes are kept: distances between tokens stay as they were, up to one factor
+    ratio = torch.cdist(vectors[10:40], vectors[10:40]) / torch.cdist(original[10:40], original[10:40])
+    ratio = ratio[~torch.eye(30, dtype=torch.bool)]
+    assert float(ratio.max() / ratio.min()) < 1.01
+
+
+def test_a_student_begins_with_its_teacher_s_gate_and_heads(teacher: Path, config: TrainConfig, tmp_path: Path) -> None:
+    """Trained with a rate of nothing at all, a student with the whole trunk and window says what its teacher says."""
+    still = config.fit.model_copy(update={"learning_rate": 1e-12, "head_learning_rate": 1e-12, "epochs": 0.1})
+    begun = student(config, teacher=str(teacher), max_prompt_tokens=16).model_copy(update={"fit": still})
+    result = train(begun, tmp_path / "out")
+    assert result is not None
+    networks = []
+    for folder in (result.folder, teacher):
+        backend = LengthPredictor.from_pretrained(folder).backend
+        assert isinstance(backend, TorchBackend)
+        networks.append(backend.networks[0])
+    ids = torch.tensor([[2, 50, 60, 3]])
+    with torch.inference_mode():
+        one, other = (network(ids, torch.ones_like(ids), torch.zeros(1, 52), torch.tensor([1])) for network in networks)
+    for mine, taught in zip(one, other, strict=True):
+        np.testing.assert_allclose(mine, taught, atol=1e-4)
+
+
+def test_a_teacher_that_is_a_recipe_is_trained_first_and_kept(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = config.model_copy(update={"fit": config.fit.model_copy(update={"epochs": 0.5})})
+    monkeypatch.setattr(run_module, "load_recipe", lambda name, overrides: quick)
+    asked = student(quick, teacher="demo")
+    train(asked, tmp_path / "out")
+    assert (tmp_path / "out.teacher" / "files.json").exists()
+    assert "first the teacher: recipe demo" in capsys.readouterr().err
+    train(asked, tmp_path / "out")
+    assert "is already trained" in capsys.readouterr().err
+    other = quick.model_copy(update={"fit": quick.fit.model_copy(update={"seed": 7})})
+    monkeypatch.setattr(run_module, "load_recipe", lambda name, overrides: other)
+    with pytest.raises(ConfigError, match="not trained as recipe demo says"):
+        train(asked, tmp_path / "out")
+
+
+def test_what_a_teacher_said_is_kept_for_a_run_that_is_resumed(
+    teacher: Path, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = student(config, teacher=str(teacher))
+    train(asked, tmp_path / "out")
+    assert len(list((tmp_path / "out.work").glob("teacher-*.safetensors"))) == 1
+    monkeypatch.setattr("mope.training.teacher.encode_rows", lambda *_: pytest.fail("the teacher was asked again"))
+    train(asked, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"num_experts": 2}, "has 3 experts; type --num-experts 3"),
+        ({"boundaries": (20.0, 90.0)}, "settles the borders"),
+        ({"design": "separate"}, "type --design shared"),
+        ({"preset": "micro", "static_size": 17}, "--static-size: got 17"),
+    ],
+)
+def test_a_student_that_cannot_learn_from_its_teacher_is_told_why(
+    model: dict[str, object], message: str, teacher: Path, config: TrainConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(student(config, teacher=str(teacher), **model), tmp_path / "out")
+
+
+def test_a_teacher_with_another_tokenizer_or_none_at_all(teacher: Path, config: TrainConfig, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(teacher, tmp_path / "copy"))
+    saved = json.loads((copy / "config.json").read_text())
+    from mope import artifact
+
+    artifact.write_json(copy / "config.json", {**saved, "label_tokenizer": "o200k_base"})
+    artifact.seal(copy)
+    with pytest.raises(ConfigError, match="type --label-tokenizer o200k_base"):
+        train(student(config, teacher=str(copy)), tmp_path / "out")
+    with pytest.raises(ArtifactError, match="no saved predictor"):
+        train(student(config, teacher=str(tmp_path / "nowhere")), tmp_path / "out")
