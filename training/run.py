@@ -306,7 +306,9 @@ def _say_plan(prepared: Prepared, config: TrainConfig) -> None:
     )
     if config.fit.max_train_rows is not None:
         console().print(
-            "this is a sample: `mope-train --recipe sharegpt-minilm` trains on all rows", highlight=False, soft_wrap=True
+            "this is a sample: `mope-train --recipe sharegpt-minilm` trains on all rows",
+            highlight=False,
+            soft_wrap=True,
         )
 
 

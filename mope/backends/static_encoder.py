@@ -67,6 +67,5 @@ class StaticEncoder(nn.Module):
             (vectors_BSD * part_BS1).sum(dim=1) / part_BS1.sum(dim=1).clamp(min=1.0)
             for part_BS1 in (prompt_BS1, context_BS1)
         ]
-        # a sum, as masked_fill has no operator of its own in ONNX
         top_BD = torch.where(prompt_BS1 > 0, vectors_BSD, torch.full_like(vectors_BSD, self.NOTHING)).amax(dim=1)
         return torch.cat([*means, top_BD], dim=-1)

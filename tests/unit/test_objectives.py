@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from mope.errors import ConfigError
-from mope.training.objectives import MopeObjective, RankingObjective, RegressionObjective, class_nll
+from mope.training.objectives import (
+    DistillationObjective,
+    MopeObjective,
+    RankingObjective,
+    RegressionObjective,
+    class_nll,
+)
 
 EDGES = [0.5, 2.5, 5.5, 10.5, 20.5, 40.5]  # five bins, and the tail above
 NUM_BINS = len(EDGES)
@@ -211,3 +217,60 @@ def test_the_right_order_ranks_better_than_the_wrong_one():
     right, wrong = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1), torch.tensor([1.0, 0.0, -1.0]).view(3, 1, 1)
     censored = torch.zeros(3, dtype=torch.bool)
     assert own(None, right, tokens, censored).total < own(None, wrong, tokens, censored).total
+
+
+def distributions(rows, seed=0):
+    """A student's gate and heads, and what a teacher says: log mixture and log gate."""
+    rng = torch.Generator().manual_seed(seed)
+    gate, heads = torch.randn(rows, 3, generator=rng), torch.randn(rows, 3, NUM_BINS, generator=rng)
+    log_mix = torch.logsumexp(F.log_softmax(gate, -1).unsqueeze(-1) + F.log_softmax(heads, -1), dim=1)
+    return gate, heads, log_mix, F.log_softmax(gate, -1)
+
+
+def distill(weight, gate, heads, *taught, tokens=(4.0, 15.0, 30.0)):
+    tokens = torch.tensor(tokens)
+    return DistillationObjective(objective(), weight)(gate, heads, tokens, torch.zeros(3, dtype=torch.bool), *taught)
+
+
+def test_a_student_that_says_what_its_teacher_says_has_nothing_to_learn_from_it():
+    gate, heads, log_mix, log_gate = distributions(3)
+    found = distill(1.0, gate, heads, log_mix, log_gate)
+    assert found.total.item() == pytest.approx(0.0, abs=1e-6)
+    other = distributions(3, seed=1)
+    assert distill(1.0, gate, heads, *other[2:]).total.item() > 0.1
+
+
+def test_the_teacher_s_part_is_a_divergence_of_mixtures_and_gates_and_a_distance_in_tokens():
+    gate, heads, log_mix, log_gate = distributions(3)
+    _, _, taught_mix, taught_gate = distributions(3, seed=1)
+    parts = distill(1.0, gate, heads, taught_mix, taught_gate).parts
+    expected = (taught_mix.exp() * (taught_mix - log_mix)).sum(-1).mean()
+    assert parts["teacher_mixture"].item() == pytest.approx(expected.item(), rel=1e-5)
+    expected = (taught_gate.exp() * (taught_gate - log_gate)).sum(-1).mean()
+    assert parts["teacher_gate"].item() == pytest.approx(expected.item(), rel=1e-5)
+    p, q = (log.exp().numpy().cumsum(-1)[:, :-1] for log in (log_mix, taught_mix))
+    expected = ((p - q) ** 2 * np.diff(EDGES)).sum(-1).mean() / 10.0
+    assert parts["teacher_crps"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_and_teacher_share_the_loss_by_weight_and_without_a_teacher_labels_are_all():
+    gate, heads, *_ = distributions(3)
+    taught = distributions(3, seed=1)[2:]
+    labels, teacher = distill(0.0, gate, heads, *taught).total, distill(1.0, gate, heads, *taught).total
+    assert distill(0.3, gate, heads, *taught).total.item() == pytest.approx((0.7 * labels + 0.3 * teacher).item())
+    assert distill(0.3, gate, heads).total.item() == pytest.approx(labels.item())
+    with pytest.raises(ConfigError, match="has heads"):
+        distill(0.3, gate, None, *taught)
+
+
+def test_following_the_teacher_leads_to_its_distribution():
+    gate, heads, *_ = distributions(3)
+    taught_mix, taught_gate = distributions(3, seed=1)[2:]
+    gate.requires_grad_(), heads.requires_grad_()
+    optimiser = torch.optim.Adam([gate, heads], lr=0.1)
+    for _ in range(300):
+        optimiser.zero_grad()
+        distill(1.0, gate, heads, taught_mix, taught_gate).total.backward()
+        optimiser.step()
+    mixed = torch.logsumexp(F.log_softmax(gate, -1).unsqueeze(-1) + F.log_softmax(heads, -1), dim=1)
+    np.testing.assert_allclose(mixed.detach().exp(), taught_mix.exp(), atol=0.01)
