@@ -144,7 +144,7 @@ PATTERNS = {name: (rules._triggers, rule.pattern) for name, rule in RULES.items(
     for name, pattern in (
         ("long", features._LONG_ASKS),
         ("short", features._SHORT_ASKS),
-        ("code", features._CODE_WORDS),
+        ("signs", features._CODE_WORDS),
     )
 }
 
@@ -158,7 +158,7 @@ def test_what_a_pattern_matches_is_found(name: str) -> None:
     @given(st.from_regex(pattern.regex), st.from_regex(pattern.regex))
     def check_matches(first: str, second: str) -> None:
         for text in (first, f"{first} {second}"):
-            if name == "code" and any(part in text for part in features._CODE_PARTS):
+            if name == "signs" and any(part in text for part in features._CODE_PARTS):
                 continue  # those are looked for by themselves
             seen = triggers.seen(Words(text))
             found, plain = pattern.search(seen), pattern.regex.search(text)
@@ -169,8 +169,8 @@ def test_what_a_pattern_matches_is_found(name: str) -> None:
 
 
 # what only ever stands beside a word that is needed anyway
-BESIDE = """single or no false to bullet points the this my answer number letter name fix grammar me post letter plan dr in
-years days hours minutes percent characters sentences words word please on keep going by nutshell"""
+BESIDE = """single or no false to bullet points the this my answer number letter name fix grammar me post letter plan dr
+in years days hours minutes percent characters sentences words word please on keep going by nutshell"""
 ENDINGS = {"ly", "er", "ion", "ise", "ize"}
 
 
