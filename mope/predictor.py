@@ -5,6 +5,7 @@ Puts encoder, backend, router, mixture, calibration and recalibration in a row; 
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mope import artifact
+from mope.backends.choice import choose
 from mope.calibration import Calibration
-from mope.errors import ArtifactError, ConfigError, DataError
-from mope.extras import require
+from mope.errors import ArtifactError, DataError
 from mope.features import NUMBER_NAMES, EncodedRequests, RequestEncoder
 from mope.grid import Array
 from mope.mixture import assemble, experts_needed
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from mope.backends import Backend
     from mope.config import PredictorConfig
 
+_logger = logging.getLogger("mope")
+
 REQUEST_FLAGS = frozenset({"max_tokens", "temperature", "tools", "response_format", "thinking", "target_llm", "system"})
 
 
@@ -39,9 +42,6 @@ _FLAG_TYPES: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
     ("thinking", bool, "true or false"),
     ("response_format", (str, Mapping), 'a name such as "json_object"'),
 )
-
-
-BACKENDS = ("torch", "onnx")
 
 
 class LengthPredictor:
@@ -58,6 +58,7 @@ class LengthPredictor:
         fallback: cumulative distribution of the training answers at the grid's edges, shape (E,).
         recalibrator: what was learned while serving.
         folder: the artifact folder it came from, if any.
+        backend_reason: why this backend, in one sentence; empty if nothing had to be chosen.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class LengthPredictor:
         fallback: Array,
         recalibrator: Recalibrator | None = None,
         folder: Path | None = None,
+        backend_reason: str = "",
     ) -> None:
         self.config, self.backend, self.encoder, self.router = config, backend, encoder, router
         self.calibration, self.recalibrator, self.folder = calibration, recalibrator or Recalibrator(), folder
+        self.backend_reason = backend_reason
         self._fallback = fallback
         self._edges = np.asarray(config.edges, dtype=np.float64)
 
@@ -81,30 +84,30 @@ class LengthPredictor:
         cls,
         name_or_path: str | Path,
         *,
-        backend: str = "torch",
-        device: str = "cpu",
+        backend: str | None = None,
+        device: str | None = None,
         num_threads: int = 1,
+        precision: str | None = None,
         revision: str | None = None,
     ) -> LengthPredictor:
         """Load a predictor from a folder or the Hugging Face Hub.
 
         Args:
             name_or_path: a folder that `save_pretrained` or `mope-train` wrote, or a Hub id.
-            backend: engine that runs the network: `"torch"`, or `"onnx"` for what `mope-export` wrote, which needs
-                no torch.
-            device: where torch runs it, for example `"cpu"` or `"cuda"`; ONNX Runtime runs on the CPU.
-            num_threads: threads of each call in ONNX Runtime; torch has its own setting.
+            backend: engine that runs the network: `"torch"`, or for what `mope-export` wrote `"onnx"` (on the CPU,
+                without torch), `"onnx-gpu"` or `"tensorrt"`. If None, the quickest that is exported and installed;
+                `backend_reason` says why.
+            device: where it runs, for example `"cpu"`, `"cuda"` or `"cuda:1"`; if None, the CPU, or the first GPU for
+                backends that need one.
+            num_threads: threads of each call in ONNX Runtime on the CPU; torch has its own setting.
+            precision: of the network, for example `"int8"`; the backend's own if None.
             revision: revision of a Hub id.
 
         Raises:
             ArtifactError: nothing is there, or a file is missing, changed or of another format.
-            ConfigError: an unknown backend.
+            ConfigError: an unknown backend, or one that does not run on the device or in the precision.
             MissingExtraError: the backend's packages are not installed.
         """
-        if backend not in BACKENDS:
-            raise ConfigError(f"unknown backend {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
-        if backend == "onnx" and device != "cpu":
-            raise ConfigError(f"the onnx backend runs on the CPU; got device {device!r}")
         folder = _find(name_or_path, revision)
         config = artifact.check(folder)
         if config.number_names != NUMBER_NAMES:
@@ -114,17 +117,20 @@ class LengthPredictor:
         from tokenizers import Tokenizer
 
         encoder = RequestEncoder.of(config, Tokenizer.from_file(str(folder / "tokenizer.json")))
+        choice = choose(folder, config, backend, device, precision)
+        _logger.info("%s: %s", folder, choice.reason)
         calibration, fallback = artifact.read_calibration(folder)
         learned = folder / "recalibration.json"
         return cls(
             config,
-            _load_backend(backend, folder, config, device, num_threads),
+            choice.load(folder, config, num_threads),
             encoder,
             artifact.read_router(folder),
             calibration,
             fallback,
             Recalibrator.from_json(artifact.read_json(learned)) if learned.exists() else None,
             folder,
+            choice.reason,
         )
 
     def predict(
@@ -291,7 +297,7 @@ class LengthPredictor:
         config = self.config
         return (
             f"LengthPredictor({config.preset}, {config.design}, {config.num_experts} experts, "
-            f"encoder {config.encoder!r}, backend {self.backend.name!r})"
+            f"encoder {config.encoder!r}, backend {self.backend_reason or self.backend.name})"
         )
 
 
@@ -349,18 +355,6 @@ def _check_flags(flags: Mapping[str, Any]) -> None:
     temperature = flags.get("temperature")
     if temperature is not None and not (type(temperature) in (int, float) and 0 <= temperature <= 100):
         raise DataError(f"temperature is a number from 0 to 100; got {temperature!r}")
-
-
-def _load_backend(name: str, folder: Path, config: PredictorConfig, device: str, num_threads: int) -> Backend:
-    if name == "onnx":
-        from mope.backends.onnx_backend import OnnxBackend
-
-        return OnnxBackend.load(folder, config, num_threads)
-    for module in ("torch", "transformers"):
-        require(module, "the torch backend")
-    from mope.backends.torch_backend import TorchBackend
-
-    return TorchBackend.load(folder, config, device)
 
 
 def _find(name_or_path: str | Path, revision: str | None) -> Path:

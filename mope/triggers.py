@@ -16,7 +16,7 @@ DIGIT, FENCE = b"0", b"```"  # stand among the words for any digit, and for a fe
 # to what `re.I` matches: letters of ASCII with their case folded, everything else a blank
 _LETTERS = bytes(code | 0x20 if chr(code).isalpha() else 0x20 for code in range(128)).ljust(256)
 _DIGITS = b"0123456789"
-_DECIMAL, _FIRST_DECIMAL = re.compile(r"\d"), re.compile(r"\b\d")
+_DECIMAL, _FIRST_DECIMAL, _FENCE = re.compile(r"\d"), re.compile(r"\b\d"), re.compile("```")
 # the letters beyond ASCII that `re.I` takes for ASCII ones
 _LOOK_ALIKES = (("\u0130", "i"), ("\u0131", "i"), ("\u017f", "s"), ("\u212a", "k"))
 
@@ -53,7 +53,7 @@ class Words:
             if word == DIGIT:
                 found.extend(match.start() for match in _FIRST_DECIMAL.finditer(self.text))
             elif word == FENCE:
-                found.append(self.text.index("```"))  # a fence makes any pattern match that can begin with one
+                found.extend(match.start() for match in _FENCE.finditer(self.text))
             else:
                 run, position = b" %b " % word, -1
                 while (position := self._blanked.find(run, position + 1)) >= 0:

@@ -240,7 +240,7 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name, monkeypat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "abacus"}, "unknown backend 'abacus'; expected one of 'torch', 'onnx'"),
+        ({"backend": "abacus"}, "unknown backend 'abacus'; expected one of 'torch', 'onnx', 'onnx-gpu', 'tensorrt'"),
         ({"device": "toaster"}, "device 'toaster' can't be used"),
     ],
 )
@@ -303,4 +303,7 @@ def test_the_order_of_flags_does_not_matter(predictor):
 
 
 def test_repr_says_what_it_is(predictor):
-    assert repr(predictor) == "LengthPredictor(small, shared, 3 experts, encoder 'tiny-random-bert', backend 'torch')"
+    said = (
+        "LengthPredictor(small, shared, 3 experts, encoder 'tiny-random-bert', backend torch, since it was asked for)"
+    )
+    assert repr(predictor) == said
