@@ -229,7 +229,7 @@ def _predict_lines(arguments: Namespace) -> int:
 
 def _read(number: int, line: str | bytes, defaults: dict[str, Any]) -> tuple[Any, Request | str]:
     """Id and request of a line, or id and what is wrong with it."""
-    from mope.predictor import as_request
+    from mope.inputs import as_request
 
     request_id: Any = number
     try:

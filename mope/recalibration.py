@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,8 @@ class Recalibrator:
         Raises:
             DataError: fewer than 1 token.
         """
-        if actual_tokens < 1:
-            raise DataError(f"an observed answer has at least 1 token; got {actual_tokens}")
+        if not 1 <= actual_tokens < inf:
+            raise DataError(f"an observed answer has at least 1 token; got {actual_tokens!r}")
         median = float(quantiles_at(edges, raw_cumulative[None], np.array([[0.5]]))[0, 0])
         log_ratio = float(np.clip(np.log(actual_tokens / median), -MAX_LOG_RATIO, MAX_LOG_RATIO))
         if censored and log_ratio < 0:

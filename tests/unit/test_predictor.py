@@ -9,7 +9,7 @@ from make_tiny_artifact import PROMPTS, make_predictor
 
 from mope import LengthPredictor, Request
 from mope.errors import ArtifactError, ConfigError, DataError
-from mope.predictor import as_request
+from mope.inputs import as_request
 
 HISTORY = [{"role": "user", "content": "Why is the sky blue?"}, {"role": "assistant", "content": "Scattering. " * 40}]
 
@@ -258,7 +258,7 @@ def test_an_unknown_engine_or_device_is_refused(tiny, options, message):
         ({"messages": []}, "no message with role 'user' among 0 messages"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "no message with role 'user' among 1"),
         ({"messages": ["hello"]}, "message 0 is str without a role"),
-        ({"prompt": 5}, "message content is int; expected a string"),
+        ({"prompt": 5}, "prompt is int; expected a string"),
         ({"prompt": "a", "max_token": 5}, "unknown request field 'max_token'; known are max_tokens"),
         ({"prompt": "a", "max_tokens": 0}, "from 1 to 2147483647; got 0"),
         ({"prompt": "a", "max_tokens": 10**400}, "max_tokens is a whole number"),
