@@ -79,6 +79,8 @@ class Calibration:
 
     def __call__(self, cdf_BE: Array, has_history_B: Array) -> Array:
         """The corrected cumulative probabilities, shape (B, E); still monotone, 0 and 1 stay."""
+        if len(cdf_BE) == 1:
+            return np.interp(cdf_BE, self.knots, self.later_turn if has_history_B[0] else self.first_turn)
         first = np.interp(cdf_BE, self.knots, self.first_turn)
         later = np.interp(cdf_BE, self.knots, self.later_turn)
         return np.where(has_history_B[:, None], later, first)

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -82,6 +83,8 @@ def _train(argv: list[str]) -> int:
 
 
 def _predict(argv: list[str]) -> int:
+    from mope.backends.choice import BACKENDS
+
     parser = Parser("mope predict", PREDICT_DETAILS, "ARTIFACT [PROMPT ...] [options]", PREDICT_EXAMPLE)
     parser.add_argument("artifact", metavar="ARTIFACT", help="folder of a saved predictor, or a Hub id")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; none or - reads one prompt from stdin")
@@ -94,9 +97,14 @@ def _predict(argv: list[str]) -> int:
         "--batch-size", type=int, default=64, metavar="N", help="requests predicted at once (default: 64)"
     )
     parser.add_argument(
-        "--backend", default="torch", choices=("torch", "onnx"), help="onnx runs what mope-export wrote, without torch"
+        "--backend",
+        choices=BACKENDS,
+        help="engine that runs the network (default: the quickest that mope-export wrote and that is installed, else "
+        "torch)",
     )
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    parser.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu, or what --backend needs)"
+    )
     arguments = parser.parse_intermixed_args(argv)  # prompts may stand behind flags
     if arguments.input and arguments.prompts:
         raise ConfigError("got prompts and --input; give one of them")
@@ -133,8 +141,8 @@ def _prompts(typed: Sequence[str]) -> list[str]:
 def _load(arguments: Namespace) -> LengthPredictor:
     from mope.predictor import LengthPredictor
 
-    if arguments.backend == "torch":
-        _check_device(arguments.device)
+    if arguments.backend == "torch" or (arguments.backend is None and find_spec("torch")):
+        _check_device(arguments.device or "cpu")
     return LengthPredictor.from_pretrained(arguments.artifact, backend=arguments.backend, device=arguments.device)
 
 
@@ -221,7 +229,7 @@ def _predict_lines(arguments: Namespace) -> int:
 
 def _read(number: int, line: str | bytes, defaults: dict[str, Any]) -> tuple[Any, Request | str]:
     """Id and request of a line, or id and what is wrong with it."""
-    from mope.predictor import as_request
+    from mope.inputs import as_request
 
     request_id: Any = number
     try:

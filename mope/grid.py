@@ -73,9 +73,9 @@ def tail_shares(start: float, edges: Array, index: float) -> Array:
 def cdf_at(edges_E: Array, cdf_BE: Array, tokens_B: Array) -> Array:
     """P(length <= tokens) per row, shape (B,). O(B N)."""
     tokens = np.asarray(tokens_B, dtype=np.float64)
-    x = np.log(np.clip(tokens, edges_E[0], edges_E[-1]))
+    x = np.log(np.minimum(np.maximum(tokens, edges_E[0]), edges_E[-1]))
     log_edges = np.log(edges_E)
-    right = np.clip(np.searchsorted(log_edges, x, side="left"), 1, len(edges_E) - 1)
+    right = np.minimum(np.maximum(np.searchsorted(log_edges, x, side="left"), 1), len(edges_E) - 1)
     rows = np.arange(len(cdf_BE))
     low, high = cdf_BE[rows, right - 1], cdf_BE[rows, right]
     share = (x - log_edges[right - 1]) / (log_edges[right] - log_edges[right - 1])
@@ -90,11 +90,13 @@ def quantiles_at(edges_E: Array, cdf_BE: Array, levels_BQ: Array) -> Array:
         cdf_BE: cumulative probability at the edges, from 0 to 1 in each row.
         levels_BQ: probabilities in [0, 1], shape (B, Q) or (Q,).
     """
-    levels = np.broadcast_to(np.asarray(levels_BQ, dtype=np.float64), (len(cdf_BE), np.shape(levels_BQ)[-1]))
-    right = np.clip((cdf_BE[:, None, :] < levels[:, :, None]).sum(-1), 1, len(edges_E) - 1)
+    levels = np.asarray(levels_BQ, dtype=np.float64)
+    if levels.ndim == 1 or len(levels) != len(cdf_BE):
+        levels = np.broadcast_to(levels, (len(cdf_BE), levels.shape[-1]))
+    right = np.minimum(np.maximum((cdf_BE[:, None, :] < levels[:, :, None]).sum(-1), 1), len(edges_E) - 1)
     rows = np.arange(len(cdf_BE))[:, None]
     low, high = cdf_BE[rows, right - 1], cdf_BE[rows, right]
-    share = np.clip((levels - low) / np.maximum(high - low, 1e-12), 0.0, 1.0)
+    share = np.minimum(np.maximum((levels - low) / np.maximum(high - low, 1e-12), 0.0), 1.0)
     log_edges = np.log(edges_E)
     return np.asarray(np.exp(log_edges[right - 1] + share * (log_edges[right] - log_edges[right - 1])))
 
@@ -107,8 +109,7 @@ def survival_integral(edges_E: Array, cdf_BE: Array, start_B: Array, end_B: Arra
     start = np.asarray(start_B, dtype=np.float64)[:, None]
     end = np.maximum(np.asarray(end_B, dtype=np.float64)[:, None], start)
     a, b = edges_E[:-1], edges_E[1:]
-    low = np.maximum(np.clip(a, start, end), edges_E[0])
-    high = np.maximum(np.clip(b, start, end), edges_E[0])
+    low, high = (np.maximum(np.minimum(np.maximum(edge, start), end), edges_E[0]) for edge in (a, b))
     width = np.log(b / a)
     cdf_low, step = cdf_BE[:, :-1], np.diff(cdf_BE, axis=1)
     log_part = high * (np.log(high / a) - 1) - low * (np.log(low / a) - 1)  # integral of log(t / a)

@@ -28,7 +28,7 @@ def expert_probabilities(heads_BKN: Array, tail_shares: Array) -> Array:
 
 def experts_needed(route_BK: Array, combination: Combination, threshold: float = 0.01) -> Array:
     """Which experts must run, bool (B, K): the routed one, or in a mixture all above the threshold."""
-    best = np.arange(route_BK.shape[1]) == route_BK.argmax(axis=1)[:, None]
+    best = np.arange(route_BK.shape[1]) == route_BK.argmax(axis=1, keepdims=True)
     return np.asarray(best if combination == "top1" else best | (route_BK >= threshold))
 
 
@@ -38,8 +38,10 @@ def cumulative(experts_BKM: Array, route_BK: Array, combination: Combination) ->
     if combination == "top1":
         weights = (weights > 0).astype(np.float64)
     weights = weights / weights.sum(axis=1, keepdims=True)
-    mixed_BM = np.einsum("bk,bkm->bm", weights, experts_BKM)
-    cdf = np.concatenate([np.zeros((len(mixed_BM), 1)), np.cumsum(mixed_BM, axis=1)], axis=1)
+    mixed_BM = (weights[:, None] @ experts_BKM)[:, 0]
+    cdf = np.empty((len(mixed_BM), mixed_BM.shape[1] + 1))
+    cdf[:, 0] = 0.0
+    np.cumsum(mixed_BM, axis=1, out=cdf[:, 1:])
     return np.asarray(cdf / cdf[:, -1:])
 
 

@@ -64,7 +64,7 @@ class LengthPrediction:
     def quantiles(self, levels: Sequence[float]) -> Array:
         """Several quantiles at once, in tokens, shape (len(levels),)."""
         wanted = np.asarray(levels, dtype=np.float64)
-        if np.any((wanted < 0) | (wanted > 1)):
+        if any(not 0 <= level <= 1 for level in levels):
             raise ConfigError(f"quantile levels lie between 0 and 1; got {list(levels)}")
         if self.generated:
             wanted = 1.0 - (1.0 - wanted) * self._survival_at_generated()

@@ -5,20 +5,22 @@ Puts encoder, backend, router, mixture, calibration and recalibration in a row; 
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mope import artifact
+from mope.backends.choice import choose
 from mope.calibration import Calibration
-from mope.errors import ArtifactError, ConfigError, DataError
-from mope.extras import require
+from mope.errors import ArtifactError, DataError
 from mope.features import NUMBER_NAMES, EncodedRequests, RequestEncoder
 from mope.grid import Array
+from mope.inputs import as_requests, has_text, request_from
 from mope.mixture import assemble, experts_needed
 from mope.prediction import LengthPrediction
 from mope.recalibration import Recalibrator
@@ -29,19 +31,7 @@ if TYPE_CHECKING:
     from mope.backends import Backend
     from mope.config import PredictorConfig
 
-REQUEST_FLAGS = frozenset({"max_tokens", "temperature", "tools", "response_format", "thinking", "target_llm", "system"})
-
-
-_FLAG_TYPES: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
-    ("target_llm", str, "the name of an LLM"),
-    ("system", str, "a text"),
-    ("temperature", (int, float), "a number"),
-    ("thinking", bool, "true or false"),
-    ("response_format", (str, Mapping), 'a name such as "json_object"'),
-)
-
-
-BACKENDS = ("torch", "onnx")
+_logger = logging.getLogger("mope")
 
 
 class LengthPredictor:
@@ -58,6 +48,7 @@ class LengthPredictor:
         fallback: cumulative distribution of the training answers at the grid's edges, shape (E,).
         recalibrator: what was learned while serving.
         folder: the artifact folder it came from, if any.
+        backend_reason: why this backend, in one sentence; empty if nothing had to be chosen.
     """
 
     def __init__(
@@ -70,9 +61,11 @@ class LengthPredictor:
         fallback: Array,
         recalibrator: Recalibrator | None = None,
         folder: Path | None = None,
+        backend_reason: str = "",
     ) -> None:
         self.config, self.backend, self.encoder, self.router = config, backend, encoder, router
         self.calibration, self.recalibrator, self.folder = calibration, recalibrator or Recalibrator(), folder
+        self.backend_reason = backend_reason
         self._fallback = fallback
         self._edges = np.asarray(config.edges, dtype=np.float64)
 
@@ -81,30 +74,30 @@ class LengthPredictor:
         cls,
         name_or_path: str | Path,
         *,
-        backend: str = "torch",
-        device: str = "cpu",
+        backend: str | None = None,
+        device: str | None = None,
         num_threads: int = 1,
+        precision: str | None = None,
         revision: str | None = None,
     ) -> LengthPredictor:
         """Load a predictor from a folder or the Hugging Face Hub.
 
         Args:
             name_or_path: a folder that `save_pretrained` or `mope-train` wrote, or a Hub id.
-            backend: engine that runs the network: `"torch"`, or `"onnx"` for what `mope-export` wrote, which needs
-                no torch.
-            device: where torch runs it, for example `"cpu"` or `"cuda"`; ONNX Runtime runs on the CPU.
-            num_threads: threads of each call in ONNX Runtime; torch has its own setting.
+            backend: engine that runs the network: `"torch"`, or for what `mope-export` wrote `"onnx"` (on the CPU,
+                without torch), `"onnx-gpu"` or `"tensorrt"`. If None, the quickest that is exported and installed;
+                `backend_reason` says why.
+            device: where it runs, for example `"cpu"`, `"cuda"` or `"cuda:1"`; if None, the CPU, or the first GPU for
+                backends that need one.
+            num_threads: threads of each call in ONNX Runtime on the CPU; torch has its own setting.
+            precision: of the network, for example `"int8"`; the backend's own if None.
             revision: revision of a Hub id.
 
         Raises:
             ArtifactError: nothing is there, or a file is missing, changed or of another format.
-            ConfigError: an unknown backend.
+            ConfigError: an unknown backend, or one that does not run on the device or in the precision.
             MissingExtraError: the backend's packages are not installed.
         """
-        if backend not in BACKENDS:
-            raise ConfigError(f"unknown backend {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
-        if backend == "onnx" and device != "cpu":
-            raise ConfigError(f"the onnx backend runs on the CPU; got device {device!r}")
         folder = _find(name_or_path, revision)
         config = artifact.check(folder)
         if config.number_names != NUMBER_NAMES:
@@ -114,17 +107,20 @@ class LengthPredictor:
         from tokenizers import Tokenizer
 
         encoder = RequestEncoder.of(config, Tokenizer.from_file(str(folder / "tokenizer.json")))
+        choice = choose(folder, config, backend, device, precision)
+        _logger.info("%s: %s", folder, choice.reason)
         calibration, fallback = artifact.read_calibration(folder)
         learned = folder / "recalibration.json"
         return cls(
             config,
-            _load_backend(backend, folder, config, device, num_threads),
+            choice.load(folder, config, num_threads),
             encoder,
             artifact.read_router(folder),
             calibration,
             fallback,
             Recalibrator.from_json(artifact.read_json(learned)) if learned.exists() else None,
             folder,
+            choice.reason,
         )
 
     def predict(
@@ -150,14 +146,7 @@ class LengthPredictor:
         Raises:
             DataError: no prompt, or messages that can't be read.
         """
-        if (prompt is None) == (messages is None):
-            raise DataError("give either a prompt or messages; got " + ("neither" if prompt is None else "both"))
-        _check_flags(flags)
-        if messages is None:
-            messages = [*history, {"role": "user", "content": prompt}]
-        elif history:
-            raise DataError("messages hold the history already; give history with prompt alone")
-        return self.predict_batch([_from_messages(messages, flags)])[0]
+        return self.predict_batch([request_from(prompt, messages, history, flags)])[0]
 
     def predict_batch(self, requests: Iterable[Request | str | Mapping[str, Any]]) -> list[LengthPrediction]:
         """Predict a batch.
@@ -170,11 +159,9 @@ class LengthPredictor:
             One prediction per request, in order. A request without any text gets the fallback, and
             `source` says so.
         """
-        known = [as_request(request) for request in requests]
+        known = as_requests(requests)
         answers: dict[int, LengthPrediction] = {
-            row: self.fallback("no text", request)
-            for row, request in enumerate(known)
-            if not (request.prompt.strip() or request.previous_prompt.strip() or request.system.strip())
+            row: self.fallback("no text", request) for row, request in enumerate(known) if not has_text(request)
         }
         rows = [row for row in range(len(known)) if row not in answers]
         if rows:
@@ -231,6 +218,8 @@ class LengthPredictor:
         """
         if prediction.generated or prediction.raw_cumulative is None:
             raise DataError("observe needs the prediction that predict() gave, not one made by remaining()")
+        if not isinstance(actual_tokens, Integral | float):
+            raise DataError(f"actual_tokens is {type(actual_tokens).__name__}; expected a number of tokens")
         if censored is None:
             censored = prediction.max_tokens is not None and actual_tokens >= prediction.max_tokens
         self.recalibrator.observe(
@@ -291,76 +280,8 @@ class LengthPredictor:
         config = self.config
         return (
             f"LengthPredictor({config.preset}, {config.design}, {config.num_experts} experts, "
-            f"encoder {config.encoder!r}, backend {self.backend.name!r})"
+            f"encoder {config.encoder!r}, backend {self.backend_reason or self.backend.name})"
         )
-
-
-def as_request(request: Request | str | Mapping[str, Any]) -> Request:
-    """A `Request` from a prompt or a mapping with `prompt` or `messages`, `history` and flags.
-
-    Raises:
-        DataError: neither prompt nor messages, or an unknown key.
-    """
-    if isinstance(request, Request):
-        return request
-    if isinstance(request, str):
-        return Request(prompt=request)
-    if not isinstance(request, Mapping):
-        raise DataError(f"a request is a prompt, a mapping or a Request; got {type(request).__name__}")
-    rest = dict(request)
-    prompt, messages, history = rest.pop("prompt", None), rest.pop("messages", None), rest.pop("history", None) or []
-    rest.pop("id", None)
-    _check_flags(rest)
-    if (prompt is None) == (messages is None):
-        raise DataError("a request has either prompt or messages; got " + ("neither" if prompt is None else "both"))
-    if messages is None:
-        if not isinstance(prompt, str):
-            raise DataError(f"prompt is {type(prompt).__name__}; expected a string")
-        messages = [*history, {"role": "user", "content": prompt}]
-    return _from_messages(messages, rest)
-
-
-def _from_messages(messages: Sequence[Mapping[str, Any]], flags: Mapping[str, Any]) -> Request:
-    options = dict(flags)
-    system = options.pop("system", None)
-    for name in ("tools",):
-        options[name] = bool(options.get(name))
-    response_format = options.get("response_format") or ""
-    if isinstance(response_format, Mapping):  # OpenAI's {"type": "json_object"}
-        response_format = str(response_format.get("type", ""))
-    options["response_format"] = "" if response_format == "text" else response_format
-    if system:
-        messages = [{"role": "system", "content": system}, *messages]
-    return Request.from_messages(messages, **options)
-
-
-def _check_flags(flags: Mapping[str, Any]) -> None:
-    unknown = sorted(set(flags) - REQUEST_FLAGS)
-    if unknown:
-        known = ", ".join(sorted({field.name for field in fields(Request)} & REQUEST_FLAGS))
-        raise DataError(f"unknown request field {unknown[0]!r}; known are {known}")
-    for name, kinds, expected in _FLAG_TYPES:
-        value = flags.get(name)
-        if value is not None and not isinstance(value, kinds):
-            raise DataError(f"{name} is {expected}; got {value!r}")
-    max_tokens = flags.get("max_tokens")
-    if max_tokens is not None and not (type(max_tokens) is int and 1 <= max_tokens < 2**31):
-        raise DataError(f"max_tokens is a whole number from 1 to {2**31 - 1}; got {max_tokens!r}")
-    temperature = flags.get("temperature")
-    if temperature is not None and not (type(temperature) in (int, float) and 0 <= temperature <= 100):
-        raise DataError(f"temperature is a number from 0 to 100; got {temperature!r}")
-
-
-def _load_backend(name: str, folder: Path, config: PredictorConfig, device: str, num_threads: int) -> Backend:
-    if name == "onnx":
-        from mope.backends.onnx_backend import OnnxBackend
-
-        return OnnxBackend.load(folder, config, num_threads)
-    for module in ("torch", "transformers"):
-        require(module, "the torch backend")
-    from mope.backends.torch_backend import TorchBackend
-
-    return TorchBackend.load(folder, config, device)
 
 
 def _find(name_or_path: str | Path, revision: str | None) -> Path:

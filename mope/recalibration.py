@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ MAX_LOG_RATIO = 4.0  # one observation moves the scale by no more than this, bef
 MAX_LLMS = 1024
 
 EVERY_LLM = ""
+_LEVELS = np.linspace(0.0, 1.0, NUM_LEVELS + 1)
 
 
 @dataclass
@@ -63,8 +65,8 @@ class Recalibrator:
         Raises:
             DataError: fewer than 1 token.
         """
-        if actual_tokens < 1:
-            raise DataError(f"an observed answer has at least 1 token; got {actual_tokens}")
+        if not 1 <= actual_tokens < inf:
+            raise DataError(f"an observed answer has at least 1 token; got {actual_tokens!r}")
         median = float(quantiles_at(edges, raw_cumulative[None], np.array([[0.5]]))[0, 0])
         log_ratio = float(np.clip(np.log(actual_tokens / median), -MAX_LOG_RATIO, MAX_LOG_RATIO))
         if censored and log_ratio < 0:
@@ -89,7 +91,7 @@ class Recalibrator:
         if self._states[EVERY_LLM].count == 0:
             return raw_cumulative
         shifted = self._shift(edges, raw_cumulative, self._log_factor(llm))
-        return np.asarray(np.interp(shifted, np.linspace(0, 1, NUM_LEVELS + 1), self._level_map(llm)))
+        return np.asarray(np.interp(shifted, _LEVELS, self._level_map(llm)))
 
     def _log_factor(self, llm: str | None) -> float:
         everyone = self._states[EVERY_LLM]
@@ -99,17 +101,20 @@ class Recalibrator:
 
     def _level_map(self, llm: str | None) -> Array:
         everyone = self._states[EVERY_LLM]
-        uniform = np.full(NUM_LEVELS, 1.0 / NUM_LEVELS)
-        shares = (everyone.levels + PRIOR_COUNT * uniform) / (everyone.count + PRIOR_COUNT)
+        shares = (everyone.levels + PRIOR_COUNT / NUM_LEVELS) / (everyone.count + PRIOR_COUNT)
         own = self._states.get(llm) if llm else None
         if own is not None:
             shares = (own.levels + PRIOR_COUNT * shares) / (own.count + PRIOR_COUNT)
-        return np.concatenate([[0.0], np.cumsum(shares)[:-1], [1.0]])
+        level_map = np.zeros(NUM_LEVELS + 1)
+        np.cumsum(shares, out=level_map[1:])
+        level_map[-1] = 1.0
+        return level_map
 
     @staticmethod
     def _shift(edges: Array, cumulative: Array, log_factor: float) -> Array:
         """The distribution of exp(log_factor) times the length, on the same edges."""
-        stretched = np.interp(np.log(edges) - log_factor, np.log(edges), cumulative)
+        log_edges = np.log(edges)
+        stretched = np.interp(log_edges - log_factor, log_edges, cumulative)
         stretched[0], stretched[-1] = 0.0, 1.0
         return np.asarray(stretched)
 

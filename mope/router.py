@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import log
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from mope.grid import Array
 from mope.rules import RuleHits, RuleTable
 
 PARTS = ("gate", "rules", "lookup")
+LEAST_VOTE = 1e-6  # a part that is sure of itself cannot silence the others
 
 
 def parts_key(parts: Sequence[str]) -> str:
@@ -40,6 +42,13 @@ def softmax(logits: Array) -> Array:
     shifted = np.asarray(logits, dtype=np.float64)
     shifted = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+
+
+def log_softmax(logits: Array) -> Array:
+    """Logarithm of the softmax over the last axis, float64."""
+    shifted = np.asarray(logits, dtype=np.float64)
+    shifted = shifted - shifted.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 @dataclass(frozen=True)
@@ -110,15 +119,14 @@ class Router:
             if part not in parts:
                 continue
             if part == "gate":
-                columns.append(np.log(np.clip(softmax(gate_BK), 1e-6, None)))
+                columns.append(np.maximum(log_softmax(gate_BK), log(LEAST_VOTE)))
             elif part == "rules":
                 columns.append(np.log(self.rules.votes(hits, self.boundaries, self.prior) / self.prior))
             elif self.lookup is None:
                 raise ConfigError("this predictor was trained without the router part 'lookup'")
             else:
-                columns.append(
-                    np.log(np.clip(self.lookup.votes(embedding_BH, self.num_experts, self.prior), 1e-6, None))
-                )
+                votes = self.lookup.votes(embedding_BH, self.num_experts, self.prior)
+                columns.append(np.log(np.maximum(votes, LEAST_VOTE)))
         return np.concatenate(columns, axis=1) if columns else np.zeros((len(hits), 0))
 
     def probabilities(

@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import erf, sqrt
+from itertools import pairwise
+from math import erf, log, sqrt
 
 import numpy as np
 
 from mope.grid import Array
+from mope.triggers import Pattern, Triggers, Words
 
 NUMBER_WORDS = {
     word: value
@@ -108,21 +110,57 @@ def _nothing(match: re.Match[str], prompt: str) -> float:
     return 0.0
 
 
+_triggers = Triggers()
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What makes a rule match, and the tokens that a match asks for.
+
+    Attributes:
+        pattern: of the prompt.
+        tokens_of: (match, prompt) -> tokens, 0 for a rule without a count.
+    """
+
+    pattern: Pattern
+    tokens_of: Callable[[re.Match[str], str], float] = _nothing
+
+
+_NUMBERS = " ".join(("0", "hundred", "thousand", *NUMBER_WORDS))  # 0 stands for any digit
+_LIST_VERBS = (
+    "list give name suggest generate write provide create top best recommend brainstorm make tell show need want"
+)
+_CODE_STARTS = "``` write implement create generate give show make"
+_REWRITES = "rewrite rephrase paraphrase proofread reword correct fix edit"
+_TEXTS = "essay article blog story report chapter novel screenplay speech cover thesis business"
+
 # in order of authority: the first rule that matches gives the suggestion
-RULES: Mapping[str, tuple[re.Pattern[str], Callable[[re.Match[str], str], float]]] = {
-    "one_word": (_ONE_WORD, _nothing),
-    "yes_no": (_YES_NO, _nothing),
-    "units": (_UNITS, _units),
-    "continue": (_CONTINUE, _nothing),
-    "small_talk": (_THANKS, _nothing),
-    "translate": (_TRANSLATE, _same_length),
-    "rewrite": (_REWRITE, _same_length),
-    "list": (_LIST, _list),
-    "code": (_CODE, _nothing),
-    "json": (_JSON, _nothing),
-    "essay": (_ESSAY, _nothing),
-    "summarise": (_SUMMARISE, _nothing),
-    "polar_question": (_POLAR, _nothing),
+RULES: Mapping[str, Rule] = {
+    "one_word": Rule(
+        _triggers.pattern(_ONE_WORD, "word answer number letter name", "0 one single just only"),
+    ),
+    "yes_no": Rule(_triggers.pattern(_YES_NO, "yes true yesor trueor yesorno trueorfalse")),
+    "units": Rule(
+        _triggers.pattern(_UNITS, _NUMBERS, " ".join(f"{unit} {unit}s" for unit in _TOKENS_PER), starts=_NUMBERS),
+        _units,
+    ),
+    "continue": Rule(_triggers.pattern(_CONTINUE, "continue go keep proceed more next finish")),
+    "small_talk": Rule(_triggers.pattern(_THANKS)),
+    "translate": Rule(_triggers.pattern(_TRANSLATE, "translate translation"), _same_length),
+    "rewrite": Rule(_triggers.pattern(_REWRITE, _REWRITES, starts=_REWRITES), _same_length),
+    "list": Rule(_triggers.pattern(_LIST, _LIST_VERBS, _NUMBERS, starts=_LIST_VERBS), _list),
+    "code": Rule(
+        _triggers.pattern(
+            _CODE,
+            _CODE_STARTS,
+            "``` code function script program class query regex component html sql python javascript",
+            starts=_CODE_STARTS,
+        )
+    ),
+    "json": Rule(_triggers.pattern(_JSON, "json yaml xml csv")),
+    "essay": Rule(_triggers.pattern(_ESSAY, _TEXTS, starts=_TEXTS)),
+    "summarise": Rule(_triggers.pattern(_SUMMARISE, "summary summarise summarize tl tldr")),
+    "polar_question": Rule(_triggers.pattern(_POLAR)),
 }
 RULE_NAMES = tuple(RULES)
 
@@ -144,17 +182,22 @@ class RuleHits:
     first_tokens: float = 0.0
 
 
-def match_rules(prompt: str) -> RuleHits:
-    """The rules that `prompt` (already cut to a window) matches. Tens of microseconds."""
+NO_HITS = RuleHits()
+
+
+def match_rules(prompt: str | Words) -> RuleHits:
+    """The rules that `prompt` (already cut to a window) matches. Five microseconds where it has none of their words."""
+    words = Words(prompt) if isinstance(prompt, str) else prompt
+    seen = _triggers.seen(words)
     names: list[str] = []
     counts: list[float] = []
-    for name, (pattern, tokens_of) in RULES.items():
-        match = pattern.search(prompt)
+    for name, rule in RULES.items():
+        match = rule.pattern.search(seen)
         if match is not None:
             names.append(name)
-            counts.append(min(tokens_of(match, prompt), 100_000.0))
+            counts.append(min(rule.tokens_of(match, words.text), 100_000.0))
     if not names:
-        return RuleHits()
+        return NO_HITS
     return RuleHits(tuple(names), next((count for count in counts if count > 0), 0.0), names[0], counts[0])
 
 
@@ -193,14 +236,15 @@ class RuleTable:
             boundaries: the K - 1 inner borders of the buckets, in tokens.
             prior: share of each bucket in the training rows, shape (K,).
         """
-        votes = np.tile(prior, (len(hits), 1))
+        votes = np.empty((len(hits), len(prior)))
+        votes[:] = prior
         for row, hit in enumerate(hits):
             if hit.first is None or hit.first not in self.parameters:
                 continue
             mean, deviation = self.parameters[hit.first]
             if hit.first_tokens > 0:
-                mean += float(np.log(hit.first_tokens))
-            below = [0.5 * (1 + erf((np.log(border) - mean) / (deviation * sqrt(2)))) for border in boundaries]
-            votes[row] = np.diff([0.0, *below, 1.0])
-        votes = np.clip(votes, 1e-4, None)
+                mean += log(hit.first_tokens)
+            below = [0.5 * (1 + erf((log(border) - mean) / (deviation * sqrt(2)))) for border in boundaries]
+            votes[row] = [high - low for low, high in pairwise((0.0, *below, 1.0))]
+        votes = np.maximum(votes, 1e-4)
         return np.asarray(votes / votes.sum(1, keepdims=True))

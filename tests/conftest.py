@@ -81,7 +81,7 @@ def predictor(tiny: Path) -> LengthPredictor:
     """The committed predictor, freshly loaded."""
     from mope.predictor import LengthPredictor
 
-    return LengthPredictor.from_pretrained(tiny)
+    return LengthPredictor.from_pretrained(tiny, backend="torch")
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def copy(exported: dict[str, Path], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("design", ["shared", "separate"])
 def test_graphs_predict_what_torch_predicts(exported: dict[str, Path], design: str) -> None:
-    by_torch = LengthPredictor.from_pretrained(exported[design]).predict_batch(REQUESTS)
+    by_torch = LengthPredictor.from_pretrained(exported[design], backend="torch").predict_batch(REQUESTS)
     predictor = LengthPredictor.from_pretrained(exported[design], backend="onnx")
     for one, other in zip(by_torch, predictor.predict_batch(REQUESTS), strict=True):
         np.testing.assert_allclose(one.cumulative, other.cumulative, atol=1e-4)

@@ -10,7 +10,7 @@ from make_tiny_artifact import make_encoder, make_tokenizer
 from rows import table
 
 from mope.features import NUMBER_NAMES, RequestEncoder, ends, pad
-from mope.predictor import as_request
+from mope.inputs import as_request
 from mope.request import Request
 from mope.training.batches import encode_rows
 from mope.training.data.formats import normaliser

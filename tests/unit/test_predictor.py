@@ -9,7 +9,7 @@ from make_tiny_artifact import PROMPTS, make_predictor
 
 from mope import LengthPredictor, Request
 from mope.errors import ArtifactError, ConfigError, DataError
-from mope.predictor import as_request
+from mope.inputs import as_request
 
 HISTORY = [{"role": "user", "content": "Why is the sky blue?"}, {"role": "assistant", "content": "Scattering. " * 40}]
 
@@ -240,7 +240,7 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name, monkeypat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "abacus"}, "unknown backend 'abacus'; expected one of 'torch', 'onnx'"),
+        ({"backend": "abacus"}, "unknown backend 'abacus'; expected one of 'torch', 'onnx', 'onnx-gpu', 'tensorrt'"),
         ({"device": "toaster"}, "device 'toaster' can't be used"),
     ],
 )
@@ -258,7 +258,7 @@ def test_an_unknown_engine_or_device_is_refused(tiny, options, message):
         ({"messages": []}, "no message with role 'user' among 0 messages"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "no message with role 'user' among 1"),
         ({"messages": ["hello"]}, "message 0 is str without a role"),
-        ({"prompt": 5}, "message content is int; expected a string"),
+        ({"prompt": 5}, "prompt is int; expected a string"),
         ({"prompt": "a", "max_token": 5}, "unknown request field 'max_token'; known are max_tokens"),
         ({"prompt": "a", "max_tokens": 0}, "from 1 to 2147483647; got 0"),
         ({"prompt": "a", "max_tokens": 10**400}, "max_tokens is a whole number"),
@@ -303,4 +303,7 @@ def test_the_order_of_flags_does_not_matter(predictor):
 
 
 def test_repr_says_what_it_is(predictor):
-    assert repr(predictor) == "LengthPredictor(small, shared, 3 experts, encoder 'tiny-random-bert', backend 'torch')"
+    said = (
+        "LengthPredictor(small, shared, 3 experts, encoder 'tiny-random-bert', backend torch, since it was asked for)"
+    )
+    assert repr(predictor) == said

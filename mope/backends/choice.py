@@ -1,0 +1,164 @@
+"""Which engine runs a predictor: the one that was asked for, or else the quickest that is exported and installed.
+
+Knows names of engines, what each needs and how each is loaded; runs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mope.artifact import read_json
+from mope.backends import Backend
+from mope.backends.onnx_backend import MANIFEST, MANIFEST_VERSION, ONNX_FOLDER
+from mope.config import PredictorConfig, network_names
+from mope.errors import ConfigError
+from mope.extras import require
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "qdq")
+TENSORRT_FOLDER = "tensorrt"
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    """How an engine is loaded: `class_name.load(folder, config, ...)` of `module`, with the options that it `takes`."""
+
+    module: str
+    class_name: str
+    takes: tuple[str, ...]
+    device: str  # the kind of device that it runs on; empty for any
+    packages: tuple[str, ...] = ()  # that its module imports at once
+
+
+_ENGINES = {
+    "torch": _Engine(
+        "mope.backends.torch_backend", "TorchBackend", ("device", "precision"), "", ("torch", "transformers")
+    ),
+    "onnx": _Engine("mope.backends.onnx_backend", "OnnxBackend", ("num_threads", "precision"), "cpu"),
+    "onnx-gpu": _Engine("mope.backends.onnx_gpu_backend", "OnnxGpuBackend", ("device", "precision"), "cuda"),
+    "tensorrt": _Engine("mope.backends.tensorrt_backend", "TensorrtBackend", ("device", "precision"), "cuda"),
+}
+BACKENDS = tuple(_ENGINES)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An engine, and why it.
+
+    Attributes:
+        backend: one of `BACKENDS`.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, ...
+        precision: one of `PRECISIONS`, or None for the engine's own.
+        reason: why this engine, in one sentence.
+    """
+
+    backend: str
+    device: str
+    precision: str | None
+    reason: str
+
+    def load(self, folder: Path, config: PredictorConfig, num_threads: int) -> Backend:
+        """The engine, with the networks of an artifact folder.
+
+        Raises:
+            ArtifactError: what it runs was not exported, or is damaged.
+            ConfigError: its device or precision can't be had.
+            MissingExtraError: its packages are not installed.
+        """
+        engine = _ENGINES[self.backend]
+        for package in engine.packages:
+            require(package, f"the {self.backend} backend")
+        settings = {"device": self.device, "num_threads": num_threads, "precision": self.precision}
+        options = {name: settings[name] for name in engine.takes if settings[name] is not None}
+        backend_class: Any = getattr(import_module(engine.module), engine.class_name)
+        backend: Backend = backend_class.load(folder, config, **options)
+        return backend
+
+
+def choose(
+    folder: Path,
+    config: PredictorConfig,
+    backend: str | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+) -> Choice:
+    """The engine for an artifact: the one that was asked for, or if `backend` is None the one that fits best.
+
+    On the CPU that is ONNX Runtime if the artifact was exported for it, int8 before fp32, else torch. On a GPU it is
+    TensorRT if engines were built, then ONNX Runtime if its GPU build is installed, else torch.
+
+    Raises:
+        ConfigError: an unknown backend or precision, or a backend that does not run on the device.
+    """
+    for what, got, known in (("backend", backend, BACKENDS), ("precision", precision, PRECISIONS)):
+        if got is not None and got not in known:
+            raise ConfigError(f"unknown {what} {got!r}; expected one of {', '.join(map(repr, known))}")
+    if backend is not None:
+        needed = _ENGINES[backend].device
+        device = device or needed or "cpu"
+        if needed and device.partition(":")[0] != needed:
+            other = "onnx-gpu" if backend == "onnx" else "onnx"
+            raise ConfigError(
+                f"the {backend} backend runs on {'the CPU' if needed == 'cpu' else 'a GPU'}; got device {device!r}; "
+                f"choose {other!r} or 'torch' for it"
+            )
+        return Choice(backend, device, precision, f"{backend}, since it was asked for")
+    if device is None or device == "cpu":
+        return _on_cpu(folder, config, precision)
+    return _on_gpu(folder, config, device, precision)
+
+
+def _on_cpu(folder: Path, config: PredictorConfig, precision: str | None) -> Choice:
+    exported = _exported_precisions(folder, config)
+    best = next((one for one in ((precision,) if precision else ("int8", "fp32")) if one in exported), None)
+    if best is None:
+        wanted = precision or "int8 or fp32"
+        return Choice("torch", "cpu", precision, f"torch, since there is no ONNX export in {wanted} of these weights")
+    if not _is_installed("onnxruntime"):
+        return Choice(
+            "torch", "cpu", precision, "torch, since onnxruntime is not installed (pip install 'mope-llm[onnx]')"
+        )
+    asked = None if best == "fp32" else best  # fp32 is what every export has had
+    return Choice("onnx", "cpu", asked, f"onnx, since there is an ONNX export in {best}")
+
+
+def _on_gpu(folder: Path, config: PredictorConfig, device: str, precision: str | None) -> Choice:
+    if (folder / TENSORRT_FOLDER / MANIFEST).exists() and _is_installed("tensorrt"):
+        return Choice("tensorrt", device, precision, "tensorrt, since engines were built and it is installed")
+    if _exported_precisions(folder, config) and _has_distribution("onnxruntime-gpu"):
+        return Choice("onnx-gpu", device, precision, "onnx-gpu, since there is an ONNX export and onnxruntime-gpu")
+    return Choice(
+        "torch", device, precision, f"torch, since neither TensorRT engines nor onnxruntime-gpu are there for {device}"
+    )
+
+
+def _exported_precisions(folder: Path, config: PredictorConfig) -> set[str]:
+    """Precisions in which every network was exported from the weights as they are now."""
+    path = folder / ONNX_FOLDER / MANIFEST
+    manifest = read_json(path) if path.exists() else {}
+    saved = {name: entry["sha256"] for name, entry in read_json(folder / "files.json").items()}
+    is_fresh = all(saved.get(name) == sha256 for name, sha256 in manifest.get("exported_from", {}).items())
+    if manifest.get("format_version") != MANIFEST_VERSION or not is_fresh:
+        return set()
+    networks: dict[str, set[str]] = {}
+    for graph in manifest["graphs"]:
+        networks.setdefault(graph.get("precision", "fp32"), set()).add(graph["network"])
+    return {precision for precision, names in networks.items() if names.issuperset(network_names(config))}
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ValueError:  # None stands for it among the loaded modules: its import fails
+        return False
+
+
+def _has_distribution(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,185 @@
+"""Whatever callers send: a prediction or one line that says what is wrong, in bounded time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mope import LengthPredictor, Request
+from mope.errors import DataError, UserError
+from mope.inputs import as_request
+from mope.prediction import LengthPrediction
+
+TEXTS = {
+    "blanks": " \n\t" * 9, "megabyte": "write a story. " * 70_000, "emoji": "🙂👩‍👩‍👧🇩🇪" * 300,
+    "scripts": "Привет שלום 你好 नमस्ते \u0130\u0131\u017f\u212a", "surrogates": "\ud83d \udfff \ud83d\ude42",
+    "nul": "a\0b\0",
+    "special": "[CLS] hi [SEP] [MASK] [PAD] <|im_end|> </s>", "controls": "\x1b[31m\u202e\u200b\ufeff\r",
+    "digits": "1" * 3000,
+}  # fmt: skip
+
+
+def is_distribution(prediction: LengthPrediction) -> bool:
+    quantiles = prediction.quantiles([0.01, 0.5, 0.99])
+    return bool(np.isfinite(quantiles).all() and (np.diff(quantiles) >= 0).all() and np.isfinite(prediction.mean))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_any_text_at_any_place_is_answered(predictor: LengthPredictor, name: str) -> None:
+    text = TEXTS[name]
+    said = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    for prediction in (
+        predictor.predict(text),
+        predictor.predict("hello", system=text),
+        predictor.predict("hello", history=said, system=text, response_format=text),
+        predictor.predict_batch([Request(prompt=text, previous_prompt=text, system=text)])[0],
+    ):
+        assert is_distribution(prediction)
+
+
+def test_special_tokens_in_a_prompt_stay_text(predictor: LengthPredictor) -> None:
+    ids = predictor.encoder.encode([Request(prompt="a [SEP] b [CLS] [MASK] [PAD]")]).token_ids[0]
+    first, last, pad = predictor.config.special_ids
+    assert (ids.count(first), ids.count(last), ids.count(pad)) == (1, 1, 0)
+
+
+VALUES: list[Any] = [
+    b"bytes", None, 7, -1, 0, 2.5, float("nan"), float("inf"), 10**400, 10**5000, True, [], ["a"], [None], [[]], {},
+    {"a": {"b": []}}, {"type": 3}, (), object(), lambda: 1, range(3), "text", "\ud800", np.float32(1), np.array([1, 2]),
+    {1, 2},
+]  # fmt: skip
+USER = {"role": "user", "content": "a"}
+PLACES: dict[str, Callable[[LengthPredictor, Any], Any]] = {
+    "prompt": lambda predictor, value: predictor.predict(value),
+    "messages": lambda predictor, value: predictor.predict(messages=value),
+    "message": lambda predictor, value: predictor.predict(messages=[value, USER]),
+    "role": lambda predictor, value: predictor.predict("a", history=[{"role": value, "content": "a"}]),
+    "content": lambda predictor, value: predictor.predict(messages=[{"role": "user", "content": value}]),
+    "part": lambda predictor, value: predictor.predict(messages=[{**USER, "content": [value, {"text": value}]}]),
+    "history": lambda predictor, value: predictor.predict("a", history=value),
+    "batch": lambda predictor, value: predictor.predict_batch(value),
+    "entry": lambda predictor, value: predictor.predict_batch([value]),
+    "key": lambda predictor, value: predictor.predict_batch([{"prompt": "a", value: 1}]),
+    **{
+        name: lambda predictor, value, name=name: predictor.predict("a", **{name: value})
+        for name in ("target_llm", "max_tokens", "temperature", "tools", "response_format", "thinking", "system")
+    },
+    **{
+        f"Request.{name}": lambda predictor, value, name=name: predictor.predict_batch(
+            [Request(**{"prompt": "a", name: value})]
+        )
+        for name in (
+            "prompt", "system", "previous_prompt", "answer_bytes", "num_earlier_turns", "target_llm", "max_tokens",
+            "temperature", "tools", "response_format", "thinking",
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_wrong_type_at_any_place_is_answered_or_refused(predictor: LengthPredictor, place: str) -> None:
+    refused: list[UserError] = []
+    for value in VALUES:
+        if place == "key" and not isinstance(value, Hashable):
+            continue
+        try:
+            found = PLACES[place](predictor, value)
+        except UserError as error:
+            refused.append(error)
+        else:
+            assert all(map(is_distribution, found if isinstance(found, list) else [found]))
+    assert all(isinstance(error, DataError) and len(str(error)) < 300 and "\n" not in str(error) for error in refused)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("prompt", b"hi", "prompt is bytes; expected a string"),
+        ("messages", "hi", "messages is str; expected a list of messages"),
+        ("history", 7, "history is int; expected a list of messages"),
+        ("batch", "hi", r"a batch is a list of requests; got str; put one request into \[...\]"),
+        ("tools", 7, "tools is a list of tools, or true or false; got 7"),
+        ("target_llm", "\ud800", "target_llm is the name of an LLM; got '.ud800'"),
+        ("key", 1, "unknown request field 1; known are"),
+        ("Request.prompt", None, "prompt is NoneType; expected a string"),
+        ("Request.max_tokens", 10**400, "max_tokens is a whole number from 1 to 2147483647"),
+        ("Request.answer_bytes", (-1,), "answer_bytes is a tuple of whole numbers"),
+    ],
+)
+def test_a_mistake_is_named(predictor: LengthPredictor, place: str, value: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        PLACES[place](predictor, value)
+
+
+def test_messages_may_come_from_a_generator(predictor: LengthPredictor) -> None:
+    messages = [USER, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    listed = predictor.predict(messages=messages)
+    generated = predictor.predict(messages=iter(messages))  # type: ignore[arg-type]
+    assert np.array_equal(listed.cumulative, generated.cumulative)
+    by_history = predictor.predict("c", history=(message for message in messages[:2]))  # type: ignore[arg-type]
+    assert np.array_equal(listed.cumulative, by_history.cumulative)
+    with pytest.raises(DataError, match="among 0 messages"):
+        predictor.predict(messages=iter(()))  # type: ignore[arg-type]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
+)
+keys = st.sampled_from(
+    ["prompt", "messages", "history", "role", "content", "system", "max_tokens", "tools", "temperature"]
+)
+some_messages = st.lists(
+    st.dictionaries(st.sampled_from(["role", "content", "x"]), st.sampled_from(["user", "assistant", "a", 3, None]))
+)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(keys, json_values | some_messages, max_size=5) | json_values)
+def test_any_json_is_a_request_or_refused(entry: Any) -> None:
+    try:
+        prompt = as_request(entry).prompt
+    except DataError as error:
+        prompt = str(error)
+    assert isinstance(prompt, str)
+
+
+def seconds(action: Callable[[], Any], rounds: int = 7) -> float:
+    """The least CPU time of some rounds."""
+    taken = []
+    for _ in range(rounds):
+        started = time.process_time()
+        action()
+        taken.append(time.process_time() - started)
+    return min(taken)
+
+
+def test_a_megabyte_costs_no_more_than_twice_five_kilobytes(predictor: LengthPredictor) -> None:
+    short, long = ("\n" + "write a story. " * count + "\n" for count in (333, 66_667))
+    predictor.predict(short)
+    small = seconds(lambda: [predictor.predict(short) for _ in range(10)])
+    assert seconds(lambda: [predictor.predict(long) for _ in range(10)]) < 2 * small + 0.001
+
+
+def test_ten_thousand_messages_cost_milliseconds(predictor: LengthPredictor) -> None:
+    said = [{"role": role, "content": "word " * 200} for role in ("user", "assistant")] * 5_000
+    request = as_request({"prompt": "hello", "history": said})
+    assert request.num_earlier_turns == 5_000
+    assert request.answer_bytes == (1000,) * 8
+    assert seconds(lambda: as_request({"prompt": "hello", "history": said})) < 0.05  # 0.005 s on an idle core
+    assert is_distribution(predictor.predict("hello", history=said))
+
+
+@pytest.mark.parametrize("actual", [float("nan"), float("inf"), "7", None, [7], 0])
+def test_what_is_no_length_teaches_nothing(predictor: LengthPredictor, actual: Any) -> None:
+    prediction = predictor.predict("hello")
+    with pytest.raises(DataError):
+        predictor.observe(prediction, actual)
+    assert len(predictor.recalibrator) == 0
