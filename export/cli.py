@@ -1,17 +1,37 @@
 """`mope-export` (and `mope export`): a trained predictor for other runtimes.
 
-Knows flags; the work is in `mope.export.run`, imported only when it starts.
+Knows flags and what is said of a result; the work is in `mope.export.run`, imported only when it starts.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mope import console as terminal
-from mope.flags import Parser
+from mope.backends.onnx_backend import ONNX_FOLDER, PRECISIONS, Precision, export_target
+from mope.errors import ConfigError
+from mope.flags import NONE, Parser
 
-TARGETS = ("onnx",)
+TARGETS: dict[str, Precision] = {export_target(precision): precision for precision in PRECISIONS}
+
+DETAILS = f"""\
+Export a saved predictor to ONNX, into its folder {ONNX_FOLDER}/, beside what was exported before.
+
+  onnx         float32, the reference; every runtime takes it
+  onnx-fp16    the encoder in float16: half the file, for GPUs
+  onnx-int8    int8 weights and activations: a quarter of the file, about twice as fast on CPUs
+  onnx-qdq     int8 with ranges calibrated on training rows, for TensorRT
+
+Each graph is checked before it appears: its form, its values against PyTorch, and the whole predictor on test rows of
+the data that it was trained on. A precision that adds more than 1 % to the mean absolute error is refused. If anything
+fails, nothing changes. LengthPredictor.from_pretrained(ARTIFACT, backend="onnx") then runs without torch."""
+EXAMPLE = """\
+{prog} runs/demo --to onnx-int8
+{prog} runs/demo --to onnx-int8 --output serving/demo
+{prog} runs/mine --to onnx-fp16 --data chats.jsonl --max-test-rows 500
+{prog} runs/mine --to onnx --data none --json"""
 
 
 def main(argv: list[str] | None = None, *, prog: str = "mope-export") -> int:
@@ -20,28 +40,70 @@ def main(argv: list[str] | None = None, *, prog: str = "mope-export") -> int:
 
 
 def _export(argv: list[str], prog: str) -> int:
-    parser = Parser(
-        prog,
-        "Export a saved predictor: the graphs are checked against PyTorch and put into its folder onnx/.\n"
-        'LengthPredictor.from_pretrained(ARTIFACT, backend="onnx") then runs without torch.',
-        "ARTIFACT --to onnx [options]",
-        f"{prog} runs/demo --to onnx",
-    )
+    parser = Parser(prog, DETAILS, "ARTIFACT --to FORMAT [options]", EXAMPLE.format(prog=prog))
     parser.add_argument("artifact", metavar="ARTIFACT", type=Path, help="folder of a saved predictor")
-    parser.add_argument("--to", required=True, choices=TARGETS, help="onnx: float32, standard operators of opset 20")
+    parser.add_argument("--to", required=True, choices=TARGETS, metavar="FORMAT", help=", ".join(TARGETS))
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="write a copy for serving there, without the weights that PyTorch needs, and leave ARTIFACT as it is",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help="data set whose test rows are predicted, as mope-train takes it (default: what the predictor was trained "
+        f"on); {NONE}: measure neither quality nor latency",
+    )
+    parser.add_argument(
+        "--max-test-rows",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="test rows to predict at most, drawn at random (default: 1000)",
+    )
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON on stdout")
     arguments = parser.parse_args(argv)
+    if arguments.max_test_rows < 2:
+        raise ConfigError(f"--max-test-rows: got {arguments.max_test_rows}; expected at least 2")
 
     from mope.export.run import export_onnx
 
-    manifest = export_onnx(arguments.artifact)
+    precision = TARGETS[arguments.to]
+    manifest = export_onnx(
+        arguments.artifact,
+        precision,
+        data=arguments.data,
+        max_test_rows=arguments.max_test_rows,
+        output=arguments.output,
+    )
     if arguments.json:
         print(json.dumps(manifest, indent=2))
-    for graph in manifest["graphs"]:
-        terminal.console().print(
-            f"{arguments.artifact}/onnx/{graph['file']}: {graph['bytes'] / 1e6:.1f} MB, opset {graph['opset']}, "
-            f"differs from PyTorch by at most {graph['max_difference']:.1g}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    for line in summary(arguments.output or arguments.artifact, manifest, precision):
+        terminal.console().print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def summary(folder: Path, manifest: dict[str, Any], precision: Precision) -> list[str]:
+    """What an export made and measured, in a few lines."""
+    lines = [
+        f"{folder / ONNX_FOLDER / graph['file']}: {graph['bytes'] / 1e6:.1f} MB, opset {graph['opset']}, differs from "
+        f"PyTorch by at most {graph['max_difference']:.1g} on random inputs"
+        for graph in manifest["graphs"]
+        if graph["precision"] == precision
+    ]
+    if quality := manifest["quality"][precision]:
+        cost = quality["mae"] / quality["mae_fp32"] - 1 if quality["mae_fp32"] else 0.0
+        lines.append(
+            f"on {quality['num_rows']:,} test rows of {quality['data']} (PyTorch in brackets): mean absolute error "
+            f"{quality['mae']:.2f} tokens ({quality['mae_fp32']:.2f}; {cost:+.2%}), Kendall's tau {quality['tau']:.4f} "
+            f"({quality['tau_fp32']:.4f}), {quality['coverage_90']:.1%} up to the 90 % quantile "
+            f"({quality['coverage_90_fp32']:.1%}), {quality['same_expert']:.1%} routed alike"
+        )
+    if latency := manifest["latency"][precision]:
+        times = ", ".join(f"{name} {latency[f'{name}_ms']:.2f} ms" for name in ("p50", "p90", "p99"))
+        lines.append(
+            f"latency of a request, tokenising included: {times} ({latency['num_requests']} test requests one by one, "
+            f"{latency['num_threads']} thread, {latency['cpu'] or 'unknown CPU'})"
+        )
+    return lines

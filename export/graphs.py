@@ -1,7 +1,7 @@
 """From a network to an ONNX graph, and the proof that both say the same.
 
 Standard operators of opset 20 alone, any batch and any width, so that every runtime takes the file. Knows networks and
-graphs; not artifacts or manifests.
+graphs; not artifacts or manifests. Graphs of less precision are made in `precisions`, and checked here.
 
 Shape suffixes: B requests, S tokens, F numbers.
 """
@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from mope.extras import require
 
 OPSET = 20
 MAX_BATCH = 256
-TOLERANCE = 1e-4  # of probabilities, and of embeddings relative to their size
+# of probabilities, and of embeddings relative to their largest entry; what int8 costs is seen on real rows alone
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": math.inf, "qdq": math.inf}
 
 
 class _Outputs(nn.Module):
@@ -73,7 +75,7 @@ def write_graph(network: MopeNetwork, path: Path, max_tokens: int) -> None:
     if not isinstance(encoder, StaticEncoder):
         encoder.set_attn_implementation("eager")
     batch, tokens = torch.export.Dim("batch", min=1, max=MAX_BATCH), torch.export.Dim("tokens", min=2, max=max_tokens)
-    with _hushed():
+    with hushed():
         torch.onnx.export(
             _Outputs(network),
             sample_inputs(network, (7, 4, 9)),
@@ -93,21 +95,23 @@ def write_graph(network: MopeNetwork, path: Path, max_tokens: int) -> None:
 
 
 @contextlib.contextmanager
-def _hushed() -> Any:
-    """Without the exporter's own progress and its words on packages that nobody needs here."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def hushed() -> Iterator[None]:
+    """Without the exporter's own progress, and the words of exporter and quantiser on what nobody needs here."""
+    loggers = [logging.getLogger(name) for name in (None, "torch.onnx._internal.exporter._registration")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def check_form(path: Path, network: MopeNetwork) -> None:
-    """Check a graph by ONNX's own checker, and its operators, names and free axes.
+    """Check a graph by ONNX's own checker, and its operators, opset, names, types and axes.
 
     Raises:
         ExportError: something is not as it should be.
@@ -116,35 +120,58 @@ def check_form(path: Path, network: MopeNetwork) -> None:
     model = onnx.load(path)
     try:
         onnx.checker.check_model(model, full_check=True)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{path.name}: {error}") from error
     foreign = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
     if foreign:
         raise ExportError(f"{path.name} has operators of {', '.join(foreign)}; expected standard ones alone")
-    wanted = [*INPUTS, *output_names(network)]
-    tensors = {tensor.name: tensor.type.tensor_type.shape.dim for tensor in (*model.graph.input, *model.graph.output)}
-    if list(tensors) != wanted:
-        raise ExportError(f"{path.name} has the tensors {', '.join(tensors)}; expected {', '.join(wanted)}")
-    for name, axes in tensors.items():
-        free = [axis.dim_param for axis in axes if axis.dim_param]
-        expected = ["batch", "tokens"] if name in INPUTS[:2] else ["batch"]
-        if free != expected:
-            raise ExportError(f"{path.name}: {name} has the free axes {free}; expected {expected}")
+    opsets = [opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")]
+    if opsets != [OPSET]:
+        raise ExportError(f"{path.name} has opset {opsets}; expected {OPSET}")
+    found = {tensor.name: _form(tensor) for tensor in (*model.graph.input, *model.graph.output)}
+    expected = _forms(network)
+    if list(found) != list(expected):
+        raise ExportError(f"{path.name} has the tensors {', '.join(found)}; expected {', '.join(expected)}")
+    for name, form in found.items():
+        if form != expected[name]:
+            raise ExportError(f"{path.name}: {name} is {form}; expected {expected[name]}")
 
 
-def check_values(path: Path, network: MopeNetwork, max_tokens: int) -> float:
+def _form(tensor: Any) -> str:
+    """Element type and axes of a graph's input or output, such as `FLOAT (batch, 52)`."""
+    onnx = require("onnx", "mope-export")
+    kind = tensor.type.tensor_type
+    axes = ", ".join(axis.dim_param or str(axis.dim_value) for axis in kind.shape.dim)
+    return f"{onnx.TensorProto.DataType.Name(kind.elem_type)} ({axes})"
+
+
+def _forms(network: MopeNetwork) -> dict[str, str]:
+    """What `_form` should say of each input and output of a network's graph; float32 outside in every precision."""
+    with torch.inference_mode():
+        outputs = _Outputs(network.eval())(*sample_inputs(network, (2,)))
+    text = "INT64 (batch, tokens)"
+    inputs = (text, text, f"FLOAT (batch, {len(network.number_mean)})", "INT64 (batch)")
+    sizes = (", ".join(map(str, output.shape[1:])) for output in outputs)
+    return {
+        **dict(zip(INPUTS, inputs, strict=True)),
+        **{name: f"FLOAT (batch, {size})" for name, size in zip(output_names(network), sizes, strict=True)},
+    }
+
+
+def check_values(path: Path, network: MopeNetwork, max_tokens: int, tolerance: float) -> float:
     """Compare a graph in ONNX Runtime with the network in PyTorch, over lengths, batches and padding.
 
     Args:
         path: the graph.
         network: what it was made of, untouched by `write_graph`.
         max_tokens: widest input.
+        tolerance: largest difference allowed, of `TOLERANCES`.
 
     Returns:
         The largest difference of a probability, or of an embedding's entry relative to the largest one.
 
     Raises:
-        ExportError: it is above `TOLERANCE`, or not a number.
+        ExportError: it is above the tolerance, or not a number, or the shapes differ.
     """
     runtime = require("onnxruntime", "mope-export")
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -154,14 +181,16 @@ def check_values(path: Path, network: MopeNetwork, max_tokens: int) -> float:
     for seed, lengths in enumerate(cases):
         inputs = sample_inputs(network, lengths, seed)
         with torch.inference_mode():
-            expected = [output for output in network.eval()(*inputs) if output is not None]
+            expected = _Outputs(network.eval())(*inputs)
         found = session.run(None, {name: value.numpy() for name, value in zip(INPUTS, inputs, strict=True)})
         for name, one, other in zip(output_names(network), expected, found, strict=True):
+            if other.shape != one.shape:
+                raise ExportError(f"{path.name}: {name} has shape {other.shape}; expected {tuple(one.shape)}")
             difference = _difference(name, one, torch.from_numpy(other))
-            if not difference <= TOLERANCE:
+            if not difference <= tolerance:
                 raise ExportError(
                     f"{path.name}: {name} differs from PyTorch by {difference:.2g} on inputs of {lengths} tokens; "
-                    f"at most {TOLERANCE:g} is allowed"
+                    f"at most {tolerance:g} is allowed"
                 )
             worst = max(worst, difference)
     return worst

@@ -1,83 +1,213 @@
 """`mope-export`: from an artifact to the graphs in its folder `onnx/`, checked before they appear there.
 
-Knows folders and manifests; how a graph is made and checked is in `graphs`.
+Knows folders, manifests and the order of the work; how a graph is made and checked is in `graphs` and `precisions`,
+what it is worth on real rows in `quality`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mope import artifact
-from mope.backends.onnx_backend import MANIFEST, MANIFEST_VERSION, ONNX_FOLDER
-from mope.backends.torch_backend import TorchBackend
-from mope.config import network_names
-from mope.console import progress
-from mope.export.graphs import OPSET, check_form, check_values, write_graph
+from mope.backends.onnx_backend import MANIFEST, MANIFEST_VERSION, ONNX_FOLDER, OnnxBackend, Precision, graph_file
+from mope.backends.torch_backend import TorchBackend, weight_files
+from mope.config import PredictorConfig, network_names
+from mope.console import console, progress
+from mope.errors import ConfigError
+from mope.export.graphs import OPSET, TOLERANCES, check_form, check_values, write_graph
+from mope.export.precisions import Inputs, write_fp16, write_int8, write_qdq
 from mope.extras import require
+from mope.flags import NONE
+from mope.predictor import LengthPredictor
 from mope.provenance import file_sha256
 
 PACKAGES = ("mope-llm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+QUALITY_MODULES = ("pyarrow", "sklearn", "scipy", "tiktoken", "matplotlib")
+FOR_PEOPLE = ("README.md", "metrics.json", "provenance.json")
+MAX_TEST_ROWS = 1000
+NUM_THREADS = 1  # of each call whose latency is measured
 
 
-def export_onnx(folder: Path) -> dict[str, Any]:
-    """Write the networks of a saved predictor as ONNX graphs into its folder `onnx/`.
+def export_onnx(
+    folder: Path,
+    precision: Precision = "fp32",
+    *,
+    data: str | None = None,
+    max_test_rows: int = MAX_TEST_ROWS,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Write the networks of a saved predictor as ONNX graphs into its folder `onnx/`, beside other precisions there.
 
-    Each graph is checked: form, operators, names, free axes, and its values against PyTorch over lengths up to
-    the predictor's widest input, batches and padding. An earlier export is replaced; if a check fails, it stays.
+    Each graph is checked before it appears: form, operators, names, types and axes; its values against PyTorch over
+    lengths up to the predictor's widest input, batches and padding; then the whole predictor on real test rows. If
+    anything fails, nothing changes. Graphs of other weights, which an earlier training left, are removed.
 
     Args:
         folder: of the saved predictor.
+        precision: `"fp32"`; `"fp16"`; `"int8"`, dynamic, for CPUs; `"qdq"`, static int8 for TensorRT.
+        data: source of the rows that the quality is measured on and `"qdq"` is calibrated with, as `mope-train` takes
+            it; None for what the predictor was trained on, `"none"` to measure neither quality nor latency.
+        max_test_rows: test rows that the quality is measured on, at most.
+        output: write a copy for serving there, without the weights that PyTorch needs, instead of changing `folder`.
 
     Returns:
         The manifest.
 
     Raises:
-        ArtifactError: not a saved predictor.
-        MissingExtraError: packages of the extra `export` are not installed.
-        ExportError: a graph is not what its network is.
+        ArtifactError: not a saved predictor, or one without weights.
+        ConfigError: rows that can't be had, or an output that can't be written.
+        MissingExtraError: packages of the extra `export`, or for the quality those of `train`, are not installed.
+        ExportError: a graph is not what its network is, or costs more than 1 % of the mean absolute error.
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "mope-export")
     config = artifact.check(folder)
-    networks = TorchBackend.load(folder, config).networks
-    copies = TorchBackend.load(folder, config).networks
-    max_tokens = config.max_prompt_tokens + config.max_context_tokens + 3  # [CLS] and two [SEP]
-    graphs: list[dict[str, Any]] = []
-    temporary = Path(tempfile.mkdtemp(prefix=f".{ONNX_FOLDER}-", dir=folder))
-    temporary.chmod(0o755)
-    try:
-        with progress("exporting networks", len(networks)) as advance:
-            for name, network, own in zip(network_names(config), networks, copies, strict=True):
-                path = temporary / f"{name}.onnx"
-                write_graph(own, path, max_tokens)
-                check_form(path, network)
-                graphs.append(
-                    {
-                        "network": name,
-                        "file": path.name,
-                        "precision": "fp32",
-                        "opset": OPSET,
-                        "bytes": path.stat().st_size,
-                        "sha256": file_sha256(path),
-                        "max_difference": check_values(path, network, max_tokens),
-                    }
-                )
-                advance(1)
-        weights = [f"{name}.safetensors" for name in network_names(config)]
+    reference = LengthPredictor.from_pretrained(folder, backend="torch")
+    exported_from = {name: file_sha256(folder / name) for name in weight_files(config)}
+    with _adding(folder) if output is None else _lean_copy(folder, config, output) as temporary:
+        earlier = _kept(folder if output is None else output, precision, exported_from, temporary)
+        quality = latency = calibration = None
+        if data == NONE:
+            if precision == "qdq":
+                raise ConfigError(f"qdq is calibrated on training rows; --data {NONE} leaves it without any")
+            console().print("quality and latency are not measured: there are no rows (--data none)", highlight=False)
+        else:
+            rows = _quality().find_rows(folder, reference, data, max_test_rows)
+            if precision == "qdq":
+                calibration = rows.calibration_batches(reference)
+        max_tokens = config.max_prompt_tokens + config.max_context_tokens + 3  # [CLS] and two [SEP]
+        graphs = _write_graphs(folder, config, precision, max_tokens, temporary, calibration)
+        if data != NONE:
+            exported = copy.copy(reference)
+            exported.backend = OnnxBackend(
+                [temporary / graph["file"] for graph in graphs], config, NUM_THREADS, precision=precision
+            )
+            quality = _quality().measure_quality(reference, exported, rows)
+            _quality().check_quality(precision, quality)
+            console().print("measuring latency", highlight=False)
+            latency = _quality().measure_latency(exported, rows.latency_requests(), NUM_THREADS)
         manifest = {
             "format_version": MANIFEST_VERSION,
-            "exported_from": {name: file_sha256(folder / name) for name in weights},
+            "exported_from": exported_from,
             "max_input_tokens": max_tokens,
-            "graphs": graphs,
+            "graphs": [*earlier["graphs"], *graphs],
+            "quality": {**earlier["quality"], precision: quality},
+            "latency": {**earlier["latency"], precision: latency},
             "versions": {package: version(package) for package in PACKAGES},
         }
         artifact.write_json(temporary / MANIFEST, manifest)
-        shutil.rmtree(folder / ONNX_FOLDER, ignore_errors=True)
-        temporary.rename(folder / ONNX_FOLDER)
+    return manifest
+
+
+def _quality() -> ModuleType:
+    """The module `quality`, which needs packages that an export without real rows does not."""
+    for module in QUALITY_MODULES:
+        require(module, f"the check on real rows (--data {NONE} leaves it out)")
+    from mope.export import quality
+
+    return quality
+
+
+def _write_graphs(
+    folder: Path,
+    config: PredictorConfig,
+    precision: Precision,
+    max_tokens: int,
+    temporary: Path,
+    calibration: list[Inputs] | None,
+) -> list[dict[str, Any]]:
+    """Write and check the graph of each network; what the manifest says of them."""
+    graphs: list[dict[str, Any]] = []
+    networks = TorchBackend.load(folder, config).networks
+    copies = TorchBackend.load(folder, config).networks
+    with progress(f"exporting networks in {precision}", len(networks)) as advance:
+        for name, network, own in zip(network_names(config), networks, copies, strict=True):
+            path = temporary / graph_file(name, precision)
+            if precision == "fp32":
+                write_graph(own, path, max_tokens)
+            elif precision == "fp16":
+                write_fp16(own, path, max_tokens)
+            else:
+                with tempfile.TemporaryDirectory() as scratch:
+                    fp32_path = Path(scratch, path.name)
+                    write_graph(own, fp32_path, max_tokens)
+                    if precision == "int8":
+                        write_int8(fp32_path, path)
+                    else:
+                        write_qdq(fp32_path, path, calibration or [])
+            check_form(path, network)
+            graphs.append(
+                {
+                    "network": name,
+                    "precision": precision,
+                    "file": path.name,
+                    "opset": OPSET,
+                    "bytes": path.stat().st_size,
+                    "sha256": file_sha256(path),
+                    "max_difference": check_values(path, network, max_tokens, TOLERANCES[precision]),
+                }
+            )
+            advance(1)
+    return graphs
+
+
+def _kept(target: Path, precision: Precision, exported_from: Mapping[str, str], temporary: Path) -> dict[str, Any]:
+    """What an earlier manifest says of other precisions of the same weights, whose graphs are copied on."""
+    kept: dict[str, Any] = {"graphs": [], "quality": {}, "latency": {}}
+    onnx = target / ONNX_FOLDER
+    if not (onnx / MANIFEST).exists():
+        return kept
+    manifest = artifact.read_json(onnx / MANIFEST)
+    if manifest.get("format_version") != MANIFEST_VERSION or manifest.get("exported_from") != exported_from:
+        console().print(f"{onnx}: graphs of other weights or of an older mope are removed", highlight=False)
+        return kept
+    others = [graph for graph in manifest["graphs"] if graph["precision"] != precision]
+    for graph in others:
+        shutil.copyfile(onnx / graph["file"], temporary / graph["file"])
+    names = {graph["precision"] for graph in others}
+    return {
+        "graphs": others,
+        **{part: {name: manifest[part].get(name) for name in sorted(names)} for part in ("quality", "latency")},
+    }
+
+
+@contextlib.contextmanager
+def _adding(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes the artifact's `onnx/` when the block ends without an error."""
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{ONNX_FOLDER}-", dir=folder))
+    except OSError as error:
+        raise ConfigError(f"{folder} can't be written ({error.strerror}); type --output FOLDER for a copy") from error
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        artifact.put_in_place(temporary, folder / ONNX_FOLDER)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return manifest
+
+
+@contextlib.contextmanager
+def _lean_copy(folder: Path, config: PredictorConfig, output: Path) -> Iterator[Path]:
+    """The folder `onnx/` of a copy without weights, which appears when the block ends without an error.
+
+    Raises:
+        ConfigError: weights lie where the copy should go.
+    """
+    weights = weight_files(config)
+    if any((output / name).exists() for name in weights):
+        raise ConfigError(f"--output {output} is a predictor with weights, which would be lost; choose another folder")
+    listed = artifact.read_json(folder / "files.json")
+    with artifact.writing(output) as temporary:
+        for name in (*listed, *FOR_PEOPLE):
+            if name not in weights and (folder / name).exists():
+                shutil.copyfile(folder / name, temporary / name)
+        (temporary / ONNX_FOLDER).mkdir()
+        yield temporary / ONNX_FOLDER

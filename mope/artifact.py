@@ -8,6 +8,7 @@
     recalibration.json  what was learned while serving, if anything
     files.json          size and SHA-256 of all of the above
     metrics.json, provenance.json, README.md, plots/    for people; not needed to predict
+    onnx/               what mope-export made of the weights; a copy for serving has no weights
 
 Knows files, hashes and JSON; not what the numbers mean. No pickle anywhere.
 """
@@ -54,13 +55,23 @@ def writing(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         seal(temporary)
-        replaced = folder.with_name(f".{folder.name}-replaced-{os.getpid()}")
-        if folder.exists():
-            folder.rename(replaced)
-        temporary.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(finished: Path, folder: Path) -> None:
+    """Rename a finished folder to `folder`, in place of what is there."""
+    replaced = folder.with_name(f".{folder.name}-replaced-{os.getpid()}")
+    if folder.exists():
+        folder.rename(replaced)
+    try:
+        finished.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def seal(folder: Path) -> None:

@@ -50,7 +50,7 @@ def collect(
         "packages": _versions(),
         "machine": {
             "platform": f"{platform.system()} {platform.machine()}",
-            "cpu": _cpu_model(),
+            "cpu": cpu_model(),
             "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "gpus": _gpus(),
         },
@@ -139,7 +139,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _cpu_model() -> str | None:
+def cpu_model() -> str | None:
+    """Name of this machine's processor; None if that cannot be had."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

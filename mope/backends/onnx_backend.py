@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from mope.artifact import read_json
 from mope.backends import ChooseExperts, RawOutputs, RunNetwork, run_networks
@@ -19,39 +19,110 @@ from mope.features import EncodedRequests
 from mope.grid import Array
 from mope.provenance import file_sha256
 
-ONNX_FOLDER, MANIFEST, MANIFEST_VERSION = "onnx", "manifest.json", 1
+ONNX_FOLDER, MANIFEST, MANIFEST_VERSION = "onnx", "manifest.json", 2
 INPUTS = ("input_ids", "attention_mask", "numbers", "target_llm")
 GATE, HEADS, EMBEDDING = "gate_logits", "head_logits", "text_embedding"
 
+Precision = Literal["fp32", "fp16", "int8", "qdq"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+FASTEST_ON_CPU: tuple[Precision, ...] = ("int8", "fp32", "qdq", "fp16")
+
+
+def graph_file(network: str, precision: str) -> str:
+    """Name of a graph's file in `onnx/`."""
+    return f"{network}.{precision}.onnx"
+
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an artifact's ONNX graphs, after checking that they belong to it and are unchanged.
+    """The manifest of an artifact's ONNX graphs, after checking that it belongs to the artifact.
+
+    A folder without any weights, as `mope-export --output` writes it for serving, has none that could have changed.
 
     Raises:
-        ArtifactError: nothing was exported, the weights changed since, or a graph is missing or changed.
+        ArtifactError: nothing was exported, the manifest is of another version, or the weights changed since.
     """
-    onnx = folder / ONNX_FOLDER
-    if not (onnx / MANIFEST).exists():
+    path = folder / ONNX_FOLDER / MANIFEST
+    if not path.exists():
         raise ArtifactError(f"{folder} has no ONNX export; type: mope-export {folder} --to onnx")
-    manifest: dict[str, Any] = read_json(onnx / MANIFEST)
+    manifest: dict[str, Any] = read_json(path)
     if manifest.get("format_version") != MANIFEST_VERSION:
         raise ArtifactError(
-            f"{onnx / MANIFEST} has version {manifest.get('format_version')}; this mope reads {MANIFEST_VERSION}: "
+            f"{path} has version {manifest.get('format_version')}; this mope reads {MANIFEST_VERSION}: "
             f"mope-export {folder} --to onnx"
         )
+    exported_from = manifest["exported_from"]
     saved = {name: entry["sha256"] for name, entry in read_json(folder / "files.json").items()}
-    stale = [name for name, sha256 in manifest["exported_from"].items() if saved.get(name) != sha256]
-    if stale:
+    is_lean = not saved.keys() & exported_from.keys()
+    stale = [name for name, sha256 in exported_from.items() if saved.get(name) != sha256]
+    if stale and not is_lean:
         raise ArtifactError(
             f"{folder}: {', '.join(stale)} changed after the ONNX export; type again: mope-export {folder} --to onnx"
         )
-    for graph in manifest["graphs"]:
-        path = onnx / graph["file"]
-        if not path.exists():
-            raise ArtifactError(f"{folder} lacks {ONNX_FOLDER}/{graph['file']}; copy the whole folder again")
-        if file_sha256(path) != graph["sha256"]:
-            raise ArtifactError(f"{path} is not the file that was exported (SHA-256 differs); copy it again")
     return manifest
+
+
+def exported_precisions(folder: Path) -> tuple[Precision, ...]:
+    """Precisions that an artifact's ONNX graphs can be loaded in; none if there are no graphs of its weights."""
+    try:
+        return _precisions(read_manifest(folder))
+    except ArtifactError:
+        return ()
+
+
+def _precisions(manifest: Mapping[str, Any]) -> tuple[Precision, ...]:
+    found = {graph["precision"] for graph in manifest["graphs"]}
+    return tuple(precision for precision in PRECISIONS if precision in found)
+
+
+def choose_precision(manifest: Mapping[str, Any]) -> Precision:
+    """The precision to run on a CPU where none is named: the fastest whose quality was checked on real rows.
+
+    Graphs in fp32 need no such check: their values are those of PyTorch.
+    """
+
+    def rank(precision: Precision) -> tuple[bool, int]:
+        is_checked = precision == "fp32" or manifest["quality"].get(precision) is not None
+        return not is_checked, FASTEST_ON_CPU.index(precision)
+
+    return min(_precisions(manifest), key=rank)
+
+
+def graph_paths(folder: Path, config: PredictorConfig, precision: str | None = None) -> tuple[Precision, list[Path]]:
+    """The graphs of an artifact in one precision, in the order of `mope.config.network_names`, checked by their hash.
+
+    Args:
+        folder: of the artifact.
+        config: of the artifact.
+        precision: one of `PRECISIONS`; None for `choose_precision`.
+
+    Raises:
+        ConfigError: an unknown precision.
+        ArtifactError: see `read_manifest`; or the precision was not exported, or a graph is missing or changed.
+    """
+    if precision is not None and precision not in PRECISIONS:
+        raise ConfigError(f"unknown precision {precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}")
+    manifest = read_manifest(folder)
+    chosen: Precision = choose_precision(manifest) if precision is None else precision
+    graphs = {graph["network"]: graph for graph in manifest["graphs"] if graph["precision"] == chosen}
+    if missing := [name for name in network_names(config) if name not in graphs]:
+        raise ArtifactError(
+            f"{folder} has no ONNX graph of {', '.join(missing)} in {chosen}, only {', '.join(_precisions(manifest))}; "
+            f"type: mope-export {folder} --to {export_target(chosen)}"
+        )
+    paths = []
+    for name in network_names(config):
+        path = folder / ONNX_FOLDER / graphs[name]["file"]
+        if not path.exists():
+            raise ArtifactError(f"{folder} lacks {ONNX_FOLDER}/{path.name}; copy the whole folder again")
+        if file_sha256(path) != graphs[name]["sha256"]:
+            raise ArtifactError(f"{path} is not the file that was exported (SHA-256 differs); copy it again")
+        paths.append(path)
+    return chosen, paths
+
+
+def export_target(precision: str) -> str:
+    """What `mope-export --to` calls the ONNX graphs of a precision."""
+    return "onnx" if precision == "fp32" else f"onnx-{precision}"
 
 
 class OnnxBackend:
@@ -60,15 +131,24 @@ class OnnxBackend:
     One session serves any number of threads: ONNX Runtime releases the GIL and keeps no state between calls.
 
     Args:
-        folder: of the artifact, whose manifest was checked.
-        graphs: file names of the graphs in `onnx/`, in the order of `mope.config.network_names`.
+        graphs: files of the graphs, in the order of `mope.config.network_names`.
         config: of the artifact.
         num_threads: threads of each call. One is best where several calls run side by side.
+        precision: of the graphs.
+        folder: of the artifact, whose weights `save` copies; None if it will not be saved.
     """
 
     name = "onnx"
 
-    def __init__(self, folder: Path, graphs: Sequence[str], config: PredictorConfig, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        graphs: Sequence[Path],
+        config: PredictorConfig,
+        num_threads: int = 1,
+        *,
+        precision: str = "fp32",
+        folder: Path | None = None,
+    ) -> None:
         if num_threads < 1:
             raise ConfigError(f"num_threads: got {num_threads}; expected at least 1")
         runtime = require("onnxruntime", "the onnx backend")
@@ -78,31 +158,41 @@ class OnnxBackend:
         options.add_session_config_entry(
             "session.intra_op.allow_spinning", "0"
         )  # a waiting thread must not burn a core
+        self.precision = precision
         self._folder, self._config = folder, config
         self._runners = [
-            _runner(runtime.InferenceSession(folder / ONNX_FOLDER / name, options, providers=["CPUExecutionProvider"]))
-            for name in graphs
+            _runner(runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])) for path in graphs
         ]
 
     @classmethod
-    def load(cls, folder: Path, config: PredictorConfig, num_threads: int = 1) -> OnnxBackend:
+    def load(
+        cls, folder: Path, config: PredictorConfig, num_threads: int = 1, precision: str | None = None
+    ) -> OnnxBackend:
         """The graphs of an artifact folder.
 
+        Args:
+            folder: of the artifact.
+            config: of the artifact.
+            num_threads: threads of each call.
+            precision: one of `PRECISIONS`; None for `choose_precision`.
+
         Raises:
-            ArtifactError: see `read_manifest`.
+            ArtifactError: see `graph_paths`.
+            ConfigError: an unknown precision, or no thread.
             MissingExtraError: ONNX Runtime is not installed.
         """
-        files = {graph["network"]: graph["file"] for graph in read_manifest(folder)["graphs"]}
-        return cls(folder, [files[name] for name in network_names(config)], config, num_threads)
+        chosen, paths = graph_paths(folder, config, precision)
+        return cls(paths, config, num_threads, precision=chosen, folder=folder)
 
     def run(self, encoded: EncodedRequests, choose: ChooseExperts) -> RawOutputs:
         """Outputs for a batch, in float32."""
         return run_networks(self._runners, self._config, encoded, choose)
 
     def save(self, folder: Path) -> None:
-        """Copy the weight files into a folder."""
+        """Copy the weight files, as far as the artifact has any, into a folder."""
         for name in network_names(self._config):
-            shutil.copyfile(self._folder / f"{name}.safetensors", folder / f"{name}.safetensors")
+            if self._folder is not None and (weights := self._folder / f"{name}.safetensors").exists():
+                shutil.copyfile(weights, folder / weights.name)
 
 
 def _runner(session: Any) -> RunNetwork:

@@ -15,7 +15,7 @@ from safetensors.torch import load_model, save_model
 from mope.backends import ChooseExperts, RawOutputs, RunNetwork, run_networks
 from mope.backends.network import MopeNetwork, build_encoder
 from mope.config import PredictorConfig, network_names
-from mope.errors import ConfigError
+from mope.errors import ArtifactError, ConfigError
 from mope.features import EncodedRequests
 from mope.grid import Array
 
@@ -62,7 +62,16 @@ class TorchBackend:
 
     @classmethod
     def load(cls, folder: Path, config: PredictorConfig, device: str = "cpu") -> TorchBackend:
-        """Networks with the weights of an artifact folder, whose hashes the caller has checked."""
+        """Networks with the weights of an artifact folder, whose hashes the caller has checked.
+
+        Raises:
+            ArtifactError: the folder has no weights; it was made for serving by other engines.
+        """
+        if missing := [name for name in weight_files(config) if not (folder / name).exists()]:
+            raise ArtifactError(
+                f"{folder} has no weights for PyTorch ({', '.join(missing)}): it was exported for serving alone; use "
+                'backend="onnx", or the folder that it was exported from'
+            )
         networks = empty_networks(config)
         for network, name in zip(networks, weight_files(config), strict=True):
             load_model(network, folder / name)
