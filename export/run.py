@@ -45,7 +45,7 @@ def export_onnx(folder: Path) -> dict[str, Any]:
     config = artifact.check(folder)
     networks = TorchBackend.load(folder, config).networks
     copies = TorchBackend.load(folder, config).networks
-    max_tokens = config.max_prompt_tokens + config.max_context_tokens + 3  # [CLS] and two [SEP]
+    max_tokens = config.max_input_tokens
     graphs: list[dict[str, Any]] = []
     temporary = Path(tempfile.mkdtemp(prefix=f".{ONNX_FOLDER}-", dir=folder))
     temporary.chmod(0o755)

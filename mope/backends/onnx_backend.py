@@ -54,6 +54,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def graph_paths(folder: Path, config: PredictorConfig, precision: str = "fp32") -> tuple[str, list[Path]]:
+    """The graphs of an artifact in one precision, in the order of `mope.config.network_names`, checked by their hash.
+
+    Raises:
+        ArtifactError: see `read_manifest`; or the precision was not exported.
+    """
+    files = {
+        graph["network"]: graph["file"] for graph in read_manifest(folder)["graphs"] if graph["precision"] == precision
+    }
+    if missing := [name for name in network_names(config) if name not in files]:
+        raise ArtifactError(
+            f"{folder} has no ONNX graph of {', '.join(missing)} in {precision}; "
+            f"type: mope-export {folder} --to {'onnx' if precision == 'fp32' else f'onnx-{precision}'}"
+        )
+    return precision, [folder / ONNX_FOLDER / files[name] for name in network_names(config)]
+
+
 class OnnxBackend:
     """Runs exported graphs in ONNX Runtime on the CPU.
 
