@@ -60,6 +60,17 @@ def pad_to(bucket: Bucket, inputs: Sequence[Array], pad_id: int) -> tuple[Array,
     return padded_ids, padded_mask, np.pad(numbers_BF, ((0, missing), (0, 0))), np.pad(llm_B, (0, missing))
 
 
+def valid_inputs(bucket: Bucket, num_numbers: int) -> tuple[Array, Array, Array, Array]:
+    """Inputs of a bucket's shape to prepare a network with: ones are a mask without padding, and ids that exist.
+
+    Args:
+        bucket: the shape.
+        num_numbers: F, numbers beside the text.
+    """
+    ids_BS, llm_B = np.ones(bucket, np.int64), np.ones(bucket.batch, np.int64)
+    return ids_BS, ids_BS.copy(), np.ones((bucket.batch, num_numbers), np.float32), llm_B
+
+
 class BucketRunner:
     """Runs a network on batches of any size through what was prepared for a few shapes.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mope.backends import RunNetwork
-from mope.backends.buckets import Bucket
+from mope.backends.buckets import Bucket, valid_inputs
 from mope.backends.network import MopeNetwork
 from mope.grid import Array
 
@@ -32,23 +32,14 @@ class CudaGraphs:
 
     def __init__(self, network: MopeNetwork, device: torch.device) -> None:
         self._network, self._device = network, device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     @torch.inference_mode()
     def capture(self, bucket: Bucket) -> RunNetwork:
         """Record the network for one shape. The outputs of what is returned are buffers that its next call fills."""
         num_numbers = len(self._network.number_mean)
-        # ones are a mask without padding, and valid ids of tokens and target LLMs
-        pinned = [
-            torch.ones(shape, dtype=dtype, pin_memory=True)
-            for shape, dtype in (
-                (bucket, torch.int64),
-                (bucket, torch.int64),
-                ((bucket.batch, num_numbers), torch.float32),
-                ((bucket.batch,), torch.int64),
-            )
-        ]
+        pinned = [torch.from_numpy(array).pin_memory() for array in valid_inputs(bucket, num_numbers)]
         inputs = [tensor.to(self._device) for tensor in pinned]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):

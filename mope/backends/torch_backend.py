@@ -6,14 +6,13 @@ Knows the weight files of an artifact; not the router, the mixture or calibratio
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_model, save_model
 
-from mope.backends import ChooseExperts, RawOutputs, RunNetwork, run_networks
+from mope.backends import ChooseExperts, RawOutputs, RunNetwork, copy_weights, run_networks
 from mope.backends.buckets import BucketRunner, grid
 from mope.backends.cuda_graphs import CudaGraphs
 from mope.backends.network import MopeNetwork, build_encoder
@@ -98,7 +97,7 @@ class TorchBackend:
         for network, name in zip(networks, weight_files(config), strict=True):
             load_model(network, folder / name)
             if precision == "fp16":
-                network.encoder.half()
+                network.encoder.half()  # type: ignore[no-untyped-call]
         backend = cls(networks, config, device, folder=folder if precision == "fp16" else None)
         if backend._device.type == "cuda":
             backend._use_graphs()
@@ -116,11 +115,11 @@ class TorchBackend:
 
     def save(self, folder: Path) -> None:
         """Write the weight files into a folder, in the precision that they were trained in."""
+        if self._folder is not None:
+            copy_weights(self._folder, folder, self._config)
+            return
         for network, name in zip(self.networks, weight_files(self._config), strict=True):
-            if self._folder is None:
-                save_model(network, str(folder / name))
-            else:
-                shutil.copyfile(self._folder / name, folder / name)
+            save_model(network, str(folder / name))
 
     def run(self, encoded: EncodedRequests, choose: ChooseExperts) -> RawOutputs:
         """Outputs for a batch, in float32."""

@@ -41,7 +41,7 @@ def random_inputs(config: PredictorConfig, lengths: list[int], seed: int = 0) ->
 
 
 def in_one_buffer(run: RunNetwork) -> Callable[[Bucket], RunNetwork]:
-    """A capture as on a GPU, as far as a runner can tell: one shape alone, and outputs that the next call overwrites."""
+    """A capture as a runner sees one on a GPU: one shape alone, and outputs that the next call overwrites."""
 
     def capture(bucket: Bucket) -> RunNetwork:
         buffers: list[Any] = []
