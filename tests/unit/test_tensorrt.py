@@ -24,6 +24,7 @@ from mope.backends.buckets import Bucket
 from mope.backends.cuda_runtime import Cuda, Gpu
 from mope.backends.onnx_backend import OnnxBackend, graph_paths
 from mope.backends.tensorrt_backend import TensorrtBackend, required
+from mope.backends.torch_backend import TorchBackend
 from mope.config import PredictorConfig
 from mope.errors import ArtifactError, ConfigError, DataError, ExportError, MissingExtraError
 from mope.export.tensorrt import EngineBuilder, export_tensorrt, profiles
@@ -135,6 +136,30 @@ def test_every_graph_becomes_an_engine(exported: dict[str, Path], design: str, g
     assert len(built.plan) > 10_000
     again = rtx_builder().build(paths[graph], shapes[:1], precision="fp32", timing_cache=built.timing_cache)
     assert len(again.plan) < len(built.plan)  # kernels for one shape, not for all
+
+
+@needs_rtx
+@pytest.mark.skipif(
+    importlib.util.find_spec("mope.export.precisions") is None, reason="no graphs of less precision yet"
+)
+@pytest.mark.parametrize("precision", ["fp16", "qdq"])
+@pytest.mark.parametrize(("design", "network"), [("shared", 0), ("separate", 0), ("separate", 1)])
+def test_every_graph_of_less_precision_becomes_an_engine(
+    exported: dict[str, Path], tmp_path: Path, design: str, network: int, precision: str
+) -> None:
+    precisions = importlib.import_module("mope.export.precisions")
+    config = artifact.check(exported[design])
+    path = tmp_path / "graph.onnx"
+    if precision == "fp16":
+        own = TorchBackend.load(exported[design], config).networks[network]
+        precisions.write_fp16(own, path, config.max_input_tokens)
+    else:
+        _, paths = graph_paths(exported[design], config, "fp32")
+        encoded = random_requests(config, LENGTHS)
+        inputs = (*encoded.padded(config.special_ids[2]), encoded.numbers_BF, encoded.llm_B)
+        precisions.write_qdq(paths[network], path, [inputs])
+    shapes = profiles(LENGTHS, config.max_input_tokens, (1, 8))
+    assert len(rtx_builder().build(path, shapes, precision=precision).plan) > 10_000
 
 
 @needs_rtx
