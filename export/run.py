@@ -83,7 +83,7 @@ def export_onnx(
             rows = _quality().find_rows(folder, reference, data, max_test_rows)
             if precision == "qdq":
                 calibration = rows.calibration_batches(reference)
-        max_tokens = config.max_prompt_tokens + config.max_context_tokens + 3  # [CLS] and two [SEP]
+        max_tokens = config.max_input_tokens
         graphs = _write_graphs(folder, config, precision, max_tokens, temporary, calibration)
         if data != NONE:
             exported = copy.copy(reference)

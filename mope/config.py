@@ -54,6 +54,11 @@ class PredictorConfig(Frozen):
     combination: Combination = Field(description="top1: the routed expert alone; mixture: all, weighted by the router")
 
     @property
+    def max_input_tokens(self) -> int:
+        """Tokens of the longest input: both windows, [CLS] and two [SEP]."""
+        return self.max_prompt_tokens + self.max_context_tokens + 3
+
+    @property
     def expert_names(self) -> tuple[str, ...]:
         """Each expert with the lengths that it is for, such as `"0: up to 183"`."""
         borders = [int(border) for border in self.boundaries]

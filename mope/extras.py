@@ -15,6 +15,8 @@ EXTRAS = {
     "torch": "torch",
     "transformers": "torch",
     "onnxruntime": "onnx",
+    "tensorrt": "tensorrt",
+    "cuda": "tensorrt",
     "onnx": "export",
     "onnxscript": "export",
     "lightning": "train",
@@ -32,12 +34,13 @@ EXTRAS = {
 }
 
 
-def require(module: str, purpose: str) -> ModuleType:
+def require(module: str, purpose: str, extra: str | None = None) -> ModuleType:
     """Import `module`, or say which extra brings it.
 
     Args:
         module: dotted name, for example `"sklearn.linear_model"`.
         purpose: what needs it, in words that complete "... needs the package X".
+        extra: that brings it, where it is not the one of `EXTRAS`.
 
     Raises:
         MissingExtraError: the package is not installed. An error raised inside an installed package is
@@ -49,7 +52,7 @@ def require(module: str, purpose: str) -> ModuleType:
         missing = (error.name or module).partition(".")[0]
         if missing != module.partition(".")[0]:
             raise
-        extra = EXTRAS.get(missing, "train")
+        extra = extra or EXTRAS.get(missing, "train")
         raise MissingExtraError(
             f"{purpose} needs the package {missing!r}, which is not installed: pip install 'mope-llm[{extra}]'"
         ) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import socket
 import sys
 import tempfile
@@ -100,3 +101,15 @@ def tiny_separate(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) 
     from make_tiny_artifact import make_predictor
 
     return make_predictor(tiny_encoder, "separate", 2).save_pretrained(tmp_path_factory.mktemp("separate") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_separate: Path) -> dict[str, Path]:
+    """Folders of both with ONNX graphs in fp32, by their design; a test that changes one takes a copy."""
+    from mope.export.run import export_onnx
+
+    folders = {}
+    for name, source in (("shared", tiny), ("separate", tiny_separate)):
+        folders[name] = shutil.copytree(source, tmp_path_factory.mktemp("exported") / name)
+        export_onnx(folders[name])
+    return folders

@@ -5,6 +5,7 @@ Shape suffixes: B requests, K experts, N bins (the body's and one for the tail),
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mope.config import PredictorConfig
+from mope.config import PredictorConfig, network_names
 from mope.features import EncodedRequests
 from mope.grid import Array
 
@@ -80,3 +81,10 @@ def run_networks(
                 assert own_B1N is not None, "the network of an expert has a head"
                 heads_BKN[rows, k] = own_B1N[:, 0]
     return RawOutputs(gate_BK, heads_BKN, embedding_BH)
+
+
+def copy_weights(artifact: Path, folder: Path, config: PredictorConfig) -> None:
+    """Copy an artifact's weight files into a folder, as far as it has any: one made for serving alone has none."""
+    for name in network_names(config):
+        if (weights := artifact / f"{name}.safetensors").exists():
+            shutil.copyfile(weights, folder / weights.name)

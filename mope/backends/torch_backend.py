@@ -12,12 +12,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_model, save_model
 
-from mope.backends import ChooseExperts, RawOutputs, RunNetwork, run_networks
+from mope.backends import ChooseExperts, RawOutputs, RunNetwork, copy_weights, run_networks
+from mope.backends.buckets import BucketRunner, grid
+from mope.backends.cuda_graphs import CudaGraphs
 from mope.backends.network import MopeNetwork, build_encoder
 from mope.config import PredictorConfig, network_names
 from mope.errors import ArtifactError, ConfigError
 from mope.features import EncodedRequests
 from mope.grid import Array
+
+PRECISIONS = ("fp32", "fp16")
 
 
 def weight_files(config: PredictorConfig) -> list[str]:
@@ -47,26 +51,49 @@ class TorchBackend:
         networks: in the order of `weight_files`.
         config: of the artifact.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, ...
+        folder: of the artifact whose weight files `save` copies; None if it writes the networks' own weights.
     """
 
     name = "torch"
 
-    def __init__(self, networks: Sequence[MopeNetwork], config: PredictorConfig, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        networks: Sequence[MopeNetwork],
+        config: PredictorConfig,
+        device: str = "cpu",
+        *,
+        folder: Path | None = None,
+    ) -> None:
         try:
             self._device = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"device {device!r} can't be used: {reason}; expected cpu, cuda, cuda:1, ...") from error
         self.networks = [network.to(self._device).eval() for network in networks]
-        self._config = config
+        self._config, self._folder = config, folder
+        self._runners: list[RunNetwork] = [self._runner(network) for network in self.networks]
 
     @classmethod
-    def load(cls, folder: Path, config: PredictorConfig, device: str = "cpu") -> TorchBackend:
-        """Networks with the weights of an artifact folder, whose hashes the caller has checked.
+    def load(
+        cls, folder: Path, config: PredictorConfig, device: str = "cpu", precision: str | None = None
+    ) -> TorchBackend:
+        """Networks for serving, with the weights of an artifact folder, whose hashes the caller has checked.
+
+        On a GPU they are run as CUDA graphs: those for single requests are recorded now, others when first needed.
+
+        Args:
+            folder: of the artifact.
+            config: of the artifact.
+            device: `"cpu"`, `"cuda"`, `"cuda:1"`, ...
+            precision: `"fp32"`, or `"fp16"` for a trunk in half precision, which is quick on GPUs alone; the mean
+                over tokens, gate and heads stay float32. None for `"fp32"`.
 
         Raises:
             ArtifactError: the folder has no weights; it was made for serving by other engines.
+            ConfigError: the device can't be used, or an unknown precision.
         """
+        if precision not in (None, *PRECISIONS):
+            raise ConfigError(f"the torch backend runs in {' or '.join(PRECISIONS)}; got precision {precision!r}")
         if missing := [name for name in weight_files(config) if not (folder / name).exists()]:
             raise ArtifactError(
                 f"{folder} has no weights for PyTorch ({', '.join(missing)}): it was exported for serving alone; use "
@@ -75,16 +102,34 @@ class TorchBackend:
         networks = empty_networks(config)
         for network, name in zip(networks, weight_files(config), strict=True):
             load_model(network, folder / name)
-        return cls(networks, config, device)
+            if precision == "fp16":
+                network.encoder.half()
+        backend = cls(networks, config, device, folder=folder if precision == "fp16" else None)
+        if backend._device.type == "cuda":
+            backend._use_graphs()
+        return backend
+
+    def _use_graphs(self) -> None:
+        buckets = grid(self._config.max_input_tokens)
+        runners = [
+            BucketRunner(CudaGraphs(network, self._device).capture, buckets, self._config.special_ids[2])
+            for network in self.networks
+        ]
+        for runner in runners:
+            runner.warm_up(bucket for bucket in buckets if bucket.batch == 1)
+        self._runners = list(runners)
 
     def save(self, folder: Path) -> None:
-        """Write the weight files into a folder."""
+        """Write the weight files into a folder, in the precision that they were trained in."""
+        if self._folder is not None:
+            copy_weights(self._folder, folder, self._config)
+            return
         for network, name in zip(self.networks, weight_files(self._config), strict=True):
             save_model(network, str(folder / name))
 
     def run(self, encoded: EncodedRequests, choose: ChooseExperts) -> RawOutputs:
         """Outputs for a batch, in float32."""
-        return run_networks([self._runner(network) for network in self.networks], self._config, encoded, choose)
+        return run_networks(self._runners, self._config, encoded, choose)
 
     def _runner(self, network: MopeNetwork) -> RunNetwork:
         @torch.inference_mode()

@@ -46,12 +46,16 @@ def test_an_error_inside_an_installed_package_is_passed_on(tmp_path: Path, monke
     assert not isinstance(caught.value, UserError)
 
 
+# import names of distributions that are named otherwise and need not be installed
+NAMESPACES = {"cuda-bindings": "cuda"}
+
+
 def top_level_names(distribution: str) -> set[str]:
     """What a distribution lets one import: for one that is not installed, the name it goes by."""
     try:
         return {file.parts[0].partition(".")[0] for file in files(distribution) or ()}
     except PackageNotFoundError:
-        return {distribution.replace("-", "_")}
+        return {NAMESPACES.get(distribution, distribution.replace("-", "_"))}
 
 
 @pytest.mark.parametrize("module", EXTRAS)
