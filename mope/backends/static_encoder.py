@@ -3,7 +3,7 @@
 What a transformer does in milliseconds, a table look-up does in microseconds, at some cost in accuracy. Knows token
 ids; how its vectors are distilled from a transformer is in `mope.training.static`.
 
-Shape suffixes: B rows, S tokens, V vocabulary, D size of a vector, H = 3 D.
+Shape suffixes: B rows, S tokens, V vocabulary, D size of a vector, H = 2 D.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class StaticConfig:
 
     @property
     def hidden_size(self) -> int:
-        """Width of what the encoder gives: mean and maximum over the prompt, mean over its context."""
-        return 3 * self.vector_size
+        """Width of what the encoder gives: a mean over the prompt, and one over its context."""
+        return 2 * self.vector_size
 
 
 class StaticEncoder(nn.Module):
@@ -43,8 +43,6 @@ class StaticEncoder(nn.Module):
     Args:
         config: sizes.
     """
-
-    NOTHING = -4.0  # the maximum starts here; vectors are distilled to unit variance
 
     def __init__(self, config: StaticConfig) -> None:
         super().__init__()
@@ -56,7 +54,7 @@ class StaticEncoder(nn.Module):
         return self.vectors
 
     def forward(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
-        """The text's vector, shape (B, H): means over prompt and context, maximum over the prompt."""
+        """The text's vector, shape (B, H): means over prompt and context; zeros where there is no context."""
         vectors_BSD = self.vectors(input_ids_BS)
         is_sep_BS = (input_ids_BS == self.config.sep_token_id).long()
         seps_before_BS = is_sep_BS.cumsum(dim=1) - is_sep_BS
@@ -67,5 +65,4 @@ class StaticEncoder(nn.Module):
             (vectors_BSD * part_BS1).sum(dim=1) / part_BS1.sum(dim=1).clamp(min=1.0)
             for part_BS1 in (prompt_BS1, context_BS1)
         ]
-        top_BD = torch.where(prompt_BS1 > 0, vectors_BSD, torch.full_like(vectors_BSD, self.NOTHING)).amax(dim=1)
-        return torch.cat([*means, top_BD], dim=-1)
+        return torch.cat(means, dim=-1)
