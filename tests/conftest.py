@@ -6,8 +6,10 @@ library that reads it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
+import shutil
 import socket
 import sys
 import tempfile
@@ -100,3 +102,26 @@ def tiny_separate(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) 
     from make_tiny_artifact import make_predictor
 
     return make_predictor(tiny_encoder, "separate", 2).save_pretrained(tmp_path_factory.mktemp("separate") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def graphs_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let each network become a graph once: the exporter takes seconds even for a tiny one."""
+    from mope.backends.network import MopeNetwork
+    from mope.export import graphs, precisions, run
+
+    folder = tmp_path_factory.mktemp("graphs")
+
+    def write_graph(network: MopeNetwork, path: Path, max_tokens: int) -> None:
+        digest = hashlib.sha256(str(max_tokens).encode())
+        for name, tensor in network.state_dict().items():
+            digest.update(f"{name} {tensor.dtype}".encode() + tensor.numpy().tobytes())
+        made = folder / digest.hexdigest()
+        if not made.exists():
+            graphs.write_graph(network, made, max_tokens)
+        shutil.copyfile(made, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (precisions, run):
+            patch.setattr(module, "write_graph", write_graph)
+        yield
