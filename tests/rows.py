@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from mope.artifact import write_json
 from mope.request import Request
+from mope.training.data.config import DataConfig
 from mope.training.data.table import SCHEMA, RowTable
 
 
@@ -53,3 +55,9 @@ def write_lengths(path: Path, num_rows: int, seed: int = 0) -> Path:
         lines.append(json.dumps({"prompt": prompt, "response_tokens": int(rng.integers(2, 900))}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def say_trained_on(folder: Path, data: Path) -> None:
+    """Let the provenance of a saved predictor name a file as what it was trained on."""
+    settings = DataConfig(source=str(data), target_llm="gpt-4").model_dump(mode="json", exclude={"cache_dir"})
+    write_json(folder / "provenance.json", {"data": {}, "config": {"data": settings}})

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rows import write_lengths
+from rows import say_trained_on, write_lengths
 
 from mope import LengthPredictor
 from mope.artifact import read_json, write_json
@@ -36,8 +36,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(tmp_path_factory: pytest.TempPathFactory, tiny: Path, rows: Path, graphs_made_once: None) -> Path:
     """The tiny predictor, said to be trained on `rows`, in fp32 and int8."""
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("exported") / "tiny")
-    settings = DataConfig(source=str(rows), target_llm="gpt-4").model_dump(mode="json", exclude={"cache_dir"})
-    write_json(folder / "provenance.json", {"data": {}, "config": {"data": settings}})
+    say_trained_on(folder, rows)
     export_onnx(folder, "fp32")
     export_onnx(folder, "int8", max_test_rows=20)
     return folder
