@@ -29,7 +29,8 @@ from mope.extras import require
 
 OPSET = 20
 MAX_BATCH = 256
-# of probabilities, and of embeddings relative to their largest entry; what int8 costs is seen on real rows alone
+# of probabilities, and of embeddings relative to their largest entry. A MiniLM in fp16 differs by 1e-3, an encoder
+# of more layers by a multiple of that; what int8 costs is seen on real rows alone
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": math.inf, "qdq": math.inf}
 
 
@@ -92,6 +93,17 @@ def write_graph(network: MopeNetwork, path: Path, max_tokens: int) -> None:
                 "llm_B": {0: batch},
             },
         )
+    _strip(path)
+
+
+def _strip(path: Path) -> None:
+    """Take the exporter's notes out of a graph: they hold stack traces with the paths of this machine."""
+    onnx = require("onnx", "mope-export")
+    model = onnx.load(path)
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del part.metadata_props[:]
+    onnx.save(model, path)
 
 
 @contextlib.contextmanager

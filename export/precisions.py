@@ -33,7 +33,7 @@ def write_fp16(network: MopeNetwork, path: Path, max_tokens: int) -> None:
         path: of the file.
         max_tokens: widest input, in tokens.
     """
-    network.encoder.half()
+    network.encoder.half()  # type: ignore[no-untyped-call]
     write_graph(network, path, max_tokens)
 
 
@@ -94,6 +94,8 @@ def write_qdq(fp32_path: Path, path: Path, calibration: Sequence[Inputs]) -> Non
                 "WeightSymmetric": True,
                 "AddQDQPairToWeight": True,
                 "QuantizeBias": False,
+                # a product's sum is kept as it is: rounding it to 8 bits, too, raised the error by 3 % instead of 0.6 %
+                "OpTypesToExcludeOutputQuantization": ["MatMul"],
             },
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,7 @@ from mope.provenance import file_sha256
 PACKAGES = ("mope-llm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 QUALITY_MODULES = ("pyarrow", "sklearn", "scipy", "tiktoken", "matplotlib")
 FOR_PEOPLE = ("README.md", "metrics.json", "provenance.json")
+PICTURE = re.compile(r"^!\[.*\]\(plots/.*\)\n+", re.MULTILINE)  # of the card; copies for serving have no plots
 MAX_TEST_ROWS = 1000
 NUM_THREADS = 1  # of each call whose latency is measured
 
@@ -137,8 +139,10 @@ def _write_graphs(
                 write_fp16(own, path, max_tokens)
             else:
                 with tempfile.TemporaryDirectory() as scratch:
-                    fp32_path = Path(scratch, path.name)
-                    write_graph(own, fp32_path, max_tokens)
+                    fp32_path = temporary / graph_file(name, "fp32")
+                    if not fp32_path.exists():  # not exported earlier
+                        fp32_path = Path(scratch, path.name)
+                        write_graph(own, fp32_path, max_tokens)
                     if precision == "int8":
                         write_int8(fp32_path, path)
                     else:
@@ -170,6 +174,14 @@ def _kept(target: Path, precision: Precision, exported_from: Mapping[str, str], 
         console().print(f"{onnx}: graphs of other weights or of an older mope are removed", highlight=False)
         return kept
     others = [graph for graph in manifest["graphs"] if graph["precision"] != precision]
+    damaged = {
+        graph["precision"]
+        for graph in others
+        if not (onnx / graph["file"]).exists() or file_sha256(onnx / graph["file"]) != graph["sha256"]
+    }
+    for name in sorted(damaged):
+        console().print(f"{onnx}: the graphs in {name} are damaged and are removed", highlight=False)
+    others = [graph for graph in others if graph["precision"] not in damaged]
     for graph in others:
         shutil.copyfile(onnx / graph["file"], temporary / graph["file"])
     names = {graph["precision"] for graph in others}
@@ -209,5 +221,7 @@ def _lean_copy(folder: Path, config: PredictorConfig, output: Path) -> Iterator[
         for name in (*listed, *FOR_PEOPLE):
             if name not in weights and (folder / name).exists():
                 shutil.copyfile(folder / name, temporary / name)
+        if (card := temporary / "README.md").exists():
+            card.write_text(PICTURE.sub("", card.read_text(encoding="utf-8")), encoding="utf-8")
         (temporary / ONNX_FOLDER).mkdir()
         yield temporary / ONNX_FOLDER

@@ -6,6 +6,7 @@ library that reads it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -104,12 +105,37 @@ def tiny_separate(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) 
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_separate: Path) -> dict[str, Path]:
+def graphs_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let each network become a graph once: the exporter takes seconds even for a tiny one."""
+    from mope.backends.network import MopeNetwork
+    from mope.export import graphs, precisions, run
+
+    folder = tmp_path_factory.mktemp("graphs")
+
+    def write_graph(network: MopeNetwork, path: Path, max_tokens: int) -> None:
+        digest = hashlib.sha256(str(max_tokens).encode())
+        for name, tensor in network.state_dict().items():
+            digest.update(f"{name} {tensor.dtype}".encode() + tensor.numpy().tobytes())
+        made = folder / digest.hexdigest()
+        if not made.exists():
+            graphs.write_graph(network, made, max_tokens)
+        shutil.copyfile(made, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (precisions, run):
+            patch.setattr(module, "write_graph", write_graph)
+        yield
+
+
+@pytest.fixture(scope="session")
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_separate: Path, graphs_made_once: None
+) -> dict[str, Path]:
     """Folders of both with ONNX graphs in fp32, by their design; a test that changes one takes a copy."""
     from mope.export.run import export_onnx
 
     folders = {}
     for name, source in (("shared", tiny), ("separate", tiny_separate)):
         folders[name] = shutil.copytree(source, tmp_path_factory.mktemp("exported") / name)
-        export_onnx(folders[name])
+        export_onnx(folders[name], data="none")
     return folders

@@ -25,7 +25,7 @@ GATE, HEADS, EMBEDDING = "gate_logits", "head_logits", "text_embedding"
 
 Precision = Literal["fp32", "fp16", "int8", "qdq"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-FASTEST_ON_CPU: tuple[Precision, ...] = ("int8", "fp32", "qdq", "fp16")
+FASTEST_ON_CPU: tuple[Precision, ...] = ("int8", "fp32", "fp16", "qdq")
 
 
 def graph_file(network: str, precision: str) -> str:

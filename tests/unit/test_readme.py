@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from rows import say_trained_on, write_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_PREDICTOR = ROOT / "tests" / "data" / "tiny"
@@ -40,9 +41,10 @@ PYTHON_BLOCKS = blocks("python")
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as it is after the README's training commands: predictors are saved in it."""
+    """A folder as it is after the README's training commands: predictors are saved in it, and their data is known."""
+    rows = write_lengths(tmp_path / "rows.jsonl", 400)
     for folder in PREDICTORS:
-        shutil.copytree(TINY_PREDICTOR, tmp_path / folder)
+        say_trained_on(shutil.copytree(TINY_PREDICTOR, tmp_path / folder), rows)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -109,6 +111,7 @@ def check_options(
             assert (ROOT / "training" / "recipes" / f"{value}.yaml").is_file(), f"there is no recipe {value!r}"
 
 
+@pytest.mark.usefixtures("graphs_made_once")
 @pytest.mark.parametrize("command", commands())
 def test_shell_command_is_right(
     command: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -124,10 +127,11 @@ def test_shell_command_is_right(
         check_pip(arguments)
     elif name == "mope-export":
         assert call(name, arguments, monkeypatch) == 0
-        assert (workspace / arguments[0] / "onnx" / "manifest.json").is_file()
+        target = arguments[arguments.index("--output") + 1] if "--output" in arguments else arguments[0]
+        assert (workspace / target / "onnx" / "manifest.json").is_file()
     elif name == "mope" and arguments[0] == "predict":
         if "onnx" in arguments:
-            assert call("mope-export", [arguments[1], "--to", "onnx"], monkeypatch) == 0
+            assert call("mope-export", [arguments[1], "--to", "onnx", "--data", "none"], monkeypatch) == 0
             capsys.readouterr()
         piped = " ".join(shlex.split(command)[1:]) + "\n"
         monkeypatch.setattr(sys, "stdin", io.StringIO(piped))
