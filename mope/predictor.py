@@ -10,12 +10,13 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mope import artifact
-from mope.backends.choice import choose
+from mope.backends.choice import Choice, choose
 from mope.cache import CacheStats, LruCache
 from mope.calibration import Calibration
 from mope.errors import ArtifactError, DataError
@@ -31,6 +32,7 @@ from mope.router import Router
 if TYPE_CHECKING:
     from mope.backends import Backend
     from mope.config import PredictorConfig
+    from mope.serving import ServingPredictor
 
 _logger = logging.getLogger("mope")
 
@@ -61,7 +63,7 @@ class LengthPredictor:
         fallback: cumulative distribution of the training answers at the grid's edges, shape (E,).
         recalibrator: what was learned while serving.
         folder: the artifact folder it came from, if any.
-        backend_reason: why this backend, in one sentence; empty if nothing had to be chosen.
+        choice: how the backend was chosen, if it was.
         cache_size: requests whose predictions are kept, see `from_pretrained`.
     """
 
@@ -75,12 +77,15 @@ class LengthPredictor:
         fallback: Array,
         recalibrator: Recalibrator | None = None,
         folder: Path | None = None,
-        backend_reason: str = "",
+        choice: Choice | None = None,
         cache_size: int = 0,
     ) -> None:
         self.config, self.backend, self.encoder, self.router = config, backend, encoder, router
         self.calibration, self.recalibrator, self.folder = calibration, recalibrator or Recalibrator(), folder
-        self.backend_reason = backend_reason
+        self.device = "cpu" if choice is None else choice.device
+        self.backend_reason = "" if choice is None else choice.reason
+        self._serving: ServingPredictor | None = None
+        self._starting = Lock()
         self._cache: LruCache[_Raw] = LruCache(cache_size)
         self._fallback = np.array(fallback, dtype=np.float64)
         self._fallback.flags.writeable = False
@@ -140,7 +145,7 @@ class LengthPredictor:
             fallback,
             Recalibrator.from_json(artifact.read_json(learned)) if learned.exists() else None,
             folder,
-            choice.reason,
+            choice,
             cache_size,
         )
 
@@ -196,6 +201,34 @@ class LengthPredictor:
                     self._cache.put(keys[row], raw)
         return [answers[row] for row in range(len(known))]
 
+    async def predict_async(
+        self, request: Request | str | Mapping[str, Any], *, deadline_s: float | None = None
+    ) -> LengthPrediction:
+        """Predict one request without blocking the event loop, and never later than its deadline.
+
+        The same as `ServingPredictor.predict` with its defaults; its threads start with the first call.
+
+        Args:
+            request: a `Request`, a prompt, or a mapping as `predict_batch` takes it.
+            deadline_s: seconds after which the fallback is given instead, with the source `"fallback:deadline"`.
+
+        Raises:
+            DataError: a request that can't be read.
+        """
+        with self._starting:
+            if self._serving is None:
+                from mope.serving import ServingPredictor
+
+                self._serving = ServingPredictor(self)
+        return await self._serving.predict(request, deadline_s=deadline_s)
+
+    def close(self) -> None:
+        """End the threads of `predict_async`, if there are any."""
+        with self._starting:
+            serving, self._serving = self._serving, None
+        if serving is not None:
+            serving.close()
+
     @property
     def cache_stats(self) -> CacheStats:
         """Hits and misses of the cache of repeated requests, and its size."""
@@ -213,11 +246,11 @@ class LengthPredictor:
     def _ask(self, requests: Sequence[Request]) -> list[_Raw]:
         encoded = self.encoder.encode(requests)
 
-        def choose(gate_BK: Array, embedding_BH: Array) -> Array:
+        def choose_experts(gate_BK: Array, embedding_BH: Array) -> Array:
             route_BK = self.router.probabilities(gate_BK, embedding_BH, encoded.rule_hits)
             return experts_needed(route_BK, self.config.combination)
 
-        raw = self.backend.run(encoded, choose)
+        raw = self.backend.run(encoded, choose_experts)
         has_history = np.array([request.num_earlier_turns > 0 for request in requests])
         result = assemble(self.config, self.router, self.calibration, raw, encoded.rule_hits, has_history)
         found = []
