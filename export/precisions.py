@@ -33,7 +33,7 @@ def write_fp16(network: MopeNetwork, path: Path, max_tokens: int) -> None:
         path: of the file.
         max_tokens: widest input, in tokens.
     """
-    network.encoder.half()  # type: ignore[no-untyped-call]
+    network.encoder.half()
     write_graph(network, path, max_tokens)
 
 

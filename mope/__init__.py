@@ -11,13 +11,15 @@ if TYPE_CHECKING:
     from mope.prediction import LengthPrediction
     from mope.predictor import LengthPredictor
     from mope.request import Request
+    from mope.serving import ServingPredictor
 
-__all__ = ["LengthPrediction", "LengthPredictor", "Request", "__version__"]
+__all__ = ["LengthPrediction", "LengthPredictor", "Request", "ServingPredictor", "__version__"]
 
 _HOMES = {
     "LengthPrediction": "mope.prediction",
     "LengthPredictor": "mope.predictor",
     "Request": "mope.request",
+    "ServingPredictor": "mope.serving",
 }
 
 

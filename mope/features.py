@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log1p, sqrt
+from hashlib import blake2b
+from math import ceil, log1p, sqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -251,6 +252,9 @@ class RequestEncoder:
         self._cls, self._sep, self.pad_id = special_ids
         self._max_prompt, self._max_context = max_prompt_tokens, max_context_tokens
         self._chars_per_token, self._lexical_chars = chars_per_token, lexical_chars
+        # what of a text's ends any window or comparison reads
+        window_chars = chars_per_token * max(max_prompt_tokens, max_context_tokens)
+        self._read_chars = max(lexical_chars, window_chars, ceil(COMPARED_CHARS / HEAD_SHARE))
         self._llm_index = {name: index for index, name in enumerate(target_llms, start=1)}
 
     @classmethod
@@ -284,6 +288,21 @@ class RequestEncoder:
             llm_B=np.array([self._llm_index.get(request.target_llm or "", 0) for request in requests], dtype=np.int64),
             rule_hits=hits,
         )
+
+    def digest(self, request: Request) -> bytes:
+        """16 bytes that stand for all that `encode` reads of a request: what has the same is encoded the same.
+
+        Holds no text, and costs microseconds for any prompt length.
+        """
+        rest = (
+            len(request.prompt), len(request.previous_prompt), len(request.system), request.answer_bytes,
+            request.num_earlier_turns, self._llm_index.get(request.target_llm or "", 0), request.max_tokens,
+            request.temperature, request.tools, bool(request.response_format), request.thinking,
+        )  # fmt: skip
+        digest = blake2b(repr(rest).encode(), digest_size=16)
+        for text in (request.prompt, request.previous_prompt, request.system):
+            digest.update(ends(text, self._read_chars).encode("utf-8", "surrogatepass"))
+        return digest.digest()
 
     def tokenizer_json(self) -> str:
         """The tokenizer as one JSON text."""

@@ -135,12 +135,12 @@ def _checked(request: Request) -> Request:
     for name in ("prompt", "system", "previous_prompt", "response_format"):
         if not isinstance(getattr(request, name), str):
             raise DataError(f"{name} is {type(getattr(request, name)).__name__}; expected a string")
-    for name in ("target_llm", "max_tokens"):
+    for name in ("target_llm", "max_tokens", "temperature"):
         value = getattr(request, name)
         if value is not None and not _FLAG_CHECKS[name][0](value):
             raise DataError(f"{name} is {_FLAG_CHECKS[name][1]}; got {_shown(value)}")
-    if not isinstance(request.temperature, int | float | None):
-        raise DataError(f"temperature is a number; got {_shown(request.temperature)}")
+    if not isinstance(request.thinking, bool | None):
+        raise DataError(f"thinking is true or false; got {_shown(request.thinking)}")
     if not isinstance(request.tools, bool):
         raise DataError(f"tools of a Request is true or false; got {_shown(request.tools)}")
     sizes = (request.num_earlier_turns, *request.answer_bytes) if isinstance(request.answer_bytes, tuple) else (None,)

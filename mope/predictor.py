@@ -10,15 +10,17 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mope import artifact
-from mope.backends.choice import choose
+from mope.backends.choice import Choice, choose
+from mope.cache import CacheStats, LruCache
 from mope.calibration import Calibration
 from mope.errors import ArtifactError, DataError
-from mope.features import NUMBER_NAMES, EncodedRequests, RequestEncoder
+from mope.features import NUMBER_NAMES, RequestEncoder
 from mope.grid import Array
 from mope.inputs import as_requests, has_text, request_from
 from mope.mixture import assemble, experts_needed
@@ -30,8 +32,21 @@ from mope.router import Router
 if TYPE_CHECKING:
     from mope.backends import Backend
     from mope.config import PredictorConfig
+    from mope.serving import ServingPredictor
 
 _logger = logging.getLogger("mope")
+
+
+CACHE_SIZE = 4096
+
+
+class _Raw(NamedTuple):
+    """A prediction before what was learned while serving is applied: of a request, the same every time."""
+
+    cumulative: Array
+    route: tuple[float, ...]
+    expert: int
+    source: str
 
 
 class LengthPredictor:
@@ -48,7 +63,8 @@ class LengthPredictor:
         fallback: cumulative distribution of the training answers at the grid's edges, shape (E,).
         recalibrator: what was learned while serving.
         folder: the artifact folder it came from, if any.
-        backend_reason: why this backend, in one sentence; empty if nothing had to be chosen.
+        choice: how the backend was chosen, if it was.
+        cache_size: requests whose predictions are kept, see `from_pretrained`.
     """
 
     def __init__(
@@ -61,12 +77,18 @@ class LengthPredictor:
         fallback: Array,
         recalibrator: Recalibrator | None = None,
         folder: Path | None = None,
-        backend_reason: str = "",
+        choice: Choice | None = None,
+        cache_size: int = 0,
     ) -> None:
         self.config, self.backend, self.encoder, self.router = config, backend, encoder, router
         self.calibration, self.recalibrator, self.folder = calibration, recalibrator or Recalibrator(), folder
-        self.backend_reason = backend_reason
-        self._fallback = fallback
+        self.device = "cpu" if choice is None else choice.device
+        self.backend_reason = "" if choice is None else choice.reason
+        self._serving: ServingPredictor | None = None
+        self._starting = Lock()
+        self._cache: LruCache[_Raw] = LruCache(cache_size)
+        self._fallback = np.array(fallback, dtype=np.float64)
+        self._fallback.flags.writeable = False
         self._edges = np.asarray(config.edges, dtype=np.float64)
 
     @classmethod
@@ -78,6 +100,7 @@ class LengthPredictor:
         device: str | None = None,
         num_threads: int = 1,
         precision: str | None = None,
+        cache_size: int = CACHE_SIZE,
         revision: str | None = None,
     ) -> LengthPredictor:
         """Load a predictor from a folder or the Hugging Face Hub.
@@ -91,6 +114,8 @@ class LengthPredictor:
                 backends that need one.
             num_threads: threads of each call in ONNX Runtime on the CPU; torch has its own setting.
             precision: of the network, for example `"int8"`; the backend's own if None.
+            cache_size: requests whose predictions are kept, so that a repeated one costs microseconds; about 1 kB
+                each, without its text. What `observe` learns applies to them, too. 0 keeps none.
             revision: revision of a Hub id.
 
         Raises:
@@ -120,7 +145,8 @@ class LengthPredictor:
             fallback,
             Recalibrator.from_json(artifact.read_json(learned)) if learned.exists() else None,
             folder,
-            choice.reason,
+            choice,
+            cache_size,
         )
 
     def predict(
@@ -163,11 +189,50 @@ class LengthPredictor:
         answers: dict[int, LengthPrediction] = {
             row: self.fallback("no text", request) for row, request in enumerate(known) if not has_text(request)
         }
+        keys = [self.encoder.digest(request) for request in known] if self._cache else []
+        for row, key in enumerate(keys):
+            if row not in answers and (raw := self._cache.get(key)) is not None:
+                answers[row] = self._answer(raw, known[row])
         rows = [row for row in range(len(known)) if row not in answers]
         if rows:
-            batch = [known[row] for row in rows]
-            answers.update(zip(rows, self._predict(batch, self.encoder.encode(batch)), strict=True))
+            for row, raw in zip(rows, self._ask([known[row] for row in rows]), strict=True):
+                answers[row] = self._answer(raw, known[row])
+                if keys:
+                    self._cache.put(keys[row], raw)
         return [answers[row] for row in range(len(known))]
+
+    async def predict_async(
+        self, request: Request | str | Mapping[str, Any], *, deadline_s: float | None = None
+    ) -> LengthPrediction:
+        """Predict one request without blocking the event loop, and never later than its deadline.
+
+        The same as `ServingPredictor.predict` with its defaults; its threads start with the first call.
+
+        Args:
+            request: a `Request`, a prompt, or a mapping as `predict_batch` takes it.
+            deadline_s: seconds after which the fallback is given instead, with the source `"fallback:deadline"`.
+
+        Raises:
+            DataError: a request that can't be read.
+        """
+        with self._starting:
+            if self._serving is None:
+                from mope.serving import ServingPredictor
+
+                self._serving = ServingPredictor(self)
+        return await self._serving.predict(request, deadline_s=deadline_s)
+
+    def close(self) -> None:
+        """End the threads of `predict_async`, if there are any."""
+        with self._starting:
+            serving, self._serving = self._serving, None
+        if serving is not None:
+            serving.close()
+
+    @property
+    def cache_stats(self) -> CacheStats:
+        """Hits and misses of the cache of repeated requests, and its size."""
+        return self._cache.stats
 
     def fallback(self, reason: str, request: Request) -> LengthPrediction:
         """The length distribution of the training answers, for when the network cannot be asked.
@@ -176,33 +241,35 @@ class LengthPredictor:
             reason: why, in a few words; `source` becomes `"fallback:<reason>"`.
             request: its cap still holds.
         """
-        return self._prediction(self._fallback, request, -1, tuple(self.router.prior), f"fallback:{reason}")
+        return self._answer(_Raw(self._fallback, tuple(self.router.prior), -1, f"fallback:{reason}"), request)
 
-    def _predict(self, requests: Sequence[Request], encoded: EncodedRequests) -> list[LengthPrediction]:
-        def choose(gate_BK: Array, embedding_BH: Array) -> Array:
+    def _ask(self, requests: Sequence[Request]) -> list[_Raw]:
+        encoded = self.encoder.encode(requests)
+
+        def choose_experts(gate_BK: Array, embedding_BH: Array) -> Array:
             route_BK = self.router.probabilities(gate_BK, embedding_BH, encoded.rule_hits)
             return experts_needed(route_BK, self.config.combination)
 
-        raw = self.backend.run(encoded, choose)
+        raw = self.backend.run(encoded, choose_experts)
         has_history = np.array([request.num_earlier_turns > 0 for request in requests])
         result = assemble(self.config, self.router, self.calibration, raw, encoded.rule_hits, has_history)
-        return [
-            self._prediction(cdf_E, request, int(route_K.argmax()), tuple(route_K.tolist()), "model")
-            for cdf_E, request, route_K in zip(result.cdf_BE, requests, result.route_BK, strict=True)
-        ]
+        found = []
+        for cdf_E, route_K in zip(result.cdf_BE, result.route_BK, strict=True):
+            own_E = cdf_E.copy()  # a view would keep the whole batch
+            own_E.flags.writeable = False  # it may be in the cache
+            found.append(_Raw(own_E, tuple(route_K.tolist()), int(route_K.argmax()), "model"))
+        return found
 
-    def _prediction(
-        self, raw_cumulative: Array, request: Request, expert: int, route: tuple[float, ...], source: str
-    ) -> LengthPrediction:
+    def _answer(self, raw: _Raw, request: Request) -> LengthPrediction:
         return LengthPrediction(
             edges=self._edges,
-            cumulative=self.recalibrator.correct(self._edges, raw_cumulative, request.target_llm),
-            expert=expert,
-            route_probabilities=route,
-            source=source,
+            cumulative=self.recalibrator.correct(self._edges, raw.cumulative, request.target_llm),
+            expert=raw.expert,
+            route_probabilities=raw.route,
+            source=raw.source,
             max_tokens=request.max_tokens,
             target_llm=request.target_llm,
-            raw_cumulative=raw_cumulative,
+            raw_cumulative=raw.cumulative,
         )
 
     def observe(self, prediction: LengthPrediction, actual_tokens: int, *, censored: bool | None = None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from math import inf
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -28,24 +29,24 @@ EVERY_LLM = ""
 _LEVELS = np.linspace(0.0, 1.0, NUM_LEVELS + 1)
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class _State:
-    """Faded sums of one LLM's observations."""
+    """Faded sums of one LLM's observations; never changed, so that readers need no lock."""
 
     count: float = 0.0
     log_ratio: float = 0.0
     levels: Array = field(default_factory=lambda: np.zeros(NUM_LEVELS))
 
-    def add(self, log_ratio: float, levels: Array) -> None:
-        self.count = self.count * FADE + 1.0
-        self.log_ratio = self.log_ratio * FADE + log_ratio
-        self.levels = self.levels * FADE + levels
+    def after(self, log_ratio: float, levels: Array) -> _State:
+        """The sums after one more observation."""
+        return _State(self.count * FADE + 1.0, self.log_ratio * FADE + log_ratio, self.levels * FADE + levels)
 
 
 class Recalibrator:
-    """Corrections learned from pairs of a prediction and a true length."""
+    """Corrections learned from pairs of a prediction and a true length. Safe to use from many threads."""
 
     def __init__(self) -> None:
+        self._writing = Lock()
         self._states: OrderedDict[str, _State] = OrderedDict({EVERY_LLM: _State()})
 
     def __len__(self) -> int:
@@ -71,7 +72,14 @@ class Recalibrator:
         log_ratio = float(np.clip(np.log(actual_tokens / median), -MAX_LOG_RATIO, MAX_LOG_RATIO))
         if censored and log_ratio < 0:
             return  # says only that the answer would have been longer than something short
-        shifted = self._shift(edges, raw_cumulative, self._log_factor(llm))
+        with self._writing:
+            self._learn(edges, raw_cumulative, llm, actual_tokens, censored, log_ratio)
+
+    def _learn(
+        self, edges: Array, raw_cumulative: Array, llm: str | None, actual_tokens: int, censored: bool, log_ratio: float
+    ) -> None:
+        everyone, own = self._known(llm)
+        shifted = self._shift(edges, raw_cumulative, _log_factor(everyone, own))
         level = float(cdf_at(edges, shifted[None], np.array([actual_tokens]))[0])
         position = min(int(level * NUM_LEVELS), NUM_LEVELS - 1)
         levels = np.zeros(NUM_LEVELS)
@@ -80,7 +88,7 @@ class Recalibrator:
         else:
             levels[position] = 1.0
         for key in (EVERY_LLM, llm) if llm else (EVERY_LLM,):
-            self._states.setdefault(key, _State()).add(log_ratio, levels)
+            self._states[key] = self._states.get(key, _State()).after(log_ratio, levels)
             self._states.move_to_end(key)
         if len(self._states) > MAX_LLMS + 1:
             oldest = next(key for key in self._states if key != EVERY_LLM)
@@ -88,27 +96,14 @@ class Recalibrator:
 
     def correct(self, edges: Array, raw_cumulative: Array, llm: str | None) -> Array:
         """The corrected cumulative probabilities at the edges, shape (E,); unchanged before any observation."""
-        if self._states[EVERY_LLM].count == 0:
+        everyone, own = self._known(llm)
+        if everyone.count == 0:
             return raw_cumulative
-        shifted = self._shift(edges, raw_cumulative, self._log_factor(llm))
-        return np.asarray(np.interp(shifted, _LEVELS, self._level_map(llm)))
+        shifted = self._shift(edges, raw_cumulative, _log_factor(everyone, own))
+        return np.asarray(np.interp(shifted, _LEVELS, _level_map(everyone, own)))
 
-    def _log_factor(self, llm: str | None) -> float:
-        everyone = self._states[EVERY_LLM]
-        shared = everyone.log_ratio / (everyone.count + PRIOR_COUNT)
-        own = self._states.get(llm) if llm else None
-        return shared if own is None else (own.log_ratio + PRIOR_COUNT * shared) / (own.count + PRIOR_COUNT)
-
-    def _level_map(self, llm: str | None) -> Array:
-        everyone = self._states[EVERY_LLM]
-        shares = (everyone.levels + PRIOR_COUNT / NUM_LEVELS) / (everyone.count + PRIOR_COUNT)
-        own = self._states.get(llm) if llm else None
-        if own is not None:
-            shares = (own.levels + PRIOR_COUNT * shares) / (own.count + PRIOR_COUNT)
-        level_map = np.zeros(NUM_LEVELS + 1)
-        np.cumsum(shares, out=level_map[1:])
-        level_map[-1] = 1.0
-        return level_map
+    def _known(self, llm: str | None) -> tuple[_State, _State | None]:
+        return self._states[EVERY_LLM], self._states.get(llm) if llm else None
 
     @staticmethod
     def _shift(edges: Array, cumulative: Array, log_factor: float) -> Array:
@@ -120,9 +115,11 @@ class Recalibrator:
 
     def to_json(self) -> dict[str, Any]:
         """Everything needed to go on later, as plain numbers."""
+        with self._writing:
+            states = list(self._states.items())
         return {
             key: {"count": state.count, "log_ratio": state.log_ratio, "levels": state.levels.tolist()}
-            for key, state in self._states.items()
+            for key, state in states
         }
 
     @classmethod
@@ -142,3 +139,18 @@ class Recalibrator:
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"recalibration.json can't be read: {error!r}; copy the whole folder again") from error
         return restored
+
+
+def _log_factor(everyone: _State, own: _State | None) -> float:
+    shared = everyone.log_ratio / (everyone.count + PRIOR_COUNT)
+    return shared if own is None else (own.log_ratio + PRIOR_COUNT * shared) / (own.count + PRIOR_COUNT)
+
+
+def _level_map(everyone: _State, own: _State | None) -> Array:
+    shares = (everyone.levels + PRIOR_COUNT / NUM_LEVELS) / (everyone.count + PRIOR_COUNT)
+    if own is not None:
+        shares = (own.levels + PRIOR_COUNT * shares) / (own.count + PRIOR_COUNT)
+    level_map = np.zeros(NUM_LEVELS + 1)
+    np.cumsum(shares, out=level_map[1:])
+    level_map[-1] = 1.0
+    return level_map

@@ -80,7 +80,7 @@ def tiny() -> Path:
 
 @pytest.fixture
 def predictor(tiny: Path) -> LengthPredictor:
-    """The committed predictor, freshly loaded."""
+    """The committed predictor, freshly loaded, in torch."""
     from mope.predictor import LengthPredictor
 
     return LengthPredictor.from_pretrained(tiny, backend="torch")

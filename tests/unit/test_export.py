@@ -123,10 +123,13 @@ def test_serving_needs_no_torch(exported: dict[str, Path]) -> None:
         "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
         "from mope import LengthPredictor\n"
         f"predictor = LengthPredictor.from_pretrained({str(exported['separate'])!r}, backend='onnx')\n"
-        "print(predictor.predict('Explain TCP slow start.').source)"
+        "print(predictor.predict('Explain TCP slow start.').source)\n"
+        "import asyncio\n"
+        "print(asyncio.run(predictor.predict_async('Explain TCP slow start.', deadline_s=60)).source)\n"
+        "print(sorted({'rich', 'huggingface_hub', 'torch', 'transformers'} & {n for n, m in sys.modules.items() if m}))"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "model\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "model\nmodel\n[]\n"), done.stderr
 
 
 @pytest.mark.parametrize("design", DESIGNS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -161,7 +162,8 @@ def seconds(action: Callable[[], Any], rounds: int = 7) -> float:
     return min(taken)
 
 
-def test_a_megabyte_costs_no_more_than_twice_five_kilobytes(predictor: LengthPredictor) -> None:
+def test_a_megabyte_costs_no_more_than_twice_five_kilobytes(tiny: Path) -> None:
+    predictor = LengthPredictor.from_pretrained(tiny, backend="torch", cache_size=0)
     short, long = ("\n" + "write a story. " * count + "\n" for count in (333, 66_667))
     predictor.predict(short)
     small = seconds(lambda: [predictor.predict(short) for _ in range(10)])

@@ -1,0 +1,218 @@
+"""Predictions inside a server: awaited, in time, and never an exception because the network could not be asked.
+
+On a CPU each request is predicted by itself on a few threads: engines release the GIL, and padding would cost more than
+a batch saves. On a GPU one thread collects what arrives within a millisecond or two into batches of like length. Knows
+queues, threads and deadlines; not how a prediction comes about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from mope.errors import ConfigError
+from mope.inputs import as_request
+from mope.request import Request
+
+if TYPE_CHECKING:
+    from mope.prediction import LengthPrediction
+    from mope.predictor import LengthPredictor
+
+_logger = logging.getLogger("mope")
+
+
+@dataclass(frozen=True, slots=True)
+class ServingStats:
+    """How a serving predictor did so far.
+
+    Attributes:
+        predicted: requests that the predictor answered.
+        batches: times that the predictor was asked.
+        deadline: requests that got the fallback because their deadline passed.
+        queue_full: requests that got the fallback because too many were waiting.
+        errors: requests that got the fallback because the predictor failed.
+        waiting: requests in the queue now.
+    """
+
+    predicted: int
+    batches: int
+    deadline: int
+    queue_full: int
+    errors: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    request: Request
+    answer: Future[LengthPrediction]
+
+
+class ServingPredictor:
+    """Predicts for an event loop.
+
+    ```
+    async with ServingPredictor(predictor) as serving:
+        prediction = await serving.predict("Explain TCP slow start.", deadline_s=0.005)
+    ```
+
+    Whatever happens to the network, there is a prediction: the length distribution of the training answers, whose
+    `source` is `"fallback:deadline"`, `"fallback:queue full"` or `"fallback:error"`. Only a request that cannot be read
+    raises. May be used from several event loops and threads.
+
+    Args:
+        predictor: answers.
+        num_workers: threads that ask it; with batches, one collects and asks.
+        max_waiting: requests that may wait; further ones get the fallback at once.
+        max_batch: largest batch; None for 1 on the CPU and 32 on a GPU.
+        window_s: how long a batch is collected after its first request came, in seconds.
+
+    Raises:
+        ConfigError: a number below its least value.
+    """
+
+    def __init__(
+        self,
+        predictor: LengthPredictor,
+        *,
+        num_workers: int = 2,
+        max_waiting: int = 1024,
+        max_batch: int | None = None,
+        window_s: float = 0.0015,
+    ) -> None:
+        if max_batch is None:
+            max_batch = 1 if predictor.device == "cpu" else 32
+        for name, value in (("num_workers", num_workers), ("max_waiting", max_waiting), ("max_batch", max_batch)):
+            if value < 1:
+                raise ConfigError(f"{name}: got {value}; expected at least 1")
+        if not 0 <= window_s <= 1:
+            raise ConfigError(f"window_s: got {window_s}; expected 0 to 1 second")
+        self.predictor = predictor
+        self._max_batch, self._window_s = max_batch, window_s
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(max_waiting)
+        self._counting = threading.Lock()
+        self._counts = dict.fromkeys(("predicted", "batches", "deadline", "queue_full", "errors"), 0)
+        self._submitting = threading.Lock()
+        self._closed = self._failed_before = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"mope-{number}", daemon=True)
+            for number in range(1 if max_batch > 1 else num_workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    async def predict(
+        self, request: Request | str | Mapping[str, Any], *, deadline_s: float | None = None
+    ) -> LengthPrediction:
+        """Predict one request without blocking the event loop.
+
+        Cancelling it is safe: if its turn has not come, it is passed over.
+
+        Args:
+            request: a `Request`, a prompt, or a mapping as `LengthPredictor.predict_batch` takes it.
+            deadline_s: seconds from now after which the fallback is given instead; None to wait as long as it takes.
+
+        Raises:
+            DataError: a request that can't be read.
+            ConfigError: a deadline that is no number, or a predictor that was closed.
+        """
+        known = as_request(request)
+        if deadline_s is not None and not (isinstance(deadline_s, int | float) and deadline_s == deadline_s):
+            raise ConfigError(f"deadline_s: got {deadline_s!r}; expected seconds")
+        answer: Future[LengthPrediction] = Future()
+        with self._submitting:
+            if self._closed:
+                raise ConfigError("this ServingPredictor was closed; make another")
+            try:
+                self._jobs.put_nowait(_Job(known, answer))
+            except queue.Full:
+                return self._fall_back("queue full", known)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(answer), deadline_s)
+        except (asyncio.TimeoutError, TimeoutError):  # one class only since Python 3.11
+            return self._fall_back("deadline", known)
+
+    def _fall_back(self, reason: str, request: Request) -> LengthPrediction:
+        self._count({"queue full": "queue_full", "deadline": "deadline", "error": "errors"}[reason])
+        return self.predictor.fallback(reason, request)
+
+    def _count(self, name: str, number: int = 1) -> None:
+        with self._counting:
+            self._counts[name] += number
+
+    def _work(self) -> None:
+        self._predict([Request(prompt="warm up")])  # builds what later ones share
+        while (job := self._jobs.get()) is not None:
+            batch = [job, *self._more()]
+            # who gave up is passed over; from here on the others can't be cancelled
+            running = [one for one in batch if one.answer.set_running_or_notify_cancel()]
+            if running:
+                self._answer(running)
+
+    def _more(self) -> list[_Job]:
+        """What else arrives within the window, for one batch."""
+        jobs: list[_Job] = []
+        end = time.monotonic() + self._window_s
+        while len(jobs) < self._max_batch - 1:
+            try:
+                job = self._jobs.get(timeout=max(end - time.monotonic(), 0.0))
+            except queue.Empty:
+                break
+            if job is None:
+                self._jobs.put(None)  # for the loop that ends
+                break
+            jobs.append(job)
+        return jobs
+
+    def _answer(self, jobs: list[_Job]) -> None:
+        jobs.sort(key=lambda job: len(job.request.prompt))  # neighbours of like length, for networks run in parts
+        predictions = self._predict([job.request for job in jobs])
+        if predictions is not None:
+            self._count("predicted", len(jobs))
+            self._count("batches")
+        else:
+            predictions = [self._fall_back("error", job.request) for job in jobs]
+        for job, prediction in zip(jobs, predictions, strict=True):
+            job.answer.set_result(prediction)
+
+    def _predict(self, requests: list[Request]) -> list[LengthPrediction] | None:
+        try:
+            return self.predictor.predict_batch(requests)
+        except Exception:  # a server must not fail because a prediction did
+            if not self._failed_before:
+                self._failed_before = True
+                _logger.exception("a prediction failed; requests get the fallback (said once)")
+            return None
+
+    @property
+    def stats(self) -> ServingStats:
+        """Counters so far."""
+        with self._counting:
+            return ServingStats(**self._counts, waiting=self._jobs.qsize())
+
+    def close(self) -> None:
+        """Answer what waits, then end the threads. May be called again."""
+        with self._submitting:
+            if self._closed:
+                return
+            self._closed = True
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    async def __aenter__(self) -> ServingPredictor:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, self.close)

@@ -1,0 +1,278 @@
+"""Predictions in a server: awaited, in time, never an exception of the network, and the same from many threads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from make_tiny_artifact import PROMPTS
+
+from mope import LengthPredictor, ServingPredictor
+from mope.errors import ConfigError, DataError
+
+REQUESTS: list[Any] = [*PROMPTS, *({"prompt": prompt, "max_tokens": 40, "target_llm": "gpt-4"} for prompt in PROMPTS)]
+
+
+class Gate:
+    """Stands before a predictor's network: counts what is asked, and holds it back until it is opened."""
+
+    def __init__(self, predictor: LengthPredictor, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened, self.entered = threading.Event(), threading.Event()
+        self.batches: list[list[int]] = []
+        self.error: Exception | None = None
+        run = predictor.backend.run
+
+        def gated(encoded: Any, choose: Any) -> Any:
+            self.batches.append([len(ids) for ids in encoded.token_ids])
+            self.entered.set()
+            self.opened.wait(10)
+            if self.error is not None:
+                raise self.error
+            return run(encoded, choose)
+
+        monkeypatch.setattr(predictor.backend, "run", gated)
+
+
+@pytest.fixture
+def predictor(tiny: Path) -> Iterator[LengthPredictor]:
+    loaded = LengthPredictor.from_pretrained(tiny, backend="torch", cache_size=0)
+    loaded.predict("warm up")
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture
+def gate(predictor: LengthPredictor, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    made = Gate(predictor, monkeypatch)
+    yield made
+    made.opened.set()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.001)
+
+
+def test_awaited_it_predicts_the_same(predictor: LengthPredictor) -> None:
+    async def ask() -> list[Any]:
+        async with ServingPredictor(predictor, num_workers=3) as serving:
+            found = await asyncio.gather(*(serving.predict(request) for request in REQUESTS))
+            assert (serving.stats.predicted, serving.stats.batches) == (len(REQUESTS), len(REQUESTS))
+            return found
+
+    for one, other in zip(asyncio.run(ask()), predictor.predict_batch(REQUESTS), strict=True):
+        np.testing.assert_allclose(one.cumulative, other.cumulative, atol=1e-4)
+        assert (one.source, one.max_tokens, one.target_llm) == ("model", other.max_tokens, other.target_llm)
+
+
+def test_predict_async_needs_no_more_than_a_predictor(predictor: LengthPredictor) -> None:
+    async def ask() -> tuple[str, float]:
+        first = await predictor.predict_async({"prompt": "hello", "max_tokens": 7}, deadline_s=10)
+        return first.source, first.quantile(1.0)
+
+    assert asyncio.run(ask()) == ("model", 7.0)
+    assert asyncio.run(ask()) == ("model", 7.0)  # in another event loop
+    predictor.close()
+    predictor.close()
+    assert asyncio.run(ask()) == ("model", 7.0)  # starts anew
+
+
+def test_the_event_loop_goes_on(predictor: LengthPredictor, gate: Gate) -> None:
+    async def ask() -> str:
+        async with ServingPredictor(predictor) as serving:
+            waiting = asyncio.create_task(serving.predict("hello"))
+            await until(gate.entered.is_set)
+            for _ in range(20):
+                await asyncio.sleep(0)  # would never come back if the loop were blocked
+            gate.opened.set()
+            return (await waiting).source
+
+    assert asyncio.run(ask()) == "model"
+
+
+@pytest.mark.parametrize("deadline_s", [0.02, 0, -1])
+def test_past_its_deadline_it_falls_back(predictor: LengthPredictor, gate: Gate, deadline_s: float) -> None:
+    async def ask() -> None:
+        async with ServingPredictor(predictor) as serving:
+            started = time.monotonic()
+            prediction = await serving.predict({"prompt": "hello", "max_tokens": 7}, deadline_s=deadline_s)
+            assert time.monotonic() - started < 2
+            assert prediction.source == "fallback:deadline"
+            assert prediction.quantile(1.0) == 7.0
+            assert serving.stats.deadline == 1
+            gate.opened.set()
+            assert (await serving.predict("hello", deadline_s=10)).source == "model"
+
+    asyncio.run(ask())
+
+
+def test_a_full_queue_falls_back_at_once(predictor: LengthPredictor, gate: Gate) -> None:
+    async def ask() -> None:
+        async with ServingPredictor(predictor, num_workers=1, max_waiting=3) as serving:
+            await until(gate.entered.is_set)  # the warm-up holds the worker
+            waiting = [asyncio.create_task(serving.predict("hello")) for _ in range(5)]
+            await until(lambda: serving.stats.queue_full == 2)
+            assert serving.stats.waiting == 3
+            gate.opened.set()
+            sources = [prediction.source for prediction in await asyncio.gather(*waiting)]
+            assert sources == ["model"] * 3 + ["fallback:queue full"] * 2
+
+    asyncio.run(ask())
+
+
+def test_a_failing_network_falls_back_and_is_logged_once(
+    predictor: LengthPredictor, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate.error = RuntimeError("the engine is gone")
+    gate.opened.set()
+
+    async def ask() -> None:
+        async with ServingPredictor(predictor) as serving:
+            found = await asyncio.gather(*(serving.predict(prompt) for prompt in ("hello", "why", "list")))
+            assert [prediction.source for prediction in found] == ["fallback:error"] * 3
+            assert serving.stats.errors == 3
+            gate.error = None
+            assert (await serving.predict("hello")).source == "model"
+
+    with caplog.at_level(logging.ERROR, logger="mope"):
+        asyncio.run(ask())
+    assert len(caplog.records) == 1
+    assert "the engine is gone" in caplog.text
+
+
+def test_a_cancelled_request_is_passed_over(predictor: LengthPredictor, gate: Gate) -> None:
+    async def ask() -> None:
+        async with ServingPredictor(predictor, num_workers=1) as serving:
+            await until(gate.entered.is_set)
+            given_up, kept = (asyncio.create_task(serving.predict(prompt)) for prompt in ("hello", "why"))
+            await until(lambda: serving.stats.waiting == 2)
+            given_up.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await given_up
+            gate.opened.set()
+            assert (await kept).source == "model"
+            assert serving.stats.predicted == 1
+
+    asyncio.run(ask())
+    assert len(gate.batches) == 2  # the warm-up and the one that was kept
+
+
+def test_cancelled_while_it_runs_the_others_of_its_batch_are_answered(predictor: LengthPredictor, gate: Gate) -> None:
+    async def ask() -> None:
+        async with ServingPredictor(predictor, max_batch=4, window_s=0.2) as serving:
+            await until(gate.entered.is_set)
+            tasks = [asyncio.create_task(serving.predict(prompt)) for prompt in ("hello", "why", "list")]
+            await until(lambda: serving.stats.waiting == 3)
+            gate.entered.clear()
+            gate.opened.set()
+            await until(gate.entered.is_set)
+            tasks[1].cancel()
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [getattr(one, "source", "cancelled") for one in found] in (
+                ["model", "cancelled", "model"],
+                ["model"] * 3,  # it was answered before it was cancelled
+            )
+
+    asyncio.run(ask())
+
+
+def test_on_a_gpu_requests_are_collected_in_batches_of_like_length(predictor: LengthPredictor, gate: Gate) -> None:
+    predictor.device = "cuda"
+    prompts = ["why " * count for count in (9, 1, 5, 3, 7, 2)]
+
+    async def ask() -> None:
+        async with ServingPredictor(predictor, window_s=0.2) as serving:
+            await until(gate.entered.is_set)
+            tasks = [asyncio.create_task(serving.predict(prompt)) for prompt in prompts]
+            await until(lambda: serving.stats.waiting == len(prompts))
+            gate.opened.set()
+            found = await asyncio.gather(*tasks)
+            assert (serving.stats.predicted, serving.stats.batches) == (6, 1)
+            for prompt, prediction in zip(prompts, found, strict=True):
+                np.testing.assert_allclose(prediction.cumulative, predictor.predict(prompt).cumulative, atol=1e-4)
+
+    asyncio.run(ask())
+    assert gate.batches[1] == sorted(gate.batches[1])
+    assert len(gate.batches[1]) == 6
+
+
+def test_a_batch_is_no_larger_than_allowed(predictor: LengthPredictor, gate: Gate) -> None:
+    async def ask() -> None:
+        async with ServingPredictor(predictor, max_batch=4, window_s=0.2) as serving:
+            await until(gate.entered.is_set)
+            tasks = [asyncio.create_task(serving.predict("hello")) for _ in range(10)]
+            await until(lambda: serving.stats.waiting == 10)
+            gate.opened.set()
+            await asyncio.gather(*tasks)
+
+    asyncio.run(ask())
+    assert [len(batch) for batch in gate.batches[1:]] == [4, 4, 2]
+
+
+def test_closing_answers_what_waits(predictor: LengthPredictor, gate: Gate) -> None:
+    async def ask() -> list[str]:
+        serving = ServingPredictor(predictor, num_workers=2)
+        tasks = [asyncio.create_task(serving.predict("hello")) for _ in range(5)]
+        await until(lambda: serving.stats.waiting == 5)
+        threading.Timer(0.05, gate.opened.set).start()
+        await asyncio.get_running_loop().run_in_executor(None, serving.close)
+        serving.close()
+        with pytest.raises(ConfigError, match="was closed"):
+            await serving.predict("hello")
+        return [prediction.source for prediction in await asyncio.gather(*tasks)]
+
+    before = threading.active_count()
+    assert asyncio.run(ask()) == ["model"] * 5
+    assert threading.active_count() <= before
+
+
+def test_what_cannot_be_asked_is_refused(predictor: LengthPredictor) -> None:
+    async def ask(request: Any, **options: Any) -> Any:
+        return await predictor.predict_async(request, **options)
+
+    with pytest.raises(DataError, match="got int"):
+        asyncio.run(ask(3))
+    for deadline_s in (float("nan"), "soon"):
+        with pytest.raises(ConfigError, match=r"deadline_s: got .+; expected seconds"):
+            asyncio.run(ask("hello", deadline_s=deadline_s))
+    for options in ({"num_workers": 0}, {"max_waiting": 0}, {"max_batch": 0}, {"window_s": -1}, {"window_s": 60}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))}: got"):
+            ServingPredictor(predictor, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cache_size", [0, 8])
+def test_many_threads_predict_and_teach_at_once(tiny: Path, cache_size: int) -> None:
+    shared = LengthPredictor.from_pretrained(tiny, backend="torch", cache_size=cache_size)
+    alone = LengthPredictor.from_pretrained(tiny, backend="torch", cache_size=0)
+    serial = [alone.predict_batch([request])[0] for request in REQUESTS]
+    tokenizer = shared.encoder.tokenizer_json()
+
+    def work(number: int) -> float:
+        worst = 0.0
+        for step in range(len(REQUESTS)):
+            position = (step * 7 + number) % len(REQUESTS)
+            prediction = shared.predict_batch([REQUESTS[position]])[0]
+            assert prediction.raw_cumulative is not None
+            difference = np.abs(prediction.raw_cumulative - serial[position].cumulative).max()
+            worst = max(worst, float(difference))
+            assert np.all(np.diff(prediction.cumulative) >= 0)
+            shared.observe(prediction, 10 + step, censored=False)
+        return worst
+
+    with ThreadPoolExecutor(8) as pool:
+        assert max(pool.map(work, range(8))) <= 1e-6
+    observed = 8 * len(REQUESTS)
+    fade = 0.995
+    assert shared.recalibrator.to_json()[""]["count"] == pytest.approx((1 - fade**observed) / (1 - fade))
+    assert shared.encoder.tokenizer_json() == tokenizer
