@@ -222,7 +222,7 @@ class RequestEncoder:
 
     The text is `[CLS] prompt [SEP] context [SEP]`, where context is the previous prompt, or the system
     prompt on a first turn; the head and the tail of a long prompt are kept. Special tokens that a user writes
-    are text. Cost: about 50 microseconds per request, bounded for any prompt length.
+    are text. Cost: about 0.1 ms per request, most of it tokenising, bounded for any prompt length.
 
     Args:
         tokenizer: the encoder's tokenizer.
