@@ -226,6 +226,8 @@ def _reading(results: Facts, differences: Facts) -> Iterator[str]:
         best = min(cheap, key=lambda name: float(rivals[name]["mae"]))
         words = f"{PREDICTORS[best]}, the best without fine-tuning"
         yield _verdict(mope, rivals[best], words, differences.get(best, {}))
+    if _is_number(taught := results.get("teacher", {}).get("mae")):
+        yield f"The larger predictor that taught it has {_tokens(taught)} ({mope['mae'] / taught - 1:+.1%})."
     if "single_expert" in rivals:
         words = PREDICTORS["single_expert"]
         yield _verdict(mope, rivals["single_expert"], words, differences.get("single_expert", {}))
@@ -284,6 +286,7 @@ def _making(config: Facts, metrics: Facts, provenance: Facts) -> str:
         f"**Encoder**: {_code(config['encoder'])}{_in_brackets(size)}. It reads up to {config['max_prompt_tokens']} "
         f"tokens of the prompt, both ends of a longer one, up to {config['max_context_tokens']} of the previous or "
         f"system prompt, and {len(config['number_names'])} numbers.",
+        *_taught(config, provenance.get("config", {})),
         f"**Design**: {config['design']}: {DESIGNS[config['design']]}.",
         f"**Experts**: {'; '.join(_buckets(config['boundaries']))} tokens.",
         f"**Router**: {'; '.join(parts)}." if parts else "",
@@ -297,6 +300,17 @@ def _making(config: Facts, metrics: Facts, provenance: Facts) -> str:
         *_run(provenance),
     ]
     return _list(filter(None, made))
+
+
+def _taught(config: Facts, settings: Facts) -> Iterator[str]:
+    """Who taught it, if it was."""
+    if teacher := settings.get("model", {}).get("teacher"):
+        share = settings.get("fit", {}).get("teacher_weight", 0.0)
+        begun = "its vectors were distilled" if config["preset"] == "micro" else "its trunk was cut"
+        yield (
+            f"**Teacher**: {_code(teacher)}: {begun} from that predictor's trunk; {_percent(share)} of the loss "
+            "followed its distributions, the rest the true lengths."
+        )
 
 
 def _buckets(boundaries: Sequence[float]) -> list[str]:

@@ -26,7 +26,7 @@ from mope.router import PARTS, parts_key
 from mope.training import plots
 from mope.training.batches import EncodedRows
 from mope.training.data.table import RowTable
-from mope.training.routing import COMBINATIONS, buckets, medians
+from mope.training.routing import COMBINATIONS, buckets, collect, medians
 
 LEVELS = metrics.QUANTILES
 CURVE_LEVELS = tuple(np.round(np.arange(0.05, 1.0, 0.05), 2))
@@ -154,6 +154,12 @@ def evaluate_mope(predictor: LengthPredictor, rows: EvaluationRows, raw: RawOutp
             found[name] = metrics.by_label(tokens[known], predicted[known], named)
     curve_NQ = quantiles_at(edges, result.cdf_BE, np.array(CURVE_LEVELS))
     return Evaluation(found, {"mope": predicted, "mope_oracle_routed": oracle}, quantiles_NQ, curve_NQ)
+
+
+def predicted_medians(predictor: LengthPredictor, rows: EvaluationRows, description: str) -> Array:
+    """Median of each row in tokens by a predictor whose encoding the rows have, shape (rows,)."""
+    raw = collect(predictor.backend, rows.encoded, predictor.config.num_experts, description)
+    return medians(predictor.config, _assemble(predictor, rows, raw).cdf_BE)
 
 
 def _assemble(predictor: LengthPredictor, rows: EvaluationRows, raw: RawOutputs, **options: Any) -> Assembled:

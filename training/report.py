@@ -22,6 +22,7 @@ PARTS = {"first_turn": "first turns", "all_turns": "all turns"}
 PREDICTORS = {
     "mope": "MoPE",
     "mope_oracle_routed": "oracle-routed (1)",
+    "teacher": "its teacher",
     "single_expert": "single expert",
     "ranker": "ranker",
     "tfidf_ridge": "TF-IDF ridge",

@@ -27,12 +27,13 @@ from mope.errors import ConfigError
 from mope.predictor import LengthPredictor
 from mope.provenance import collect as collect_provenance
 from mope.provenance import shortened
+from mope.training.batches import encode_rows
 from mope.training.compare import compare
 from mope.training.config import FitConfig, TrainConfig
 from mope.training.data.build import DataSet, build_rows, resolve_label_tokenizer
 from mope.training.data.sources import Hub, open_source
 from mope.training.data.table import RowTable
-from mope.training.evaluate import EvaluationRows, draw, evaluate_mope
+from mope.training.evaluate import EvaluationRows, draw, evaluate_mope, predicted_medians
 from mope.training.evaluate_saved import evaluate_on
 from mope.training.experts import train_mope
 from mope.training.fit import FitResult, world_size
@@ -108,6 +109,11 @@ def train(
     raw = collect(predictor.backend, test.encoded, prepared.config.num_experts, "predicting test rows")
     evaluation = evaluate_mope(predictor, test, raw, samples=samples)
     logs = dict(zip(_names(prepared.config), [fit.csv for fit in fits], strict=True))
+    if teacher is not None:
+        encoded = encode_rows(tables["test"], teacher.predictor.encoder, "encoding test rows for the teacher")
+        seen = EvaluationRows.of(tables["test"], encoded)
+        medians = predicted_medians(teacher.predictor, seen, "predicting test rows with the teacher")
+        evaluation.add("teacher", test, medians, samples=samples)
     logs |= compare(evaluation, test, tables, prepared, source, config, work, resume=resume)
     metrics = evaluation.metrics
     metrics["data"] = shortened(data.report.to_json())
@@ -217,7 +223,13 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     for part, found in distinct_parts(metrics["test"]).items():
         mope = found["mope"]["mae"]
-        others = {name: found[name]["mae"] for name in found if name not in ("mope", "mope_oracle_routed")}
+        if "teacher" in found:
+            taught = found["teacher"]["mae"]
+            lines.append(
+                f"{part.replace('_', ' ')}: MoPE's mean absolute error is {mope:.1f} tokens ({mope / taught - 1:+.1%} "
+                f"beside its teacher's {taught:.1f})"
+            )
+        others = {name: found[name]["mae"] for name in found if name not in ("mope", "mope_oracle_routed", "teacher")}
         if not others:
             continue
         best = min(others, key=others.__getitem__)
