@@ -97,7 +97,7 @@ def train(
     _say_plan(prepared, config)
     _check_work(work, config, data, resume=resume)
     if teacher is not None:
-        taught = teacher.teach(prepared.train, rows.split("train"), work, resume=resume)
+        taught = teacher.teach(prepared.train, rows.split("train"), data.fingerprint, config.data.cache_dir)
         prepared = replace(prepared, train=taught)
     networks, fits = train_mope(prepared, source, config.fit, work, resume=resume, teacher=teacher)
     if int(os.environ.get("LOCAL_RANK", "0")) or int(os.environ.get("NODE_RANK", "0")):

@@ -10,6 +10,7 @@ Shape suffixes: R rows, K experts, N bins (the body's and one for the tail).
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +25,7 @@ from mope.backends import RawOutputs
 from mope.backends.network import Encoder, MopeNetwork
 from mope.backends.torch_backend import TorchBackend
 from mope.config import PredictorConfig
+from mope.console import console
 from mope.errors import ConfigError
 from mope.grid import Array
 from mope.predictor import LengthPredictor
@@ -131,15 +133,25 @@ class Teacher:
         }
         student.load_state_dict(shared, strict=False)
 
-    def teach(self, rows: EncodedRows, table: RowTable, work: Path, *, resume: bool) -> EncodedRows:
-        """The rows with what the teacher says of them, kept in the folder `work` for a run that is resumed."""
-        cache = work / f"teacher-{file_sha256(self.folder / 'files.json')[:16]}.safetensors"
-        if resume and cache.exists():
+    def teach(self, rows: EncodedRows, table: RowTable, fingerprint: str, cache_dir: Path) -> EncodedRows:
+        """The rows with what the teacher says of them.
+
+        Args:
+            rows: as the student reads them.
+            table: the same rows.
+            fingerprint: of the data set that they are from.
+            cache_dir: where the answers are kept, for a run that is resumed and for other students.
+        """
+        asked = "\n".join([file_sha256(self.folder / "files.json"), fingerprint, *table.strings("row_id")])
+        cache = cache_dir / "teachers" / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.safetensors"
+        if cache.exists():
+            console().print(f"the teacher was asked before: its answers are taken from {cache}", highlight=False)
             saved = load_file(cache)
             return replace(rows, targets=Targets(saved["log_mix"], saved["log_gate"]))
         encoded = encode_rows(table, self.predictor.encoder, "encoding rows for the teacher")
         raw = collect(self.predictor.backend, encoded, self.settings.num_experts, "asking the teacher")
         targets = mixture_targets(raw)
+        cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_suffix(f".{os.getpid()}")
         save_file({"log_mix": targets.log_mix_RN, "log_gate": targets.log_gate_RK}, partial)
         partial.replace(cache)

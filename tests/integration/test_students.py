@@ -16,6 +16,7 @@ from mope.backends.static_encoder import StaticEncoder
 from mope.backends.torch_backend import TorchBackend
 from mope.errors import ArtifactError, ConfigError
 from mope.training import run as run_module
+from mope.training import teacher as teacher_module
 from mope.training.config import ModelConfig, TrainConfig
 from mope.training.run import train
 from mope.training.teacher import Teacher
@@ -111,14 +112,24 @@ def test_a_teacher_that_is_a_recipe_is_trained_first_and_kept(
         train(asked, tmp_path / "out")
 
 
-def test_what_a_teacher_said_is_kept_for_a_run_that_is_resumed(
+def test_what_a_teacher_said_is_kept_for_a_resumed_run_and_for_other_students(
     teacher: Path, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = student(config, teacher=str(teacher))
     train(asked, tmp_path / "out")
-    assert len(list((tmp_path / "out.work").glob("teacher-*.safetensors"))) == 1
-    monkeypatch.setattr("mope.training.teacher.encode_rows", lambda *_: pytest.fail("the teacher was asked again"))
+    assert list((config.data.cache_dir / "teachers").glob("*.safetensors"))
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    own = json.loads((teacher / "metrics.json").read_text())
+    for part, found in metrics["test"].items():
+        assert found["teacher"]["mae"] == pytest.approx(own["test"][part]["mope"]["mae"], rel=1e-6)
+    encode = teacher_module.encode_rows
+    monkeypatch.setattr(teacher_module, "encode_rows", lambda *_: pytest.fail("the teacher was asked again"))
     train(asked, tmp_path / "out", resume=True)
+    monkeypatch.setattr(teacher_module, "encode_rows", encode)
+    fewer = asked.model_copy(update={"fit": asked.fit.model_copy(update={"max_train_rows": 200, "epochs": 1})})
+    before = len(list((config.data.cache_dir / "teachers").iterdir()))
+    train(fewer, tmp_path / "fewer")
+    assert len(list((config.data.cache_dir / "teachers").iterdir())) == before + 1
 
 
 @pytest.mark.parametrize(
