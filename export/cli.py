@@ -6,6 +6,7 @@ Knows flags and what is said of a result; the work is in `mope.export.run`, impo
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mope.errors import ConfigError
 from mope.flags import NONE, Parser
 
 TARGETS: dict[str, Precision] = {export_target(precision): precision for precision in PRECISIONS}
+TENSORRT = "tensorrt"
 
 DETAILS = f"""\
 Export a saved predictor to ONNX, into its folder {ONNX_FOLDER}/, beside what was exported before.
@@ -23,6 +25,7 @@ Export a saved predictor to ONNX, into its folder {ONNX_FOLDER}/, beside what wa
   onnx-fp16    the encoder in float16: half the file, for GPUs
   onnx-int8    int8 weights and activations: a quarter of the file, about twice as fast on CPUs
   onnx-qdq     int8 with ranges calibrated on training rows, for TensorRT
+  tensorrt     TensorRT engines for the NVIDIA GPU of this machine, into the folder tensorrt/
 
 Each graph is checked before it appears: its form, its values against PyTorch, and the whole predictor on test rows of
 the data that it was trained on. A precision that adds more than 1 % to the mean absolute error is refused. If anything
@@ -31,7 +34,8 @@ EXAMPLE = """\
 {prog} runs/demo --to onnx-int8
 {prog} runs/demo --to onnx-int8 --output serving/demo
 {prog} runs/mine --to onnx-fp16 --data chats.jsonl --max-test-rows 500
-{prog} runs/mine --to onnx --data none --json"""
+{prog} runs/mine --to onnx --data none --json
+{prog} runs/mine --to tensorrt --engine-precision fp16"""
 
 
 def main(argv: list[str] | None = None, *, prog: str = "mope-export") -> int:
@@ -42,7 +46,8 @@ def main(argv: list[str] | None = None, *, prog: str = "mope-export") -> int:
 def _export(argv: list[str], prog: str) -> int:
     parser = Parser(prog, DETAILS, "ARTIFACT --to FORMAT [options]", EXAMPLE.format(prog=prog))
     parser.add_argument("artifact", metavar="ARTIFACT", type=Path, help="folder of a saved predictor")
-    parser.add_argument("--to", required=True, choices=TARGETS, metavar="FORMAT", help=", ".join(TARGETS))
+    formats = (*TARGETS, TENSORRT)
+    parser.add_argument("--to", required=True, choices=formats, metavar="FORMAT", help=", ".join(formats))
     parser.add_argument(
         "--output",
         type=Path,
@@ -63,9 +68,28 @@ def _export(argv: list[str], prog: str) -> int:
         help="test rows to predict at most, drawn at random (default: 1000)",
     )
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON on stdout")
+    engines = parser.add_argument_group("TensorRT engines")
+    engines.add_argument(
+        "--engine-precision",
+        default="fp16",
+        choices=("fp32", "fp16", "qdq"),
+        help="graphs that the engines are built from, exported first if they are not there (default: fp16)",
+    )
+    engines.add_argument(
+        "--hardware-compatibility",
+        default="none",
+        choices=("none", "ampere_plus"),
+        help="ampere_plus: engines that run on other GPUs since Ampere, too, somewhat slower (default: none)",
+    )
+    engines.add_argument(
+        "--version-compatible", action="store_true", help="engines that later versions of TensorRT can run"
+    )
     arguments = parser.parse_args(argv)
     if arguments.max_test_rows < 2:
         raise ConfigError(f"--max-test-rows: got {arguments.max_test_rows}; expected at least 2")
+
+    if arguments.to == TENSORRT:
+        return _export_engines(arguments)
 
     from mope.export.run import export_onnx
 
@@ -81,6 +105,28 @@ def _export(argv: list[str], prog: str) -> int:
         print(json.dumps(manifest, indent=2))
     for line in summary(arguments.output or arguments.artifact, manifest, precision):
         terminal.console().print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _export_engines(arguments: Namespace) -> int:
+    from mope.export.run import export_engines
+
+    if arguments.output is not None:
+        raise ConfigError("--output goes with ONNX graphs; engines belong to one GPU: they are built beside them")
+    manifest = export_engines(
+        arguments.artifact,
+        arguments.engine_precision,
+        data=arguments.data,
+        max_test_rows=arguments.max_test_rows,
+        hardware_compatibility=arguments.hardware_compatibility,
+        version_compatible=arguments.version_compatible,
+    )
+    if arguments.json:
+        print(json.dumps(manifest, indent=2))
+    for engine in manifest["engines"]:
+        terminal.console().print(
+            f"{arguments.artifact / TENSORRT / engine['file']}: {engine['bytes'] / 1e6:.1f} MB", highlight=False
+        )
     return 0
 
 

@@ -17,14 +17,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from mope import artifact
-from mope.backends.onnx_backend import MANIFEST, MANIFEST_VERSION, ONNX_FOLDER, OnnxBackend, Precision, graph_file
+from mope.backends.cuda_runtime import Cuda
+from mope.backends.onnx_backend import (
+    MANIFEST,
+    MANIFEST_VERSION,
+    ONNX_FOLDER,
+    OnnxBackend,
+    Precision,
+    exported_precisions,
+    graph_file,
+)
 from mope.backends.torch_backend import TorchBackend, weight_files
 from mope.config import PredictorConfig, network_names
 from mope.console import console, progress
 from mope.errors import ConfigError
 from mope.export.graphs import OPSET, TOLERANCES, check_form, check_values, write_graph
 from mope.export.precisions import Inputs, write_fp16, write_int8, write_qdq
+from mope.export.tensorrt import HardwareCompatibility, export_tensorrt
 from mope.extras import require
 from mope.flags import NONE
 from mope.predictor import LengthPredictor
@@ -107,6 +119,57 @@ def export_onnx(
         }
         artifact.write_json(temporary / MANIFEST, manifest)
     return manifest
+
+
+def export_engines(
+    folder: Path,
+    precision: Precision = "fp16",
+    *,
+    data: str | None = None,
+    max_test_rows: int = MAX_TEST_ROWS,
+    hardware_compatibility: HardwareCompatibility = "none",
+    version_compatible: bool = False,
+    device: str = "cuda",
+) -> dict[str, Any]:
+    """Build TensorRT engines of a saved predictor for the GPU at hand, after exporting their graphs if need be.
+
+    Their profiles are taken from the lengths of real training rows.
+
+    Args:
+        folder: of the saved predictor.
+        precision: `"fp32"`, `"fp16"` or `"qdq"`.
+        data: see `export_onnx`; with `"none"` the profiles are those of the last build.
+        max_test_rows: see `export_onnx`.
+        hardware_compatibility: see `mope.export.tensorrt.EngineBuilder`.
+        version_compatible: see `mope.export.tensorrt.EngineBuilder`.
+        device: `"cuda"`, `"cuda:1"`, ...
+
+    Returns:
+        The manifest of the engines.
+
+    Raises:
+        ConfigError: no GPU.
+        MissingExtraError: TensorRT is not installed.
+        ExportError: a graph or an engine is not what its network is.
+    """
+    require("tensorrt", "mope-export --to tensorrt")
+    Cuda(device)  # a missing GPU is told before minutes of work
+    artifact.check(folder)
+    if precision not in exported_precisions(folder):
+        export_onnx(folder, precision, data=data, max_test_rows=max_test_rows)
+    lengths = None
+    if data != NONE:
+        predictor = LengthPredictor.from_pretrained(folder, backend="onnx", precision=precision)
+        rows = _quality().find_rows(folder, predictor, data, max_test_rows)
+        lengths = np.array([len(ids) for ids in predictor.encoder.encode(rows.train.requests()).token_ids])
+    return export_tensorrt(
+        folder,
+        precision=precision,
+        input_lengths=lengths,
+        hardware_compatibility=hardware_compatibility,
+        version_compatible=version_compatible,
+        device=device,
+    )
 
 
 def _quality() -> ModuleType:
