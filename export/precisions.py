@@ -79,6 +79,10 @@ def write_qdq(fp32_path: Path, path: Path, calibration: Sequence[Inputs]) -> Non
     """
     quantization = require("onnxruntime.quantization", "mope-export")
     _, products = _trunk(fp32_path)
+    if not products:
+        raise ExportError(
+            f"{fp32_path.name}: its trunk is a table without products, which QDQ would quantise; export as onnx-int8"
+        )
     with hushed():
         quantization.quantize_static(
             fp32_path,
@@ -114,7 +118,8 @@ def _reader(quantization: Any, calibration: Sequence[Inputs]) -> Any:
 def _trunk(path: Path) -> tuple[list[str], list[str]]:
     """Names of the encoder's nodes that are worth quantising: token tables, and products with weights.
 
-    The encoder is what the text's embedding is computed from; gate and heads are not among that.
+    A static trunk is a table alone. The encoder is what the text's embedding is computed from; gate and heads are not
+    among that.
     """
     onnx = require("onnx", "mope-export")
     graph = onnx.load(path).graph
@@ -133,9 +138,6 @@ def _trunk(path: Path) -> tuple[list[str], list[str]]:
         if node.op_type == "Gather" and node.input[0] in weights and node.input[1] == INPUTS[0]
     ]
     products = [name for name, node in encoder.items() if node.op_type == "MatMul" and node.input[1] in weights]
-    if not tables or not products:
-        raise ExportError(
-            f"{path.name}: {len(tables)} token tables and {len(products)} weights of an encoder were found; expected "
-            "at least one of each to quantise. Export in fp32 or fp16 instead"
-        )
+    if not tables:
+        raise ExportError(f"{path.name}: no table of token vectors was found to quantise; export in fp32 or fp16")
     return tables, products
