@@ -93,15 +93,34 @@ class OrdinalHead(nn.Module):
 
     def forward(self, joined_BW: Tensor) -> Tensor:
         """Logits, shape (B, C), float32."""
-        raw = self.layers(joined_BW).float()
-        free_BC, location_B1, scale_B1 = raw[:, :-2], raw[:, -2:-1] + self._log_start, raw[:, -1:]
+        return self.logits(self.layers(joined_BW))
+
+    def logits(self, raw: Tensor) -> Tensor:
+        """Logits, shape (..., C), float32, of what the perceptron gives, shape (..., C + 2)."""
+        raw = raw.float()
+        free, location, scale = raw[..., :-2], raw[..., -2:-1] + self._log_start, raw[..., -1:]
         # log(sigmoid(b) - sigmoid(a)) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b)), exact far out, too
-        z = (self.log_borders - location_B1) / (F.softplus(scale_B1) + self.MIN_SCALE)
+        z = (self.log_borders - location) / (F.softplus(scale) + self.MIN_SCALE)
         # softplus, since log(sigmoid) underflows in engines that run the two one after the other
-        below, above = F.pad(-F.softplus(-z), (0, 1)), F.pad(-F.softplus(z), (1, 0))
-        inside = F.pad(torch.log((1.0 - torch.exp(z[:, :-1] - z[:, 1:])).clamp(min=1e-30)), (1, 1))
-        logits_BC: Tensor = free_BC + below + above + (inside if z.shape[1] else 0.0)
-        return logits_BC
+        above = F.softplus(z)
+        inside = torch.log((1.0 - torch.exp(z[..., :-1] - z[..., 1:])).clamp(min=1e-30))
+        logits: Tensor = free + F.pad(z - above, (0, 1)) - F.pad(above, (1, 0))
+        return logits + F.pad(inside, (1, 1)) if z.shape[-1] else logits
+
+
+def _side_by_side(heads: Sequence[nn.Module], joined_BW: Tensor) -> Tensor:
+    """Outputs of heads of one kind, shape (B, heads, outputs): one product in place of many small ones."""
+    first = heads[0]
+    if not isinstance(first, OrdinalHead):
+        return torch.stack([head(joined_BW) for head in heads], dim=1)
+    (enter, activation, dropout, _), num_heads = first.layers, len(heads)
+    inner = [head.layers[0] for head in heads]
+    outer = [head.layers[-1] for head in heads]
+    hidden_BX = F.linear(joined_BW, torch.cat([one.weight for one in inner]), torch.cat([one.bias for one in inner]))
+    hidden_BKY = dropout(activation(hidden_BX)).unflatten(-1, (num_heads, enter.out_features))
+    weights_KYC = torch.stack([one.weight.T for one in outer])
+    raw_BKC = (hidden_BKY.unsqueeze(-2) @ weights_KYC).squeeze(-2) + torch.stack([one.bias for one in outer])
+    return first.logits(raw_BKC)
 
 
 def _perceptron(width: int, hidden: int, outputs: int, dropout: float) -> nn.Sequential:
@@ -195,5 +214,5 @@ class MopeNetwork(nn.Module):
         standard_BF = ((numbers_BF - self.number_mean) * self.number_scale).clamp(-8, 8)
         joined = torch.cat([embedding_BH, standard_BF, self.llm(llm_B)], dim=-1)
         gate_BK = self.gate(joined).float() if self.gate is not None else None
-        heads_BKN = torch.stack([head(joined) for head in self.heads], dim=1).float() if len(self.heads) else None
+        heads_BKN = _side_by_side(list(self.heads), joined).float() if len(self.heads) else None
         return gate_BK, heads_BKN, embedding_BH

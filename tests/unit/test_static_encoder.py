@@ -60,4 +60,4 @@ def test_its_onnx_graph_says_the_same(tmp_path):
     path = tmp_path / "model.onnx"
     write_graph(network(), path, 64)
     check_form(path, network())
-    assert check_values(path, network(), 64) < 1e-5
+    assert check_values(path, network(), 64, 1e-5) < 1e-5
