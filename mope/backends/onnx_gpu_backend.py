@@ -3,8 +3,8 @@
 ONNX Runtime runs on the CPU, without an error, where a provider cannot be used; here that is an error. Knows the graphs
 that `mope-export` wrote; needs no torch.
 
-Written against onnxruntime-gpu 1.31. What it says without a GPU is checked, and the bound buffers are, on the CPU; it
-was not run on a GPU yet.
+What onnxruntime-gpu 1.31 says without a GPU was checked, and the bound buffers are, on the CPU; it was not run on a GPU
+yet.
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ NEEDS = {
 
 
 def provider_options(
-    provider: Provider, index: int, config: PredictorConfig, precision: str, engine_cache: Path | None
+    provider: Provider,
+    index: int,
+    config: PredictorConfig,
+    precision: str,
+    *,
+    cuda_graphs: bool = True,
+    engine_cache: Path | None = None,
 ) -> list[tuple[str, dict[str, str]]]:
     """Execution providers with their options, in the order of preference, as ONNX Runtime takes them.
 
@@ -47,9 +53,10 @@ def provider_options(
         index: of the GPU.
         config: of the artifact.
         precision: of the graph.
+        cuda_graphs: record a CUDA graph per shape.
         engine_cache: folder where TensorRT's engines are kept from one start to the next; None to build them anew.
     """
-    cuda = {"device_id": str(index), "enable_cuda_graph": str(int(provider == "cuda"))}
+    cuda = {"device_id": str(index), "enable_cuda_graph": str(int(cuda_graphs and provider == "cuda"))}
     if provider == "cuda":
         return [(PROVIDERS["cuda"], cuda)]
 
@@ -139,6 +146,7 @@ class OnnxGpuBackend:
         precision: str | None = None,
         *,
         provider: Provider = "cuda",
+        cuda_graphs: bool = True,
         engine_cache: Path | None = None,
     ) -> OnnxGpuBackend:
         """The graphs of an artifact folder; shapes for single requests are prepared now, others when first needed.
@@ -150,6 +158,7 @@ class OnnxGpuBackend:
             precision: of the graphs; None for `"fp16"`.
             provider: `"cuda"`, which replays a CUDA graph per shape, or `"tensorrt"`, whose engines are built here,
                 which takes minutes.
+            cuda_graphs: record CUDA graphs; ONNX Runtime refuses to where a part of the graph is left to the CPU.
             engine_cache: folder where TensorRT's engines are kept from one start to the next.
 
         Raises:
@@ -162,7 +171,9 @@ class OnnxGpuBackend:
         index = cuda_index(device)
         runtime = gpu_runtime(provider)
         precision, paths = graph_paths(folder, config, precision or DEFAULT_PRECISION)
-        providers = provider_options(provider, index, config, precision, engine_cache)
+        providers = provider_options(
+            provider, index, config, precision, cuda_graphs=cuda_graphs, engine_cache=engine_cache
+        )
         buckets = grid(config.max_input_tokens)
         runners = []
         for path in paths:

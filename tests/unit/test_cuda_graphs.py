@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from encoded import random_inputs
 
 from mope import artifact
 from mope.backends import RunNetwork
@@ -18,7 +19,6 @@ from mope.backends.buckets import Bucket, BucketRunner, grid, pad_to
 from mope.backends.torch_backend import TorchBackend
 from mope.config import PredictorConfig
 from mope.errors import ConfigError
-from mope.features import EncodedRequests
 from mope.grid import Array
 
 MAX_TOKENS = 20
@@ -27,17 +27,6 @@ MAX_TOKENS = 20
 @pytest.fixture
 def config(tiny: Path) -> PredictorConfig:
     return artifact.check(tiny)
-
-
-def random_inputs(config: PredictorConfig, lengths: list[int], seed: int = 0) -> tuple[Array, Array, Array, Array]:
-    rng = np.random.default_rng(seed)
-    encoded = EncodedRequests(
-        [rng.integers(0, config.encoder_config["vocab_size"], length).tolist() for length in lengths],
-        rng.normal(size=(len(lengths), len(config.number_mean))).astype(np.float32),
-        rng.integers(0, len(config.target_llms) + 1, len(lengths)),
-        [],
-    )
-    return (*encoded.padded(config.special_ids[2]), encoded.numbers_BF, encoded.llm_B)
 
 
 def in_one_buffer(run: RunNetwork) -> Callable[[Bucket], RunNetwork]:

@@ -9,16 +9,22 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from encoded import random_requests
 
 from mope import artifact
 from mope.backends.buckets import BucketRunner, grid
 from mope.backends.onnx_backend import OnnxBackend, graph_paths
 from mope.backends.onnx_gpu_backend import BoundNetwork, OnnxGpuBackend, gpu_runtime, open_session, provider_options
 from mope.errors import ArtifactError, ConfigError, MissingExtraError
-from mope.features import EncodedRequests
+from mope.grid import Array
 
 CPU = "CPUExecutionProvider"
 HAS_GPU = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def everything(gate_BK: Array, _: Array) -> Array:
+    """Ask every expert."""
+    return np.ones_like(gate_BK, dtype=bool)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="onnxruntime-gpu is installed")
@@ -53,7 +59,7 @@ def runtime_that_falls_back(used: list[str]) -> Any:
     ],
 )
 def test_falling_back_is_an_error(tiny: Path, provider: Any, used: list[str], message: str) -> None:
-    options = provider_options(provider, 0, artifact.check(tiny), "fp16", None)
+    options = provider_options(provider, 0, artifact.check(tiny), "fp16")
     with pytest.raises(ConfigError, match=message) as caught:
         open_session(runtime_that_falls_back(used), tiny / "model.onnx", options)
     assert "\n" not in str(caught.value)
@@ -73,10 +79,13 @@ def test_libraries_of_pip_are_loaded_where_the_runtime_can(monkeypatch: pytest.M
 def test_options_of_the_providers(tiny: Path) -> None:
     config = artifact.check(tiny)
     width, numbers = config.max_input_tokens, len(config.number_mean)
-    assert provider_options("cuda", 1, config, "fp16", None) == [
+    assert provider_options("cuda", 1, config, "fp16") == [
         ("CUDAExecutionProvider", {"device_id": "1", "enable_cuda_graph": "1"})
     ]
-    (name, options), (second, cuda) = provider_options("tensorrt", 0, config, "fp16", Path("kept"))
+    ((_, plain),) = provider_options("cuda", 0, config, "fp16", cuda_graphs=False)
+    assert plain["enable_cuda_graph"] == "0"
+    kept = provider_options("tensorrt", 0, config, "fp16", engine_cache=Path("kept"))
+    (name, options), (second, cuda) = kept
     assert (name, second, cuda["enable_cuda_graph"]) == ("TensorrtExecutionProvider", "CUDAExecutionProvider", "0")
     largest = f"input_ids:32x{width},attention_mask:32x{width},numbers:32x{numbers},target_llm:32"
     assert options["trt_profile_max_shapes"] == largest
@@ -94,15 +103,9 @@ def test_bound_buffers_say_what_the_plain_session_says(exported: dict[str, Path]
     runner = BucketRunner(network.capture, grid(20, step=8), config.special_ids[2])
     backend = OnnxGpuBackend([runner], config, exported["shared"])
     plain = OnnxBackend.load(exported["shared"], config)
-    rng = np.random.default_rng(0)
     for lengths in ([3], [20, 1, 7], [5] * 40):
-        encoded = EncodedRequests(
-            [rng.integers(0, config.encoder_config["vocab_size"], length).tolist() for length in lengths],
-            rng.normal(size=(len(lengths), len(config.number_mean))).astype(np.float32),
-            rng.integers(0, len(config.target_llms) + 1, len(lengths)),
-            [],
-        )
-        one, other = (engine.run(encoded, lambda *_: np.array(True)) for engine in (plain, backend))
+        encoded = random_requests(config, lengths)
+        one, other = (engine.run(encoded, everything) for engine in (plain, backend))
         np.testing.assert_allclose(one.gate_BK, other.gate_BK, atol=2e-5)  # sums of another order
         np.testing.assert_allclose(one.heads_BKN, other.heads_BKN, atol=2e-5)
         np.testing.assert_allclose(one.embedding_BH, other.embedding_BH, atol=2e-5)
@@ -113,6 +116,19 @@ def test_saving_copies_the_weights(exported: dict[str, Path], tmp_path: Path) ->
     runner = BucketRunner(lambda _: pytest.fail("nothing is run"), grid(20), 0)
     OnnxGpuBackend([runner], config, exported["shared"]).save(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == (exported["shared"] / "model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="runs on an NVIDIA GPU with onnxruntime-gpu")
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_gpu_says_what_the_cpu_says(exported: dict[str, Path], provider: Any) -> None:
+    folder = exported["separate"]
+    config = artifact.check(folder)
+    plain = OnnxBackend.load(folder, config)
+    backend = OnnxGpuBackend.load(folder, config, precision="fp32", provider=provider)
+    for lengths in ([3], [20, 1, 7], [5] * 40):
+        encoded = random_requests(config, lengths)
+        one, other = (engine.run(encoded, everything) for engine in (plain, backend))
+        np.testing.assert_allclose(one.heads_BKN, other.heads_BKN, atol=1e-2)  # the GPU may multiply in TF32
 
 
 @pytest.mark.parametrize(

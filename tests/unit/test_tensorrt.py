@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from encoded import random_inputs, random_requests
 from stand_ins import CudaRuntime, TensorRT
 
 from mope import artifact
@@ -25,10 +26,8 @@ from mope.backends.cuda_runtime import Cuda, Gpu
 from mope.backends.onnx_backend import OnnxBackend, graph_paths
 from mope.backends.tensorrt_backend import TensorrtBackend, required
 from mope.backends.torch_backend import TorchBackend
-from mope.config import PredictorConfig
 from mope.errors import ArtifactError, ConfigError, DataError, ExportError, MissingExtraError
 from mope.export.tensorrt import EngineBuilder, export_tensorrt, profiles
-from mope.features import EncodedRequests
 from mope.grid import Array
 from mope.provenance import file_sha256
 
@@ -62,16 +61,6 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
-
-
-def random_requests(config: PredictorConfig, lengths: list[int], seed: int = 0) -> EncodedRequests:
-    rng = np.random.default_rng(seed)
-    return EncodedRequests(
-        [rng.integers(0, config.encoder_config["vocab_size"], length).tolist() for length in lengths],
-        rng.normal(size=(len(lengths), len(config.number_mean))).astype(np.float32),
-        rng.integers(0, len(config.target_llms) + 1, len(lengths)),
-        [],
-    )
 
 
 # which shapes
@@ -155,9 +144,7 @@ def test_every_graph_of_less_precision_becomes_an_engine(
         precisions.write_fp16(own, path, config.max_input_tokens)
     else:
         _, paths = graph_paths(exported[design], config, "fp32")
-        encoded = random_requests(config, LENGTHS)
-        inputs = (*encoded.padded(config.special_ids[2]), encoded.numbers_BF, encoded.llm_B)
-        precisions.write_qdq(paths[network], path, [inputs])
+        precisions.write_qdq(paths[network], path, [random_inputs(config, LENGTHS)])
     shapes = profiles(LENGTHS, config.max_input_tokens, (1, 8))
     assert len(rtx_builder().build(path, shapes, precision=precision).plan) > 10_000
 
@@ -370,6 +357,20 @@ def test_what_an_engine_needs() -> None:
     both = {"hardware_compatibility": "ampere_plus", "version_compatible": True}
     assert required("11.4.0", a100, both) == {"tensorrt": "11.x", "gpu": "any of SM80 or newer"}
     assert required("10.16.1", Gpu("NVIDIA T4", (7, 5)), both) == {"tensorrt": "10.x", "gpu": "NVIDIA T4 (SM75)"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is None, reason="runs on an NVIDIA GPU with TensorRT")
+@pytest.mark.parametrize("design", ["shared", "separate"])
+def test_real_engines_say_what_the_graphs_say(exported: dict[str, Path], tmp_path: Path, design: str) -> None:
+    folder = shutil.copytree(exported[design], tmp_path / design)
+    config = artifact.check(folder)
+    export_tensorrt(folder, precision="fp32", input_lengths=LENGTHS, batch_sizes=(1, 4))
+    plain = OnnxBackend.load(folder, config)
+    backend = TensorrtBackend.load(folder, config, precision="fp32")
+    for lengths in ([3], [20], [7, 3, 9], [4] * 9):
+        encoded = random_requests(config, lengths)
+        one, other = (engine.run(encoded, lambda gate_BK, _: gate_BK == gate_BK) for engine in (plain, backend))
+        np.testing.assert_allclose(one.heads_BKN, other.heads_BKN, atol=1e-3)
 
 
 # without a GPU
