@@ -113,14 +113,13 @@ def _side_by_side(heads: Sequence[nn.Module], joined_BW: Tensor) -> Tensor:
     first = heads[0]
     if not isinstance(first, OrdinalHead):
         return torch.stack([head(joined_BW) for head in heads], dim=1)
-    (enter, activation, dropout, _), num_heads = first.layers, len(heads)
-    inner = [head.layers[0] for head in heads]
-    outer = [head.layers[-1] for head in heads]
-    hidden_BX = F.linear(joined_BW, torch.cat([one.weight for one in inner]), torch.cat([one.bias for one in inner]))
-    hidden_BKY = dropout(activation(hidden_BX)).unflatten(-1, (num_heads, enter.out_features))
-    weights_KYC = torch.stack([one.weight.T for one in outer])
-    raw_BKC = (hidden_BKY.unsqueeze(-2) @ weights_KYC).squeeze(-2) + torch.stack([one.bias for one in outer])
-    return first.logits(raw_BKC)
+    layers: list[Any] = [head.layers for head in heads]
+    _, activation, dropout, _ = layers[0]
+    enter_XW, bias_X = (torch.cat([getattr(one[0], name) for one in layers]) for name in ("weight", "bias"))
+    hidden_BX: Tensor = dropout(activation(F.linear(joined_BW, enter_XW, bias_X)))
+    leave_KCY, bias_KC = (torch.stack([getattr(one[-1], name) for one in layers]) for name in ("weight", "bias"))
+    hidden_BK1Y = hidden_BX.reshape(-1, len(layers), 1, leave_KCY.shape[-1])
+    return first.logits((hidden_BK1Y @ leave_KCY.mT).squeeze(-2) + bias_KC)
 
 
 def _perceptron(width: int, hidden: int, outputs: int, dropout: float) -> nn.Sequential:
