@@ -35,7 +35,7 @@ EXAMPLE = """\
 {prog} runs/demo --to onnx-int8 --output serving/demo
 {prog} runs/mine --to onnx-fp16 --data chats.jsonl --max-test-rows 500
 {prog} runs/mine --to onnx --data none --json
-{prog} runs/mine --to tensorrt --engine-precision fp16"""
+{prog} runs/mine --to tensorrt --precision fp16"""
 
 
 def main(argv: list[str] | None = None, *, prog: str = "mope-export") -> int:
@@ -70,7 +70,7 @@ def _export(argv: list[str], prog: str) -> int:
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON on stdout")
     engines = parser.add_argument_group("TensorRT engines")
     engines.add_argument(
-        "--engine-precision",
+        "--precision",
         default="fp16",
         choices=("fp32", "fp16", "qdq"),
         help="graphs that the engines are built from, exported first if they are not there (default: fp16)",
@@ -115,7 +115,7 @@ def _export_engines(arguments: Namespace) -> int:
         raise ConfigError("--output goes with ONNX graphs; engines belong to one GPU: they are built beside them")
     manifest = export_engines(
         arguments.artifact,
-        arguments.engine_precision,
+        arguments.precision,
         data=arguments.data,
         max_test_rows=arguments.max_test_rows,
         hardware_compatibility=arguments.hardware_compatibility,
