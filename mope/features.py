@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mope.config import PredictorConfig
 
 HEAD_SHARE = 0.6  # of a long prompt's window, how much is taken from its beginning
-COMPARED_CHARS = 1000  # characters of this and the previous prompt that are compared
+COMPARED_CHARS = 1000  # characters of this and the previous prompt that are compared, at most
 
 _WH = re.compile(r"^\W*(?:what|which|who|whom|whose|when|where|why|how)\b", re.I)
 _LONG_ASK = re.compile(
@@ -95,13 +95,16 @@ def _without_surrogates(text: str) -> str:
     return text
 
 
-def request_numbers(request: Request, words: Words, hits: RuleHits) -> list[float]:
+def request_numbers(
+    request: Request, words: Words, hits: RuleHits, compared_chars: int = COMPARED_CHARS
+) -> list[float]:
     """The numbers of `NUMBER_NAMES` for one request. Tens of microseconds.
 
     Args:
         request: the request.
         words: of its prompt, cut by `ends`.
         hits: the rules that they match.
+        compared_chars: characters of this and the previous prompt that are compared.
     """
     window, seen = words.text, _triggers.seen(words)
     has_code_part = any(part in window for part in _CODE_PARTS)
@@ -112,7 +115,7 @@ def request_numbers(request: Request, words: Words, hits: RuleHits) -> list[floa
     names = hits.names
     return [
         log1p(len(request.prompt)), log1p(len(request.previous_prompt)), log1p(len(request.system)),
-        log1p(request.num_earlier_turns), float(len(request.answer_bytes) > 0), *_history(request),
+        log1p(request.num_earlier_turns), float(len(request.answer_bytes) > 0), *_history(request, compared_chars),
         log1p(window.count("\n")), min(num_questions, 5), min(window.count("!"), 5),
         log1p(_count(plain, _DIGITS)), (plain.count(b"?") - num_questions) / num_chars,
         _count(plain, _UPPER) / num_chars, stripped.endswith("?"), stripped.endswith(":"),
@@ -130,7 +133,7 @@ def _count(text: bytes, letters: bytes) -> int:
     return len(text) - len(text.translate(None, letters))
 
 
-def _history(request: Request) -> Sequence[float]:
+def _history(request: Request, compared_chars: int) -> Sequence[float]:
     """What the conversation's earlier answers and the prompt before tell; zeros on a first turn."""
     if not request.answer_bytes:
         return _NO_HISTORY
@@ -140,7 +143,7 @@ def _history(request: Request) -> Sequence[float]:
     faded = weight = 0.0
     for answer in answers:  # each answer counts half of the one after it
         faded, weight = 0.5 * faded + answer, 0.5 * weight + 1.0
-    prompt, previous = request.prompt[:COMPARED_CHARS], request.previous_prompt[:COMPARED_CHARS]
+    prompt, previous = request.prompt[:compared_chars], request.previous_prompt[:compared_chars]
     return [
         answers[-1], mean, max(answers), min(answers), _deviation(answers), answers[-1] - mean,
         answers[-2:][0], faded / weight, _deviation(recent),
@@ -254,7 +257,8 @@ class RequestEncoder:
         self._chars_per_token, self._lexical_chars = chars_per_token, lexical_chars
         # what of a text's ends any window or comparison reads
         window_chars = chars_per_token * max(max_prompt_tokens, max_context_tokens)
-        self._read_chars = max(lexical_chars, window_chars, ceil(COMPARED_CHARS / HEAD_SHARE))
+        self._compared_chars = min(COMPARED_CHARS, lexical_chars)
+        self._read_chars = max(lexical_chars, window_chars, ceil(self._compared_chars / HEAD_SHARE))
         self._llm_index = {name: index for index, name in enumerate(target_llms, start=1)}
 
     @classmethod
@@ -278,7 +282,7 @@ class RequestEncoder:
         for request in requests:
             words = Words(ends(request.prompt, self._lexical_chars))
             hits.append(match_rules(words))
-            numbers.append(request_numbers(request, words, hits[-1]))
+            numbers.append(request_numbers(request, words, hits[-1], self._compared_chars))
         return EncodedRequests(
             token_ids=[
                 [self._cls, *prompt, self._sep, *context, *([self._sep] if context else [])]

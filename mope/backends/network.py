@@ -77,11 +77,14 @@ class OrdinalHead(nn.Module):
     log_borders: Tensor
 
     MIN_SCALE = 0.05  # of the logistic distribution, in log(tokens)
+    FAR = 1e4  # in log(tokens)
 
     def __init__(self, width: int, hidden: int, *, borders: Sequence[float], start: float, dropout: float) -> None:
         super().__init__()
         self.layers = _perceptron(width, hidden, len(borders) + 3, dropout)
-        log_borders = torch.tensor(np.log(np.asarray(borders, dtype=np.float64)), dtype=torch.float32)
+        # with a border so far out on either side that all lies between them
+        inner = np.log(np.asarray(borders, dtype=np.float64))
+        log_borders = torch.tensor([-self.FAR, *inner, self.FAR], dtype=torch.float32)
         self.register_buffer("log_borders", log_borders, persistent=False)
         self._log_start = float(np.log(start))
 
@@ -103,9 +106,10 @@ class OrdinalHead(nn.Module):
         z = (self.log_borders - location) / (F.softplus(scale) + self.MIN_SCALE)
         # softplus, since log(sigmoid) underflows in engines that run the two one after the other
         above = F.softplus(z)
-        inside = torch.log((1.0 - torch.exp(z[..., :-1] - z[..., 1:])).clamp(min=1e-30))
-        logits: Tensor = free + F.pad(z - above, (0, 1)) - F.pad(above, (1, 0))
-        return logits + F.pad(inside, (1, 1)) if z.shape[-1] else logits
+        low, high = z[..., :-1], z[..., 1:]
+        inside = torch.log((1.0 - torch.exp(low - high)).clamp(min=1e-30))
+        logits: Tensor = free + (high - above[..., 1:]) - above[..., :-1] + inside
+        return logits
 
 
 def _side_by_side(heads: Sequence[nn.Module], joined_BW: Tensor) -> Tensor:

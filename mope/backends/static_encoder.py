@@ -58,11 +58,8 @@ class StaticEncoder(nn.Module):
         vectors_BSD = self.vectors(input_ids_BS)
         is_sep_BS = (input_ids_BS == self.config.sep_token_id).long()
         seps_before_BS = is_sep_BS.cumsum(dim=1) - is_sep_BS
-        prompt_BS1, context_BS1 = (
-            (attention_mask_BS * (seps_before_BS == part)).unsqueeze(-1).to(vectors_BSD.dtype) for part in (0, 1)
-        )
-        means = [
-            (vectors_BSD * part_BS1).sum(dim=1) / part_BS1.sum(dim=1).clamp(min=1.0)
-            for part_BS1 in (prompt_BS1, context_BS1)
-        ]
-        return torch.cat(means, dim=-1)
+        part_BS = seps_before_BS + 2 * (1 - attention_mask_BS)  # 0: prompt, 1: context, above: padding
+        is_part_B2S = (part_BS.unsqueeze(1) == torch.tensor([[0], [1]], device=part_BS.device)).to(vectors_BSD.dtype)
+        means_B2D = (is_part_B2S @ vectors_BSD) / is_part_B2S.sum(dim=-1, keepdim=True).clamp(min=1.0)
+        means_BH: Tensor = means_B2D.flatten(start_dim=1)
+        return means_BH
