@@ -302,9 +302,16 @@ def _export(argv: list[str]) -> int:
     return export(argv, prog="mope export")
 
 
+def _bench(argv: list[str]) -> int:
+    from mope.bench.cli import main as bench
+
+    return bench(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a predictor on chats or logs, evaluate and save it"),
     "predict": (_predict, "predict the response tokens of prompts or of a file of requests"),
     "evaluate": (_evaluate, "evaluate a saved predictor on a data set"),
+    "bench": (_bench, "measure latency, throughput, start and memory on real prompts"),
     "export": (_export, "export a saved predictor to ONNX"),
 }
