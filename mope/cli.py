@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from mope import console as terminal
-from mope.errors import ConfigError, DataError, UserError
+from mope.errors import ConfigError, DataError
 from mope.flags import Parser, add_flags, given, validated
+from mope.jsonl import STDIN, read_request, reading
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from mope.request import Request
 
 LEVELS = (0.1, 0.5, 0.9, 0.99)
-STDIN = "-"
 WINDOW_BATCHES = 32  # batches that are read at once, so that requests of like length are predicted together
 PROMPT_WIDTH = 40
 
@@ -201,12 +201,12 @@ def _predict_lines(arguments: Namespace) -> int:
     """Predict every line of a file of requests."""
     num_lines = num_bad = 0
     first_error = ""
-    with _reading(arguments.input) as (lines, total):
+    with reading(arguments.input, "--input") as (lines, total):
         predictor = _load(arguments)
         numbered = enumerate(lines, start=1)
         with _writing(arguments.output) as output, terminal.progress("predicting", total) as advance:
             while window := list(islice(numbered, WINDOW_BATCHES * arguments.batch_size)):
-                known = [_read(number, line, _defaults(arguments)) for number, line in window if line.strip()]
+                known = [read_request(number, line, _defaults(arguments)) for number, line in window if line.strip()]
                 for answer in _answers(predictor, known, arguments.batch_size):
                     num_lines += 1
                     if "error" in answer:
@@ -227,25 +227,6 @@ def _predict_lines(arguments: Namespace) -> int:
     return 0
 
 
-def _read(number: int, line: str | bytes, defaults: dict[str, Any]) -> tuple[Any, Request | str]:
-    """Id and request of a line, or id and what is wrong with it."""
-    from mope.inputs import as_request
-
-    request_id: Any = number
-    try:
-        fields = json.loads(line)
-        if not isinstance(fields, dict):
-            raise DataError(f"got a JSON {type(fields).__name__}; expected an object with prompt")
-        request_id = fields.get("id", number)
-        return request_id, as_request(
-            {**defaults, **{name: value for name, value in fields.items() if value is not None}}
-        )
-    except UserError as error:
-        return request_id, f"line {number}: {error}"
-    except (ValueError, RecursionError) as error:
-        return request_id, f"line {number}: not JSON: {error}"
-
-
 def _answers(
     predictor: LengthPredictor, known: Sequence[tuple[Any, Request | str]], batch_size: int
 ) -> Iterator[dict[str, Any]]:
@@ -260,23 +241,6 @@ def _answers(
         yield (
             {"id": request_id, "error": request} if isinstance(request, str) else _answer(request_id, predictions[row])
         )
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[tuple[Iterable[str | bytes], int | None]]:
-    """Lines of a file or stdin, and how many there are if that can be known."""
-    if name == STDIN:
-        yield getattr(sys.stdin, "buffer", sys.stdin), None
-        return
-    try:
-        with open(name, "rb") as file:
-            total = sum(1 for _ in file)
-            file.seek(0)
-            yield file, total
-    except BrokenPipeError:  # whoever reads our output went away
-        raise
-    except OSError as error:
-        raise ConfigError(f"--input {name} can't be read: {error.strerror}") from error
 
 
 @contextmanager
@@ -346,9 +310,16 @@ def _export(argv: list[str]) -> int:
     return export(argv, prog="mope export")
 
 
+def _bench(argv: list[str]) -> int:
+    from mope.bench.cli import main as bench
+
+    return bench(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a predictor on chats or logs, evaluate and save it"),
     "predict": (_predict, "predict the response tokens of prompts or of a file of requests"),
     "evaluate": (_evaluate, "evaluate a saved predictor on a data set"),
+    "bench": (_bench, "measure latency, throughput, start and memory on real prompts"),
     "export": (_export, "export a saved predictor to ONNX"),
 }

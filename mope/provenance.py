@@ -51,10 +51,15 @@ def collect(
         "machine": {
             "platform": f"{platform.system()} {platform.machine()}",
             "cpu": cpu_model(),
-            "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "num_cores": num_cores(),
             "gpus": _gpus(),
         },
     }
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def file_sha256(path: Path) -> str:

@@ -8,45 +8,23 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from mope.errors import DataError
+from mope.figures import MOPE_BLUE, OTHERS, figure_to
 
 FloatArray = npt.NDArray[np.float64]
 
-MOPE_BLUE = "#1f5fa8"
 ORANGE = "#d9772b"
 GREY = "#8a8f98"
-OTHERS = ("#d9772b", "#4a9a6f", "#a0629a", "#8a8f98", "#b5a03c", "#5fb3c4", "#c2606b", "#6b6f76")
 MAX_RIVALS = 4  # lines beside MoPE's that can still be told apart
-STYLE: dict[Any, Any] = {
-    "figure.dpi": 150,
-    "savefig.dpi": 150,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
 
 
 def predicted_vs_true(
@@ -69,7 +47,7 @@ def predicted_vs_true(
     actual = np.maximum(np.asarray(actual_N, dtype=np.float64), 1.0)
     predicted = np.maximum(np.asarray(predicted_N, dtype=np.float64), 1.0)
     _some_rows(actual)
-    with _figure(path, 5.6, 5.0) as figure:
+    with figure_to(path, 5.6, 5.0) as figure:
         axes = figure.subplots()
         limits = _log_limits(np.concatenate([actual, predicted]))
         bins = axes.hexbin(
@@ -109,7 +87,7 @@ def calibration_curve(
     order = np.argsort(levels_Q)
     levels, coverage = np.asarray(levels_Q, np.float64)[order], np.asarray(coverage_Q, np.float64)[order]
     _some_rows(levels)
-    with _figure(path, 5.0, 4.6) as figure:
+    with figure_to(path, 5.0, 4.6) as figure:
         axes = figure.subplots()
         grid = np.linspace(0.0, 1.0, 201)
         half_width = 1.96 * np.sqrt(grid * (1.0 - grid) / num_rows)
@@ -157,7 +135,7 @@ def error_by_length(
     buckets = np.unique(bucket_N)
     borders = [actual.min(), *edges, actual.max() + 1]
     names = [f"{borders[bucket]:.0f}-{max(borders[bucket + 1] - 1, borders[bucket]):.0f}" for bucket in buckets]
-    with _figure(path, 8.0, 5.6) as figure:
+    with figure_to(path, 8.0, 5.6) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
         for index, name in enumerate(shown):
             error_N = np.asarray(predictions[name], np.float64) - actual
@@ -190,7 +168,7 @@ def router_confusion(confusion: npt.ArrayLike, expert_names: Sequence[str], path
         raise DataError(f"got a confusion matrix of shape {counts.shape}; expected ({size}, {size}), one per expert")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
     accuracy = np.trace(counts) / max(counts.sum(), 1.0)
-    with _figure(path, 2.4 + 0.95 * size, 2.0 + 0.8 * size, **{"axes.grid": False}) as figure:
+    with figure_to(path, 2.4 + 0.95 * size, 2.0 + 0.8 * size, **{"axes.grid": False}) as figure:
         axes = figure.subplots()
         image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
         for row, column in np.ndindex(size, size):
@@ -223,7 +201,7 @@ def training_curves(log: Path, path: Path, *, title: str = "Loss against optimiz
         DataError: the log has no step column or no loss in it.
     """
     curves = _loss_curves(log)
-    with _figure(path, 6.4, 4.0) as figure:
+    with figure_to(path, 6.4, 4.0) as figure:
         axes = figure.subplots()
         colours = itertools.cycle((MOPE_BLUE, *OTHERS))
         for name, (steps, losses) in sorted(curves.items()):
@@ -260,7 +238,7 @@ def baselines_bar(results: Mapping[str, Mapping[str, Any]], path: Path, *, title
     if not results:
         raise DataError("got no predictors to draw; expected at least one with a MAE")
     names = sorted(results, key=lambda name: (name != "mope_oracle_routed", -float(results[name]["mae"])))
-    with _figure(path, 7.0, 1.4 + 0.34 * len(names), **{"axes.grid.axis": "x"}) as figure:
+    with figure_to(path, 7.0, 1.4 + 0.34 * len(names), **{"axes.grid.axis": "x"}) as figure:
         axes = figure.subplots()
         for row, name in enumerate(names):
             mae = float(results[name]["mae"])
@@ -275,17 +253,6 @@ def baselines_bar(results: Mapping[str, Mapping[str, Any]], path: Path, *, title
         axes.margins(x=0.08)
         axes.set(xlabel="MAE (tokens), with 95 % bootstrap interval", xlim=(0, None))
         axes.set_title(f"Mean absolute error, {title}")
-
-
-@contextmanager
-def _figure(path: Path, width: float, height: float, **style: Any) -> Iterator[Figure]:
-    """A figure outside pyplot's global state (no display, nothing to close), saved when the block ends well."""
-    with mpl.rc_context(STYLE | style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Software": None})
 
 
 def _some_rows(values: FloatArray) -> None:
