@@ -28,7 +28,7 @@ TIMED = (
     "network, reading the one number. wall_ms is the clock on the wall; cpu_ms is the processor time of the process, "
     "all threads, which for one thread is what an idle core would take. Each subject runs in a process of its own; "
     "all subjects answer some requests, one after the other, before the next ones come, and who is first changes every "
-    "time."
+    "time. A turn begins with a request that does not count."
 )
 LATENCY_LEVELS = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
