@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -32,17 +33,32 @@ def experts_needed(route_BK: Array, combination: Combination, threshold: float =
     return np.asarray(best if combination == "top1" else best | (route_BK >= threshold))
 
 
-def cumulative(experts_BKM: Array, route_BK: Array, combination: Combination) -> Array:
-    """Cumulative probability at the grid's edges, shape (B, E), from 0 to 1."""
-    weights = np.where(experts_needed(route_BK, combination), route_BK, 0.0)
-    if combination == "top1":
-        weights = (weights > 0).astype(np.float64)
-    weights = weights / weights.sum(axis=1, keepdims=True)
-    mixed_BM = (weights[:, None] @ experts_BKM)[:, 0]
-    cdf = np.empty((len(mixed_BM), mixed_BM.shape[1] + 1))
-    cdf[:, 0] = 0.0
-    np.cumsum(mixed_BM, axis=1, out=cdf[:, 1:])
-    return np.asarray(cdf / cdf[:, -1:])
+def cumulative(heads_BKN: Array, route_BK: Array, tail_shares: tuple[float, ...], combination: Combination) -> Array:
+    """Cumulative probability of the routed mixture at the grid's edges, shape (B, E), from 0 to 1.
+
+    The same as mixing `expert_probabilities`, in fewer steps: a single request takes microseconds.
+
+    Args:
+        heads_BKN: logits of the experts.
+        route_BK: the router's probabilities.
+        tail_shares: share of the tail's mass in each tail bin.
+        combination: top1 or mixture.
+    """
+    logits_BKN = np.asarray(heads_BKN, dtype=np.float64)
+    masses_BKN = np.exp(logits_BKN - logits_BKN.max(axis=-1, keepdims=True))
+    weights_BK = np.where(experts_needed(route_BK, combination), 1.0 if combination == "top1" else route_BK, 0.0)
+    mixed_BN = ((weights_BK / masses_BKN.sum(axis=-1))[:, None] @ masses_BKN)[:, 0]
+    num_body = mixed_BN.shape[1] - 1
+    cdf_BE = np.empty((len(mixed_BN), num_body + 1 + len(tail_shares)))
+    cdf_BE[:, 0] = 0.0
+    mixed_BN[:, :-1].cumsum(axis=1, out=cdf_BE[:, 1 : num_body + 1])
+    cdf_BE[:, num_body + 1 :] = cdf_BE[:, num_body, None] + mixed_BN[:, -1:] * _cumulative_shares(tail_shares)
+    return np.asarray(cdf_BE / cdf_BE[:, -1:])
+
+
+@lru_cache(maxsize=64)
+def _cumulative_shares(tail_shares: tuple[float, ...]) -> Array:
+    return np.cumsum(tail_shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +68,10 @@ class Assembled:
     Attributes:
         cdf_BE: calibrated cumulative probability at the grid's edges.
         route_BK: the router's probabilities.
-        experts_BKM: each expert's distribution over the grid, uncalibrated.
     """
 
     cdf_BE: Array
     route_BK: Array
-    experts_BKM: Array
 
 
 def assemble(
@@ -84,6 +98,5 @@ def assemble(
         combination: in place of the configured one.
     """
     route_BK = router.probabilities(raw.gate_BK, raw.embedding_BH, hits, parts)
-    experts_BKM = expert_probabilities(raw.heads_BKN, np.asarray(config.tail_shares))
-    cdf_BE = calibration(cumulative(experts_BKM, route_BK, combination or config.combination), has_history_B)
-    return Assembled(cdf_BE, route_BK, experts_BKM)
+    mixed_BE = cumulative(raw.heads_BKN, route_BK, config.tail_shares, combination or config.combination)
+    return Assembled(calibration(mixed_BE, has_history_B), route_BK)

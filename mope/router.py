@@ -127,6 +127,8 @@ class Router:
             else:
                 votes = self.lookup.votes(embedding_BH, self.num_experts, self.prior)
                 columns.append(np.log(np.maximum(votes, LEAST_VOTE)))
+        if len(columns) == 1:
+            return columns[0]
         return np.concatenate(columns, axis=1) if columns else np.zeros((len(hits), 0))
 
     def probabilities(

@@ -20,7 +20,7 @@ from mope.backends import RawOutputs
 from mope.config import PredictorConfig
 from mope.errors import DataError
 from mope.grid import Array, quantiles_at
-from mope.mixture import Assembled, assemble
+from mope.mixture import Assembled, assemble, expert_probabilities
 from mope.predictor import LengthPredictor
 from mope.router import PARTS, parts_key
 from mope.training import plots
@@ -120,7 +120,7 @@ def evaluate_mope(predictor: LengthPredictor, rows: EvaluationRows, raw: RawOutp
     predicted = quantiles_NQ[:, LEVELS.index(0.5)]
     tokens, known = rows.table.response_tokens, rows.known
     bucket = buckets(tokens, np.asarray(config.boundaries))
-    own_BM = result.experts_BKM[np.arange(len(tokens)), bucket]
+    own_BM = expert_probabilities(raw.heads_BKN, np.asarray(config.tail_shares))[np.arange(len(tokens)), bucket]
     own_BE = np.concatenate([np.zeros((len(own_BM), 1)), np.cumsum(own_BM, axis=1)], axis=1)
     oracle = medians(config, own_BE / own_BE[:, -1:])
     mope = evaluate_points(rows, predicted, samples=samples, quantiles_NQ=quantiles_NQ)

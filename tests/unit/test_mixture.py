@@ -13,12 +13,18 @@ from mope.request import Request
 routes = st.integers(1, 5).flatmap(lambda k: st.lists(st.floats(1e-6, 1.0), min_size=k, max_size=k))
 
 
+def mixed(experts, route, combination):
+    """Experts given by their probabilities, the tail one bin."""
+    with np.errstate(divide="ignore"):
+        return cumulative(np.log(experts), route, (1.0,), combination)
+
+
 @given(routes, st.integers(0, 9))
 def test_the_mixture_is_a_distribution_between_its_experts(weights, seed):
     route = np.array([weights]) / sum(weights)
     experts = np.random.default_rng(seed).dirichlet(np.ones(6), (1, len(weights)))
     for combination in ("top1", "mixture"):
-        cdf = cumulative(experts, route, combination)[0]
+        cdf = mixed(experts, route, combination)[0]
         own = np.concatenate([np.zeros((len(weights), 1)), experts[0].cumsum(axis=1)], axis=1)
         assert cdf[0] == 0.0
         assert cdf[-1] == 1.0
@@ -30,14 +36,14 @@ def test_the_mixture_is_a_distribution_between_its_experts(weights, seed):
 def test_top1_is_the_routed_expert_and_mixture_the_weighted_sum():
     experts = np.array([[[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]])
     route = np.array([[0.2, 0.5, 0.3]])
-    assert cumulative(experts, route, "top1")[0].tolist() == [0.0, 0.0, 1.0]
-    assert cumulative(experts, route, "mixture")[0] == pytest.approx([0.0, 0.2 + 0.15, 1.0])
+    assert mixed(experts, route, "top1")[0].tolist() == [0.0, 0.0, 1.0]
+    assert mixed(experts, route, "mixture")[0] == pytest.approx([0.0, 0.2 + 0.15, 1.0])
 
 
 def test_an_expert_below_the_threshold_neither_runs_nor_counts():
     route = np.array([[0.005, 0.995]])
     assert experts_needed(route, "mixture").tolist() == [[False, True]]
-    assert cumulative(np.array([[[1.0, 0.0], [0.0, 1.0]]]), route, "mixture")[0].tolist() == [0.0, 0.0, 1.0]
+    assert mixed(np.array([[[1.0, 0.0], [0.0, 1.0]]]), route, "mixture")[0].tolist() == [0.0, 0.0, 1.0]
 
 
 @given(routes)
@@ -56,6 +62,18 @@ def test_the_tail_bin_is_spread_by_its_shares():
     assert found[0, 0] == pytest.approx([0.5, 0.3, 0.14, 0.06])
 
 
+@given(routes, st.integers(0, 9), st.sampled_from(["top1", "mixture"]))
+def test_few_steps_give_what_mixing_the_experts_over_the_grid_gives(weights, seed, combination):
+    rng = np.random.default_rng(seed)
+    route, heads = np.array([weights]) / sum(weights), rng.normal(0, 4, (1, len(weights), 7))
+    shares = tuple(rng.dirichlet(np.ones(4)).tolist())
+    needed = experts_needed(route, combination)
+    kept = needed * (1.0 if combination == "top1" else route)
+    body = np.einsum("bk,bkm->bm", kept / kept.sum(), expert_probabilities(heads, np.array(shares)))
+    expected = np.concatenate([[0.0], body[0].cumsum()])
+    np.testing.assert_allclose(cumulative(heads, route, shares, combination)[0], expected, atol=1e-12)
+
+
 def test_assemble_routes_mixes_and_calibrates(predictor):
     config, router = predictor.config, predictor.router
     encoded = predictor.encoder.encode([Request(prompt="Write an essay."), Request(prompt="yes or no?")])
@@ -63,8 +81,7 @@ def test_assemble_routes_mixes_and_calibrates(predictor):
     history = np.array([False, True])
     plain = assemble(config, router, Calibration.identity(), raw, encoded.rule_hits, history)
     result = assemble(config, router, predictor.calibration, raw, encoded.rule_hits, history)
-    assert result.experts_BKM.sum(axis=-1) == pytest.approx(np.ones((2, 3)))
-    assert plain.cdf_BE == pytest.approx(cumulative(result.experts_BKM, result.route_BK, "mixture"))
+    assert plain.cdf_BE == pytest.approx(cumulative(raw.heads_BKN, result.route_BK, config.tail_shares, "mixture"))
     assert result.cdf_BE == pytest.approx(predictor.calibration(plain.cdf_BE, history))
     assert not np.allclose(result.cdf_BE, plain.cdf_BE)
 
@@ -86,7 +103,8 @@ def test_assemble_takes_parts_and_combination_for_ablations(predictor):
             parts=parts,
             combination="top1",
         )
-        own = np.concatenate([[0.0], result.experts_BKM[0, result.route_BK.argmax()].cumsum()])
+        experts = expert_probabilities(raw.heads_BKN, np.asarray(predictor.config.tail_shares))
+        own = np.concatenate([[0.0], experts[0, result.route_BK.argmax()].cumsum()])
         assert result.cdf_BE[0] == pytest.approx(own)
         return int(result.route_BK.argmax())
 
