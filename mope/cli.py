@@ -105,6 +105,9 @@ def _predict(argv: list[str]) -> int:
     parser.add_argument(
         "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu, or what --backend needs)"
     )
+    parser.add_argument(
+        "--precision", metavar="NAME", help="of what was exported, for example int8 (default: the backend's own)"
+    )
     arguments = parser.parse_intermixed_args(argv)  # prompts may stand behind flags
     if arguments.input and arguments.prompts:
         raise ConfigError("got prompts and --input; give one of them")
@@ -143,7 +146,9 @@ def _load(arguments: Namespace) -> LengthPredictor:
 
     if arguments.backend == "torch" or (arguments.backend is None and find_spec("torch")):
         _check_device(arguments.device or "cpu")
-    return LengthPredictor.from_pretrained(arguments.artifact, backend=arguments.backend, device=arguments.device)
+    return LengthPredictor.from_pretrained(
+        arguments.artifact, backend=arguments.backend, device=arguments.device, precision=arguments.precision
+    )
 
 
 def _check_device(device: str) -> None:

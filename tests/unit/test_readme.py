@@ -22,7 +22,7 @@ from rows import say_trained_on, write_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_PREDICTOR = ROOT / "tests" / "data" / "tiny"
-PREDICTORS = ("runs/demo", "runs/sharegpt-minilm")  # where the README's own commands save
+PREDICTORS = ("runs/demo", "runs/sharegpt-minilm", "runs/sharegpt-small")  # where the README's own commands save
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
