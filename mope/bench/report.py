@@ -80,11 +80,10 @@ def tables(found: Result) -> list[TextTable]:
         table("the same calls, processor time in ms", latency("cpu_ms")),
     ]
     if first["throughput"]:
-        callers = first["throughput"]["num_callers"]
         shown.append(
             table(
-                f"requests per second, median of {config['rounds']} rounds of {config['seconds']:g} s: {callers} "
-                f"caller{'s' * (callers != 1)} with one request each; one caller with batches of "
+                f"requests per second, median of {config['rounds']} rounds of {config['seconds']:g} s: "
+                f"{config['concurrency']} callers with one request each; one caller with batches of "
                 f"{config['batch_size']}",
                 {
                     "callers": _number("throughput.requests_per_s"),
@@ -128,7 +127,7 @@ def notes(found: Result) -> list[str]:
         "median over rounds, then the 0.99 quantile over requests. Processor time is that of the process, all its "
         "threads. x first: divided by the first row.",
         "start: files were read once before, so they come from the system's cache; load holds the import of the "
-        f"engine. A bare Python takes {_three_digits(_at(found['subjects'][0], 'memory_mb.python'))} MB; the peak is "
+        f"engine. A bare Python takes {three_digits(_at(found['subjects'][0], 'memory_mb.python'))} MB; the peak is "
         "that of the whole benchmark.",
         "tokens that the network reads, p50 and p99: "
         + "; ".join(
@@ -172,11 +171,11 @@ def _at(subject: Result, path: str) -> float | None:
 
 
 def _number(path: str) -> Callable[[Result], str]:
-    return lambda subject: _three_digits(_at(subject, path))
+    return lambda subject: three_digits(_at(subject, path))
 
 
-def _three_digits(value: float | None) -> str:
-    """At least three digits, and never a fraction of a number above 100."""
+def three_digits(value: float | None) -> str:
+    """A figure as people read it: three digits, no exponent; a dash for none."""
     if value is None:
         return NOTHING
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
