@@ -132,7 +132,7 @@ class LengthPredictor:
         from tokenizers import Tokenizer
 
         encoder = RequestEncoder.of(config, Tokenizer.from_file(str(folder / "tokenizer.json")))
-        choice = choose(folder, config, backend, device, precision)
+        choice = choose(folder, backend, device, precision)
         _logger.info("%s: %s", folder, choice.reason)
         calibration, fallback = artifact.read_calibration(folder)
         learned = folder / "recalibration.json"

@@ -11,10 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mope.artifact import read_json
 from mope.backends import Backend
-from mope.backends.onnx_backend import MANIFEST, MANIFEST_VERSION, ONNX_FOLDER
-from mope.config import PredictorConfig, network_names
+from mope.backends.onnx_backend import MANIFEST, choose_precision, exported_precisions, read_manifest
+from mope.config import PredictorConfig
 from mope.errors import ConfigError
 from mope.extras import require
 
@@ -80,14 +79,14 @@ class Choice:
 
 def choose(
     folder: Path,
-    config: PredictorConfig,
     backend: str | None = None,
     device: str | None = None,
     precision: str | None = None,
 ) -> Choice:
     """The engine for an artifact: the one that was asked for, or if `backend` is None the one that fits best.
 
-    On the CPU that is ONNX Runtime if the artifact was exported for it, int8 before fp32, else torch. On a GPU it is
+    On the CPU that is ONNX Runtime if the artifact was exported for it, in the fastest precision whose quality was
+    checked, else torch. On a GPU it is
     TensorRT if engines were built, then ONNX Runtime if its GPU build is installed, else torch.
 
     Raises:
@@ -107,46 +106,31 @@ def choose(
             )
         return Choice(backend, device, precision, f"{backend}, since it was asked for")
     if device is None or device == "cpu":
-        return _on_cpu(folder, config, precision)
-    return _on_gpu(folder, config, device, precision)
+        return _on_cpu(folder, precision)
+    return _on_gpu(folder, device, precision)
 
 
-def _on_cpu(folder: Path, config: PredictorConfig, precision: str | None) -> Choice:
-    exported = _exported_precisions(folder, config)
-    best = next((one for one in ((precision,) if precision else ("int8", "fp32")) if one in exported), None)
-    if best is None:
-        wanted = precision or "int8 or fp32"
+def _on_cpu(folder: Path, precision: str | None) -> Choice:
+    exported = exported_precisions(folder)
+    if not exported or precision not in (None, *exported):
+        wanted = precision or "any precision"
         return Choice("torch", "cpu", precision, f"torch, since there is no ONNX export in {wanted} of these weights")
     if not _is_installed("onnxruntime"):
         return Choice(
             "torch", "cpu", precision, "torch, since onnxruntime is not installed (pip install 'mope-llm[onnx]')"
         )
-    asked = None if best == "fp32" else best  # fp32 is what every export has had
-    return Choice("onnx", "cpu", asked, f"onnx, since there is an ONNX export in {best}")
+    best = precision or choose_precision(read_manifest(folder))
+    return Choice("onnx", "cpu", best, f"onnx, since there is an ONNX export in {best}")
 
 
-def _on_gpu(folder: Path, config: PredictorConfig, device: str, precision: str | None) -> Choice:
+def _on_gpu(folder: Path, device: str, precision: str | None) -> Choice:
     if (folder / TENSORRT_FOLDER / MANIFEST).exists() and _is_installed("tensorrt"):
         return Choice("tensorrt", device, precision, "tensorrt, since engines were built and it is installed")
-    if _exported_precisions(folder, config) and _has_distribution("onnxruntime-gpu"):
+    if exported_precisions(folder) and _has_distribution("onnxruntime-gpu"):
         return Choice("onnx-gpu", device, precision, "onnx-gpu, since there is an ONNX export and onnxruntime-gpu")
     return Choice(
         "torch", device, precision, f"torch, since neither TensorRT engines nor onnxruntime-gpu are there for {device}"
     )
-
-
-def _exported_precisions(folder: Path, config: PredictorConfig) -> set[str]:
-    """Precisions in which every network was exported from the weights as they are now."""
-    path = folder / ONNX_FOLDER / MANIFEST
-    manifest = read_json(path) if path.exists() else {}
-    saved = {name: entry["sha256"] for name, entry in read_json(folder / "files.json").items()}
-    is_fresh = all(saved.get(name) == sha256 for name, sha256 in manifest.get("exported_from", {}).items())
-    if manifest.get("format_version") != MANIFEST_VERSION or not is_fresh:
-        return set()
-    networks: dict[str, set[str]] = {}
-    for graph in manifest["graphs"]:
-        networks.setdefault(graph.get("precision", "fp32"), set()).add(graph["network"])
-    return {precision for precision, names in networks.items() if names.issuperset(network_names(config))}
 
 
 def _is_installed(module: str) -> bool:

@@ -309,7 +309,7 @@ def test_from_a_file_to_figures(run: Run, exported: Path, prompts: Path, tmp_pat
     assert np.median(wall) == pytest.approx(found["subjects"][1]["latency"]["wall_ms"]["p50"], abs=1e-3)
     assert (output / "latency.png").read_bytes()[:4] == b"\x89PNG"
     markdown = (output / "bench.md").read_text()
-    assert "| tiny onnx |" in markdown
+    assert "| tiny onnx fp32 |" in markdown
     first, second = tables(found)[0].rows
     assert first[-2:] == ["1.00", "1.00"]
     ratio = found["subjects"][1]["latency"]["wall_ms"]["p50"] / found["subjects"][0]["latency"]["wall_ms"]["p50"]
