@@ -204,6 +204,8 @@ def _print_table(predictor: LengthPredictor, prompts: Sequence[str], predictions
 
 def _predict_lines(arguments: Namespace) -> int:
     """Predict every line of a file of requests."""
+    from rich.markup import escape
+
     num_lines = num_bad = 0
     first_error = ""
     with reading(arguments.input, "--input") as (lines, total):
@@ -225,7 +227,7 @@ def _predict_lines(arguments: Namespace) -> int:
     if num_bad:
         terminal.console().print(
             f"[yellow]warning:[/] {num_bad:,} of {num_lines:,} lines are no requests and have an error instead of a "
-            f"prediction; the first: {first_error}",
+            f"prediction; the first: {escape(first_error)}",
             highlight=False,
             soft_wrap=True,
         )

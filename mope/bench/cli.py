@@ -98,7 +98,10 @@ def _subjects(artifacts: Sequence[Path], config: BenchConfig) -> list[Subject]:
     for folder in artifacts:
         artifact.check(folder)
     saved = saved_predictors(artifacts, config.backends, config.precisions, config.num_threads, config.device)
-    return [*saved, *(Peer(name, artifacts[0], config.num_threads[0], config.device) for name in config.against)]
+    return [
+        *saved,
+        *(Peer(name, artifacts[0], config.num_threads[0], config.device) for name in dict.fromkeys(config.against)),
+    ]
 
 
 def _requests(prompts: str, config: BenchConfig) -> list[Request]:
@@ -140,7 +143,7 @@ def _save(folder: Path, result: Mapping[str, Any], found: Sequence[Measured], go
 
         times = {one.subject.name: (one.wall_TR, one.cpu_TR) for one in found}
         latency_plot(times, folder / "latency.png", goal_ms=goal_ms)
-    terminal.console().print(f"figures are in {folder}", highlight=False, soft_wrap=True)
+    terminal.console().print(f"figures are in {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _load_average() -> list[float] | None:

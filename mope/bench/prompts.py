@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from rich.markup import escape
 
 from mope.console import console
 from mope.errors import DataError
@@ -59,7 +60,7 @@ def read_sample(name: str, num_requests: int, seed: int) -> list[Request]:
     if mistakes:
         console().print(
             f"[yellow]warning:[/] {len(mistakes):,} of {len(mistakes) + len(requests):,} lines that were read are no "
-            f"requests; for example {mistakes[0]}",
+            f"requests; for example {escape(mistakes[0])}",
             highlight=False,
             soft_wrap=True,
         )

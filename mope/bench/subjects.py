@@ -6,7 +6,6 @@ to load; does not know how it is measured.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -109,7 +108,7 @@ def saved_predictors(
     num_threads: Sequence[int] = (1,),
     device: str = "cpu",
 ) -> list[SavedPredictor]:
-    """Each artifact in each backend, precision and number of threads, under names that differ.
+    """Each artifact in each backend, precision and number of threads, once, under names that differ.
 
     Args:
         artifacts: folders of saved predictors.
@@ -118,22 +117,28 @@ def saved_predictors(
         num_threads: threads of each call.
         device: where torch runs.
     """
-    same_name = Counter(folder.resolve().name for folder in artifacts)
-    found = []
+    found = {}
     for folder, asked, threads in product(artifacts, precisions or (None,), num_threads):
-        short = folder.resolve().name
         for backend in backends or (_ready_backend(folder),):
             precision = _own_precision(folder, backend) if asked is None else asked
             parts = [
-                short if same_name[short] == 1 else str(folder),
+                _short_name(folder, artifacts),
                 backend,
                 precision,
                 f"{threads} threads" if threads != 1 else None,
             ]
             name = " ".join(part for part in parts if part)
             place = _place(backend, device)
-            found.append(SavedPredictor(name, folder, backend, precision, threads, place))
-    return found
+            found[name] = SavedPredictor(name, folder, backend, precision, threads, place)
+    return list(found.values())
+
+
+def _short_name(folder: Path, folders: Sequence[Path]) -> str:
+    """As much of the end of a folder's path as tells it from the others."""
+    parts = folder.resolve().parts
+    others = [other.resolve().parts for other in folders if other.resolve() != folder.resolve()]
+    num_parts = next(num for num in range(1, len(parts) + 1) if all(other[-num:] != parts[-num:] for other in others))
+    return "/".join(parts[-num_parts:])
 
 
 def _ready_backend(folder: Path) -> str:

@@ -90,7 +90,7 @@ def rate(answer: Callable[[Sequence[ItemT]], object], batches: Iterator[Sequence
     Args:
         answer: answers a batch; called by several threads at once.
         batches: an endless iterator that is safe to share between threads.
-        seconds: until when a caller takes a new batch.
+        seconds: until when a caller takes a new batch; each takes one at least.
         num_callers: threads.
     """
     barrier = threading.Barrier(num_callers)
@@ -98,7 +98,7 @@ def rate(answer: Callable[[Sequence[ItemT]], object], batches: Iterator[Sequence
     def caller() -> tuple[int, float]:
         barrier.wait()
         num_requests, started = 0, time.perf_counter()
-        while (taken := time.perf_counter() - started) < seconds:
+        while (taken := time.perf_counter() - started) < seconds or not num_requests:
             batch = next(batches)
             answer(batch)
             num_requests += len(batch)
