@@ -74,10 +74,10 @@ def evaluate_artifact(
         DataError: no test rows.
     """
     predictor = LengthPredictor.from_pretrained(folder, device=device)
-    console().print(f"{folder} is run by {predictor.backend_reason}", highlight=False, soft_wrap=True)
     data = data.model_copy(update={"label_tokenizer": predictor.config.label_tokenizer, "min_rows": 0})
     cache = data.cache_dir / "tokenizers" / predictor.config.tokenizer_sha256[:16]
     found = build_rows(resolve_label_tokenizer(data, predictor.encoder.tokenizer_json(), cache))
+    console().print(f"{folder} is run by {predictor.backend_reason}", highlight=False, soft_wrap=True)
     evaluation, rows = evaluate_on(predictor, found, samples=samples, baselines=baselines)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
