@@ -20,6 +20,8 @@ from mope.grid import Array
 from mope.router import Router, softmax
 from mope.rules import RuleHits
 
+LEAST_WEIGHT = 0.01  # of an expert in a mixture; one below it neither runs nor counts
+
 
 def expert_probabilities(heads_BKN: Array, tail_shares: Array) -> Array:
     """Each expert's distribution over the whole grid, shape (B, K, M): its tail bin spread by `tail_shares`."""
@@ -27,10 +29,14 @@ def expert_probabilities(heads_BKN: Array, tail_shares: Array) -> Array:
     return np.concatenate([probabilities[..., :-1], probabilities[..., -1:] * tail_shares], axis=-1)
 
 
-def experts_needed(route_BK: Array, combination: Combination, threshold: float = 0.01) -> Array:
-    """Which experts must run, bool (B, K): the routed one, or in a mixture all above the threshold."""
-    best = np.arange(route_BK.shape[1]) == route_BK.argmax(axis=1, keepdims=True)
-    return np.asarray(best if combination == "top1" else best | (route_BK >= threshold))
+def experts_needed(route_BK: Array, combination: Combination) -> Array:
+    """Which experts must run, bool (B, K): the routed one, or in a mixture all above `LEAST_WEIGHT`.
+
+    The routed one is always above it: of at most eight experts it has at least an eighth.
+    """
+    if combination == "top1":
+        return np.asarray(np.arange(route_BK.shape[1]) == route_BK.argmax(axis=1, keepdims=True))
+    return np.asarray(route_BK >= LEAST_WEIGHT)
 
 
 def cumulative(heads_BKN: Array, route_BK: Array, tail_shares: tuple[float, ...], combination: Combination) -> Array:
@@ -46,7 +52,7 @@ def cumulative(heads_BKN: Array, route_BK: Array, tail_shares: tuple[float, ...]
     """
     logits_BKN = np.asarray(heads_BKN, dtype=np.float64)
     masses_BKN = np.exp(logits_BKN - logits_BKN.max(axis=-1, keepdims=True))
-    weights_BK = np.where(experts_needed(route_BK, combination), 1.0 if combination == "top1" else route_BK, 0.0)
+    weights_BK = experts_needed(route_BK, combination) * (1.0 if combination == "top1" else route_BK)
     mixed_BN = ((weights_BK / masses_BKN.sum(axis=-1))[:, None] @ masses_BKN)[:, 0]
     num_body = mixed_BN.shape[1] - 1
     cdf_BE = np.empty((len(mixed_BN), num_body + 1 + len(tail_shares)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import log
 from typing import Any
 
@@ -25,16 +25,21 @@ PARTS = ("gate", "rules", "lookup")
 LEAST_VOTE = 1e-6  # a part that is sure of itself cannot silence the others
 
 
+@lru_cache(maxsize=64)
+def _parts_key(parts: tuple[str, ...]) -> str:
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise ConfigError(f"unknown router part {unknown[0]!r}; known are {', '.join(PARTS)}")
+    return "+".join(part for part in PARTS if part in parts) or "prior"
+
+
 def parts_key(parts: Sequence[str]) -> str:
     """`"gate+rules"` for parts in any order; `"prior"` for none.
 
     Raises:
         ConfigError: an unknown part.
     """
-    unknown = sorted(set(parts) - set(PARTS))
-    if unknown:
-        raise ConfigError(f"unknown router part {unknown[0]!r}; known are {', '.join(PARTS)}")
-    return "+".join(part for part in PARTS if part in parts) or "prior"
+    return _parts_key(tuple(parts))
 
 
 def softmax(logits: Array) -> Array:
