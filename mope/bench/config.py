@@ -28,7 +28,7 @@ class BenchConfig(Frozen):
     against: tuple[PeerName, ...] = Field((), description="peers in their published shape, with random weights")
     device: str = Field("cpu", description="where torch runs: cpu, cuda, cuda:1, ...")
     turn_requests: int = Field(
-        20, ge=1, description="requests that a subject answers one after the other before the next subject's turn"
+        100, ge=1, description="requests that a subject answers one after the other before the next subject's turn"
     )
     rounds: int = Field(5, ge=1, description="times that every request is asked, and that throughput is measured")
     warm_up: int = Field(20, ge=0, description="calls before the first that counts")
