@@ -47,7 +47,7 @@ def latency_plot(times: Mapping[str, tuple[Array, Array]], path: Path, *, goal_m
                 axes.axvline(goal_ms, color="#333333", linewidth=1.0, linestyle="--", label=f"goal {goal_ms:g} ms")
             axes.set(xscale="log", xlim=(low * 0.8, high * 1.25), ylim=(0, 1.02), title=f"{panel} of one request")
             axes.set_xlabel("milliseconds, log scale (dots: p50 and p99)")
-            axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
