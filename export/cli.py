@@ -13,6 +13,7 @@ from typing import Any
 from mope import console as terminal
 from mope.backends.onnx_backend import ONNX_FOLDER, PRECISIONS, Precision, export_target
 from mope.errors import ConfigError
+from mope.extras import require
 from mope.flags import NONE, Parser
 
 TARGETS: dict[str, Precision] = {export_target(precision): precision for precision in PRECISIONS}
@@ -71,13 +72,11 @@ def _export(argv: list[str], prog: str) -> int:
     engines = parser.add_argument_group("TensorRT engines")
     engines.add_argument(
         "--precision",
-        default="fp16",
         choices=("fp32", "fp16", "qdq"),
         help="graphs that the engines are built from, exported first if they are not there (default: fp16)",
     )
     engines.add_argument(
         "--hardware-compatibility",
-        default="none",
         choices=("none", "ampere_plus"),
         help="ampere_plus: engines that run on other GPUs since Ampere, too, somewhat slower (default: none)",
     )
@@ -88,8 +87,13 @@ def _export(argv: list[str], prog: str) -> int:
     if arguments.max_test_rows < 2:
         raise ConfigError(f"--max-test-rows: got {arguments.max_test_rows}; expected at least 2")
 
+    require("torch", "mope-export")
     if arguments.to == TENSORRT:
         return _export_engines(arguments)
+
+    for flag in ("precision", "hardware_compatibility", "version_compatible"):
+        if getattr(arguments, flag):
+            raise ConfigError(f"--{flag.replace('_', '-')} goes with --to {TENSORRT}; got --to {arguments.to}")
 
     from mope.export.run import export_onnx
 
@@ -115,10 +119,10 @@ def _export_engines(arguments: Namespace) -> int:
         raise ConfigError("--output goes with ONNX graphs; engines belong to one GPU: they are built beside them")
     manifest = export_engines(
         arguments.artifact,
-        arguments.precision,
+        arguments.precision or "fp16",
         data=arguments.data,
         max_test_rows=arguments.max_test_rows,
-        hardware_compatibility=arguments.hardware_compatibility,
+        hardware_compatibility=arguments.hardware_compatibility or "none",
         version_compatible=arguments.version_compatible,
     )
     if arguments.json:

@@ -41,7 +41,7 @@ Predict how many tokens an LLM will answer.
 With --input, each line is a JSON object {"id", "prompt" or "messages", "history"?, "target_llm"?, "max_tokens"?, ...},
 and each becomes one line {"id", "median", "mean", "quantiles": {"0.1", "0.5", "0.9", "0.99"}, "expert", "source"}, in
 the same order. A line that is no such request becomes {"id", "error"}: it is counted on stderr, the others are
-predicted, and the exit status is 0. If no line is a request, nothing is written and the status is 2. A request
+predicted, and the exit status is 0. If no line is a request, the status is 2 and no --output appears. A request
 without an id gets its line number."""
 
 

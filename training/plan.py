@@ -123,7 +123,8 @@ class Plan:
             f"time on {measured.world_size} device(s), extrapolated, if no network stops early:",
             *(f"  {name:<{width}}  {_duration(seconds):>9}" for name, seconds in self.stages),
             f"  {'in all':<{width}}  {_duration(self.seconds):>9}",
-            "not in it: reading the data, baselines without an encoder, plots",
+            "not in it: reading the data, baselines without an encoder, plots; of a student, training its teacher and "
+            "asking it about every training row",
             f"memory: {measured.peak_bytes / GIB:.1f} GiB{gpu} at the peak of these steps (measured), "
             f"{self.memory_bytes / GIB:.1f} GiB with all rows and networks (extrapolated)",
         ]
@@ -140,7 +141,7 @@ def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
         UserError: data or config that the run could not use either.
     """
     model = config.model
-    encoder, grid = _trunk(model)
+    encoder, grid = _trunk(model, config.data.label_tokenizer)
     data = [_read(config.data, encoder)]
     if config.test_data is not None:
         data.append(_read(config.test_data.model_copy(update={"min_rows": 0}), encoder))
@@ -171,13 +172,14 @@ def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
     )
 
 
-def _trunk(model: ModelConfig) -> tuple[Trunk, Grid | None]:
+def _trunk(model: ModelConfig, label_tokenizer: str) -> tuple[Trunk, Grid | None]:
     """The trunk and its teacher's grid; a teacher that is still to be trained lends its encoder alone."""
     if model.teacher is None or model.teacher in recipe_names():
         origin = model if model.teacher is None else load_recipe(model.teacher).model
         settled = {"preset": model.preset, "num_layers": model.num_layers, "static_size": model.static_size}
         return find_trunk(origin.model_copy(update=settled)), None
     teacher = Teacher(Path(model.teacher).expanduser(), model.num_layers)
+    teacher.check(model, label_tokenizer)
     return find_trunk(model, teacher), Grid.of(teacher.settings)
 
 

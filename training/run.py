@@ -177,6 +177,8 @@ def _teacher(config: TrainConfig, output: Path, *, resume: bool, command: Sequen
             raise ConfigError(f"{folder} was not trained as recipe {name} says; remove it, or type --teacher {folder}")
         else:
             console().print(f"the teacher, recipe {name}, is already trained: {folder}", highlight=False)
+    if folder.resolve() == output.resolve():
+        raise ConfigError(f"--output {output} is the teacher itself, which would be replaced; choose another")
     teacher = Teacher(folder, config.model.num_layers, inference_device(config.fit))
     teacher.check(config.model, config.data.label_tokenizer)
     return teacher
@@ -318,7 +320,7 @@ def _say_plan(prepared: Prepared, config: TrainConfig) -> None:
     )
     if config.fit.max_train_rows is not None:
         console().print(
-            "this is a sample: `mope-train --recipe sharegpt-minilm` trains on all rows",
+            f"this is a sample of {config.fit.max_train_rows:,} training rows (--max-train-rows none trains on all)",
             highlight=False,
             soft_wrap=True,
         )

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mope.backends import Backend
-from mope.backends.onnx_backend import MANIFEST, choose_precision, exported_precisions, read_manifest
+from mope.backends.onnx_backend import MANIFEST, choose_precision, exported_precisions, has_weights, read_manifest
 from mope.config import PredictorConfig
-from mope.errors import ConfigError
+from mope.errors import ArtifactError, ConfigError
 from mope.extras import require
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "qdq")
@@ -90,6 +90,7 @@ def choose(
     TensorRT if engines were built, then ONNX Runtime if its GPU build is installed, else torch.
 
     Raises:
+        ArtifactError: a copy for serving, which has no weights, without graphs to run.
         ConfigError: an unknown backend or precision, or a backend that does not run on the device.
     """
     for what, got, known in (("backend", backend, BACKENDS), ("precision", precision, PRECISIONS)):
@@ -113,6 +114,12 @@ def choose(
 def _on_cpu(folder: Path, precision: str | None) -> Choice:
     exported = exported_precisions(folder)
     if not exported or precision not in (None, *exported):
+        if not has_weights(folder):
+            read_manifest(folder)  # says what is wrong with it, if it is that
+            raise ArtifactError(
+                f"{folder} is a copy for serving: it has ONNX graphs in {', '.join(exported)} and no weights to run or "
+                f"export in {precision}; use the folder that it was exported from"
+            )
         wanted = precision or "any precision"
         return Choice("torch", "cpu", precision, f"torch, since there is no ONNX export in {wanted} of these weights")
     if not _is_installed("onnxruntime"):

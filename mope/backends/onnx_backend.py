@@ -33,6 +33,11 @@ def graph_file(network: str, precision: str) -> str:
     return f"{network}.{precision}.onnx"
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether an artifact has the weights of its networks; a copy for serving has ONNX graphs alone."""
+    return any((folder / f"{name}.safetensors").exists() for name in ("model", "gate"))
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an artifact's ONNX graphs, after checking that it belongs to the artifact.
 
@@ -42,13 +47,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ArtifactError: nothing was exported, the manifest is of another version, or the weights changed since.
     """
     path = folder / ONNX_FOLDER / MANIFEST
+    advice = f"type: mope-export {folder} --to onnx" if has_weights(folder) else "copy the whole folder again"
     if not path.exists():
-        raise ArtifactError(f"{folder} has no ONNX export; type: mope-export {folder} --to onnx")
+        raise ArtifactError(f"{folder} has no ONNX export; {advice}")
     manifest: dict[str, Any] = read_json(path)
     if manifest.get("format_version") != MANIFEST_VERSION:
         raise ArtifactError(
-            f"{path} has version {manifest.get('format_version')}; this mope reads {MANIFEST_VERSION}: "
-            f"mope-export {folder} --to onnx"
+            f"{path} has version {manifest.get('format_version')}; this mope reads {MANIFEST_VERSION}: {advice}"
         )
     exported_from = manifest["exported_from"]
     saved = {name: entry["sha256"] for name, entry in read_json(folder / "files.json").items()}

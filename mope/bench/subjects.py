@@ -120,6 +120,8 @@ def saved_predictors(
     found = {}
     for folder, asked, threads in product(artifacts, precisions or (None,), num_threads):
         for backend in backends or (_ready_backend(folder),):
+            if backend == "torch" and len(backends) > 1 and asked not in (None, "fp32", "fp16"):
+                continue  # a precision of the other backends
             precision = _own_precision(folder, backend) if asked is None else asked
             parts = [
                 _short_name(folder, artifacts),

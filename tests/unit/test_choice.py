@@ -16,7 +16,7 @@ from mope import LengthPredictor, artifact
 from mope.backends import choice
 from mope.backends.choice import choose
 from mope.backends.onnx_backend import MANIFEST_VERSION
-from mope.errors import ConfigError
+from mope.errors import ArtifactError, ConfigError
 
 
 @pytest.fixture
@@ -76,6 +76,11 @@ def test_a_copy_for_serving_runs_in_onnx_runtime(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     artifact.seal(folder)
     assert choose(folder).backend == "onnx"
+    with pytest.raises(ArtifactError, match=r"a copy for serving: it has ONNX graphs in int8 and .* in fp32"):
+        choose(folder, precision="fp32")
+    shutil.rmtree(folder / "onnx")
+    with pytest.raises(ArtifactError, match="has no ONNX export; copy the whole folder again"):
+        choose(folder)
 
 
 def test_without_onnxruntime_it_is_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

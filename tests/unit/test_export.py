@@ -411,3 +411,10 @@ def test_the_command(copy: Path, capsys: pytest.CaptureFixture[str], target: str
 def test_mistakes_at_the_command(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert main(["nowhere", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_options_of_engines_are_refused_for_graphs(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mope.export.cli import main
+
+    assert main([str(tiny), "--to", "onnx", "--precision", "fp16"]) == 2
+    assert "--precision goes with --to tensorrt; got --to onnx" in capsys.readouterr().err
