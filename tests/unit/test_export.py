@@ -140,7 +140,8 @@ def test_serving_needs_no_torch(exported: dict[str, Path]) -> None:
         "print(predictor.predict('Explain TCP slow start.').source)\n"
         "import asyncio\n"
         "print(asyncio.run(predictor.predict_async('Explain TCP slow start.', deadline_s=60)).source)\n"
-        "print(sorted({'rich', 'huggingface_hub', 'torch', 'transformers'} & {n for n, m in list(sys.modules.items()) if m}))"
+        "loaded = {name for name, module in list(sys.modules.items()) if module}\n"
+        "print(sorted({'rich', 'huggingface_hub', 'torch', 'transformers'} & loaded))"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "model\nmodel\n[]\n"), done.stderr
