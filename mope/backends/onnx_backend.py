@@ -5,13 +5,12 @@ Knows the folder `onnx/` that `mope-export` wrote into an artifact; does not kno
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mope.artifact import read_json
-from mope.backends import ChooseExperts, RawOutputs, RunNetwork, run_networks
+from mope.backends import ChooseExperts, RawOutputs, RunNetwork, copy_weights, run_networks
 from mope.config import PredictorConfig, network_names
 from mope.errors import ArtifactError, ConfigError
 from mope.extras import require
@@ -195,9 +194,8 @@ class OnnxBackend:
 
     def save(self, folder: Path) -> None:
         """Copy the weight files, as far as the artifact has any, into a folder."""
-        for name in network_names(self._config):
-            if self._folder is not None and (weights := self._folder / f"{name}.safetensors").exists():
-                shutil.copyfile(weights, folder / weights.name)
+        if self._folder is not None:
+            copy_weights(self._folder, folder, self._config)
 
 
 def _runner(session: Any) -> RunNetwork:
