@@ -21,6 +21,7 @@ import numpy as np
 from mope.grid import Array
 from mope.request import Request
 from mope.rules import RULE_NAMES, RuleHits, match_rules
+from mope.target_llm import MAX_SIZE, LlmTable, describe
 from mope.triggers import Triggers, Words
 
 if TYPE_CHECKING:
@@ -72,8 +73,9 @@ NUMBER_NAMES = (
     "ends_with_question", "ends_with_colon", "wh_question", "asks_long", "asks_short", "code_signs", "log_asked_tokens",
     *(f"rule_{name}" for name in RULE_NAMES),
     "log_max_tokens", "has_max_tokens", "temperature", "has_temperature", "tools", "response_format", "thinking",
-    "not_thinking",
+    "not_thinking", "log_thinking_budget", "has_thinking_budget", "log_llm_size", "has_llm_size", "llm_reasoning",
 )  # fmt: skip
+LLM_NUMBERS = tuple(map(NUMBER_NAMES.index, ("log_llm_size", "has_llm_size", "llm_reasoning")))
 _NO_HISTORY = (0.0,) * (NUMBER_NAMES.index("log_same_beginning") - NUMBER_NAMES.index("has_history"))
 _NO_RULES = (0.0,) * len(RULE_NAMES)
 
@@ -126,7 +128,17 @@ def request_numbers(
         0.0 if request.temperature is None else min(max(0.0, request.temperature), 100.0),
         request.temperature is not None, request.tools, bool(request.response_format),
         request.thinking is True, request.thinking is False,
+        0.0 if request.thinking_budget is None else log1p(max(request.thinking_budget, 0)),
+        request.thinking_budget is not None, *_llm_numbers(request),
     ]  # fmt: skip
+
+
+def _llm_numbers(request: Request) -> tuple[float, float, float]:
+    """What is known of the target LLM: log of its size, whether that is known, whether it reasons."""
+    named = describe(request.target_llm)
+    size = named.size if request.llm_size is None else request.llm_size
+    reasoning = named.reasoning if request.llm_reasoning is None else request.llm_reasoning
+    return (0.0, 0.0, float(reasoning)) if size is None else (log1p(min(size, MAX_SIZE)), 1.0, float(reasoning))
 
 
 def _count(text: bytes, letters: bytes) -> int:
@@ -234,7 +246,7 @@ class RequestEncoder:
         max_context_tokens: window of the context in tokens, 0 to leave it out.
         chars_per_token: characters kept per input token before tokenising; English words have about 5.
         lexical_chars: characters of the prompt, from both ends, that rules and lexical numbers look at.
-        target_llms: names of known target LLMs.
+        target_llms: names of known target LLMs, see `mope.target_llm.LlmTable`.
     """
 
     def __init__(
@@ -259,7 +271,7 @@ class RequestEncoder:
         window_chars = chars_per_token * max(max_prompt_tokens, max_context_tokens)
         self._compared_chars = min(COMPARED_CHARS, lexical_chars)
         self._read_chars = max(lexical_chars, window_chars, ceil(self._compared_chars / HEAD_SHARE))
-        self._llm_index = {name: index for index, name in enumerate(target_llms, start=1)}
+        self.llms = LlmTable(target_llms)
 
     @classmethod
     def of(cls, config: PredictorConfig, tokenizer: Tokenizer) -> RequestEncoder:
@@ -289,7 +301,7 @@ class RequestEncoder:
                 for prompt, context in zip(prompts, contexts, strict=True)
             ],
             numbers_BF=np.array(numbers, dtype=np.float32).reshape(len(requests), len(NUMBER_NAMES)),
-            llm_B=np.array([self._llm_index.get(request.target_llm or "", 0) for request in requests], dtype=np.int64),
+            llm_B=np.array([self.llms.find(request.target_llm, request.llm_family) for request in requests], np.int64),
             rule_hits=hits,
         )
 
@@ -300,8 +312,9 @@ class RequestEncoder:
         """
         rest = (
             len(request.prompt), len(request.previous_prompt), len(request.system), request.answer_bytes,
-            request.num_earlier_turns, self._llm_index.get(request.target_llm or "", 0), request.max_tokens,
-            request.temperature, request.tools, bool(request.response_format), request.thinking,
+            request.num_earlier_turns, self.llms.find(request.target_llm, request.llm_family), _llm_numbers(request),
+            request.max_tokens, request.temperature, request.tools, bool(request.response_format), request.thinking,
+            request.thinking_budget,
         )  # fmt: skip
         digest = blake2b(repr(rest).encode(), digest_size=16)
         for text in (request.prompt, request.previous_prompt, request.system):

@@ -10,9 +10,14 @@ from typing import Any
 
 from mope.errors import DataError
 from mope.request import Request
+from mope.target_llm import MAX_SIZE
 
-FLAGS = frozenset({"max_tokens", "temperature", "tools", "response_format", "thinking", "target_llm", "system"})
+FLAGS = frozenset(
+    {"max_tokens", "temperature", "tools", "response_format", "thinking", "thinking_budget", "target_llm", "llm_family",
+     "llm_size", "llm_reasoning", "system"}
+)  # fmt: skip
 MAX_TOKENS, MAX_TEMPERATURE = 2**31 - 1, 100
+_LLM_FIELDS = ("llm_family", "llm_size", "llm_reasoning")
 
 
 def as_request(request: Request | str | Mapping[str, Any]) -> Request:
@@ -119,12 +124,20 @@ def _is_temperature(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= MAX_TEMPERATURE
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= MAX_SIZE
+
+
 _FLAG_CHECKS = {
     "target_llm": (_is_name, "the name of an LLM"),
     "system": (_is_text, "a text"),
     "max_tokens": (_is_cap, f"a whole number from 1 to {MAX_TOKENS}"),
     "temperature": (_is_temperature, f"a number from 0 to {MAX_TEMPERATURE}"),
     "thinking": (lambda value: isinstance(value, bool), "true or false"),
+    "thinking_budget": (_is_cap, f"a whole number from 1 to {MAX_TOKENS}"),
+    "llm_family": (_is_name, "the family of an LLM"),
+    "llm_size": (_is_size, "billions of parameters, above 0"),
+    "llm_reasoning": (lambda value: isinstance(value, bool), "true or false"),
     "tools": (lambda value: isinstance(value, bool | list | tuple | Mapping), "a list of tools, or true or false"),
     "response_format": (lambda value: isinstance(value, str | Mapping), 'a name such as "json_object"'),
 }
@@ -135,12 +148,10 @@ def _checked(request: Request) -> Request:
     for name in ("prompt", "system", "previous_prompt", "response_format"):
         if not isinstance(getattr(request, name), str):
             raise DataError(f"{name} is {type(getattr(request, name)).__name__}; expected a string")
-    for name in ("target_llm", "max_tokens", "temperature"):
+    for name in ("target_llm", "max_tokens", "temperature", "thinking", "thinking_budget", *_LLM_FIELDS):
         value = getattr(request, name)
         if value is not None and not _FLAG_CHECKS[name][0](value):
             raise DataError(f"{name} is {_FLAG_CHECKS[name][1]}; got {_shown(value)}")
-    if not isinstance(request.thinking, bool | None):
-        raise DataError(f"thinking is true or false; got {_shown(request.thinking)}")
     if not isinstance(request.tools, bool):
         raise DataError(f"tools of a Request is true or false; got {_shown(request.tools)}")
     sizes = (request.num_earlier_turns, *request.answer_bytes) if isinstance(request.answer_bytes, tuple) else (None,)

@@ -33,6 +33,10 @@ class Request:
         tools: whether tools are offered.
         response_format: `"json_object"`, `"json_schema"`, ... or empty for free text.
         thinking: whether a reasoning LLM is asked to think; None if unknown.
+        thinking_budget: cap on the tokens of its thoughts, if any.
+        llm_family: family of the target LLM, such as `"qwen"`, where its name does not tell.
+        llm_size: billions of parameters of the target LLM, where its name does not tell.
+        llm_reasoning: whether the target LLM writes long thoughts, where its name does not tell.
     """
 
     prompt: str
@@ -46,6 +50,10 @@ class Request:
     tools: bool = False
     response_format: str = ""
     thinking: bool | None = None
+    thinking_budget: int | None = None
+    llm_family: str | None = None
+    llm_size: float | None = None
+    llm_reasoning: bool | None = None
 
     @classmethod
     def from_messages(cls, messages: Sequence[Mapping[str, Any]], **flags: Any) -> Request:

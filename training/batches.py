@@ -7,8 +7,10 @@ Shape suffixes: R rows, B rows of a batch, S tokens, F numbers, K experts, N bin
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,27 @@ class EncodedRows:
         """Input tokens per row, shape (R,)."""
         return np.diff(self.offsets)
 
+    @cached_property
+    def text_R(self) -> Array:
+        """Which text each row has, shape (R,): the same for answers of several LLMs to one text, else one for each.
+
+        Two answers of one LLM to the same text stay apart, so that a text that comes a thousand times ("continue")
+        does not end up in one batch.
+        """
+        texts: dict[tuple[bytes, int], int] = {}
+        seen: Counter[tuple[bytes, int]] = Counter()
+        found = np.empty(len(self), dtype=np.int64)
+        for row, llm in enumerate(self.llm_R.tolist()):
+            text = self.flat_ids[self.offsets[row] : self.offsets[row + 1]].tobytes()
+            found[row] = texts.setdefault((text, seen[text, llm]), len(texts))
+            seen[text, llm] += 1
+        return found
+
+    @property
+    def num_texts(self) -> int:
+        """How many texts there are, see `text_R`."""
+        return int(self.text_R.max(initial=-1)) + 1
+
     def take(self, rows: Array) -> EncodedRows:
         """The rows at the given positions."""
         return EncodedRows(
@@ -116,12 +139,14 @@ class EncodedRows:
         if self.targets is not None:
             targets = self.targets.take(rows)
             taught = {"teacher_mix_BN": targets.log_mix_RN, "teacher_gate_BK": targets.log_gate_RK}
+        _, text_B = np.unique(self.text_R[rows], return_inverse=True)
         return {
             **{name: torch.from_numpy(array.astype(np.float32)) for name, array in taught.items()},
             "input_ids_BS": torch.from_numpy(ids_BS),
             "attention_mask_BS": torch.from_numpy(mask_BS.astype(np.int64)),
             "numbers_BF": torch.from_numpy(self.numbers_RF[rows]),
             "llm_B": torch.from_numpy(self.llm_R[rows]),
+            "text_B": torch.from_numpy(text_B),
             "tokens_B": torch.from_numpy(self.tokens_R[rows].astype(np.float32)),
             "censored_B": torch.from_numpy(self.censored_R[rows]),
         }
@@ -162,15 +187,16 @@ def encode_rows(table: RowTable, encoder: RequestEncoder, description: str) -> E
 
 
 class BucketLoader:
-    """Batches of rows of like length, in an order that follows from seed and epoch.
+    """Batches of texts of like length, in an order that follows from seed and epoch.
 
-    Rows are shuffled, cut into pools of `pool_batches` batches, sorted by length within a pool, and the
-    batches shuffled. Each rank of a distributed run takes every `world_size`-th batch. The position within
-    an epoch is saved and restored, so a run that was killed goes on with the rows it had not seen.
+    Texts are shuffled, cut into pools of `pool_batches` batches, sorted by length within a pool, and the batches
+    shuffled. A text comes with all its rows, which are more than one where several LLMs answered it. Each rank of a
+    distributed run takes every `world_size`-th batch. The position within an epoch is saved and restored, so a run
+    that was killed goes on with the rows it had not seen.
 
     Args:
         rows: what to draw from.
-        batch_size: rows per batch and rank.
+        batch_size: texts per batch and rank.
         seed: fixes the order.
         shuffle: False goes through the rows by length, for validation.
         pool_batches: batches that are sorted together; 1 keeps batches random.
@@ -193,23 +219,28 @@ class BucketLoader:
         self._pool, self._rank, self._world_size = pool_batches * batch_size, rank, world_size
         self._epoch = 0
         self._next = 0
+        by_text = np.argsort(rows.text_R, kind="stable")
+        starts = np.flatnonzero(np.diff(rows.text_R[by_text], prepend=-1))
+        self._texts: list[Array] = np.split(by_text, starts[1:])  # rows of each text
+        self._lengths = rows.lengths[by_text[starts]]
 
     def __len__(self) -> int:
-        batches = -(-len(self._rows) // self._batch_size)
+        batches = -(-len(self._texts) // self._batch_size)
         return batches // self._world_size if self._shuffle and self._world_size > 1 else batches
 
     def batches(self, epoch: int) -> list[Array]:
         """Row positions of each of this rank's batches in an epoch."""
-        lengths = self._rows.lengths
-        if not self._shuffle:
-            return self._rows.by_length(self._batch_size)
         rng = np.random.default_rng([self._seed, epoch])
-        order = rng.permutation(len(self._rows))
+        order = rng.permutation(len(self._texts)) if self._shuffle else np.arange(len(self._texts))
+        pool_size = self._pool if self._shuffle else max(len(order), 1)
         batches: list[Array] = []
-        for start in range(0, len(order), self._pool):
-            pool = order[start : start + self._pool]
-            pool = pool[np.argsort(lengths[pool], kind="stable")]
-            batches += [pool[i : i + self._batch_size] for i in range(0, len(pool), self._batch_size)]
+        for start in range(0, len(order), pool_size):
+            pool = order[start : start + pool_size]
+            pool = pool[np.argsort(self._lengths[pool], kind="stable")]
+            for i in range(0, len(pool), self._batch_size):
+                batches.append(np.concatenate([self._texts[text] for text in pool[i : i + self._batch_size]]))
+        if not self._shuffle:
+            return batches
         mixed = [batches[i] for i in rng.permutation(len(batches))]
         return [mixed[i] for i in range(self._rank, len(self) * self._world_size, self._world_size)]
 

@@ -55,8 +55,8 @@ class ModelConfig(Frozen):
         2000, ge=2, description="characters of the prompt, from both ends, that rules and numbers see"
     )
     head_hidden: int = Field(256, ge=8, description="hidden units of the gate and each head")
-    llm_dim: int = Field(8, ge=1, description="size of a target LLM's embedding")
-    min_llm_rows: int = Field(200, ge=1, description="training rows an LLM needs for an embedding of its own")
+    llm_dim: int = Field(16, ge=1, description="size of a target LLM's embedding")
+    min_llm_rows: int = Field(50, ge=1, description="training rows an LLM needs for an embedding of its own")
     combination: Literal["auto", "top1", "mixture"] = Field(
         "auto", description="top1 (the paper's), mixture, or auto: the better on validation rows"
     )
@@ -70,12 +70,19 @@ class FitConfig(Frozen):
 
     max_train_rows: int | None = Field(None, ge=1, description="train on a sample of this many rows")
     epochs: float = Field(3.0, gt=0, description="passes over the training rows")
-    batch_size: int = Field(32, ge=1, description="rows per step and process")
+    batch_size: int = Field(32, ge=1, description="texts per step and process")
     learning_rate: float = Field(8e-5, gt=0, description="peak learning rate of the encoder")
     head_learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of gate and heads")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
     warmup_share: float = Field(0.06, ge=0, lt=1, description="share of the steps that warm up")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout in gate and heads")
+    llm_dropout: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="share of the rows that are learned as if the LLM were unknown, and as many as if "
+        "only a relative of it were known",
+    )
     freeze_embeddings: bool = Field(True, description="leave the token embeddings as they were pre-trained")
     overlap: float = Field(0.5, ge=0, lt=1, description="margin of each expert's bucket, as a share of its borders")
     crps_weight: float = Field(1.0, ge=0, description="weight of the CRPS in the loss")

@@ -106,6 +106,7 @@ def train_mope(
                 folder / name,
                 description=f"training {name}",
                 resume=resume,
+                target_llms=config.target_llms,
             )
         )
         networks.append(network)
@@ -150,5 +151,6 @@ def train_baseline(
         resume=resume,
         pool_batches=50 if name == "single_expert" else 1,
         length_chunks=1 if name == "single_expert" else 4,
+        target_llms=config.target_llms,
     )
     return network, result, scale

@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +31,8 @@ from mope.backends.network import MopeNetwork
 from mope.backends.static_encoder import StaticEncoder
 from mope.console import console
 from mope.errors import MopeError
+from mope.features import LLM_NUMBERS
+from mope.target_llm import LlmTable
 from mope.training.batches import BucketLoader, EncodedRows, padded_width
 from mope.training.config import FitConfig
 from mope.training.objectives import Loss
@@ -53,14 +55,22 @@ class FitModule(L.LightningModule):
         config: learning rates and schedule.
         total_steps: optimiser steps of the whole fit, for the schedule.
         length_chunks: forward passes that a batch of mixed lengths is cut into, for less padding.
+        target_llms: names of the LLMs with an embedding, see `mope.target_llm.LlmTable`; None to forget none of them.
     """
 
     def __init__(
-        self, network: MopeNetwork, objective: Objective, config: FitConfig, total_steps: int, length_chunks: int = 1
+        self,
+        network: MopeNetwork,
+        objective: Objective,
+        config: FitConfig,
+        total_steps: int,
+        length_chunks: int = 1,
+        target_llms: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.network, self._objective, self._config, self._total_steps = network, objective, config, total_steps
         self._length_chunks = length_chunks
+        self._llm_parents = None if target_llms is None else torch.tensor(LlmTable(target_llms).parents())
         if config.freeze_embeddings and not isinstance(network.encoder, StaticEncoder):  # which is nothing else
             network.encoder.get_input_embeddings().weight.requires_grad_(False)
 
@@ -78,19 +88,30 @@ class FitModule(L.LightningModule):
         return loss.total
 
     def _outputs(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Gate and heads of a batch; rows of like length go through the network together."""
-        lengths_B = batch["attention_mask_BS"].sum(dim=1)
-        order_B = torch.argsort(lengths_B)
+        """Gate and heads of a batch; texts of like length go through the network together, each text once."""
+        text_B = batch["text_B"]
+        lengths_T = batch["attention_mask_BS"].new_zeros(int(text_B.max()) + 1)
+        first_T = lengths_T.scatter_reduce(
+            0, text_B, torch.arange(len(text_B), device=text_B.device), "amin", include_self=False
+        )
+        lengths_T = batch["attention_mask_BS"][first_T].sum(dim=1)
+        order: list[Tensor] = []
         found: list[tuple[Tensor | None, Tensor | None]] = []
-        for rows in order_B.chunk(self._length_chunks):
-            width = padded_width(int(lengths_B[rows].max()))
+        for texts in torch.argsort(lengths_T).chunk(self._length_chunks):
+            place_T = torch.full_like(first_T, -1)
+            place_T[texts] = torch.arange(len(texts), device=texts.device)
+            rows = torch.nonzero(place_T[text_B] >= 0).squeeze(-1)
+            width = padded_width(int(lengths_T[texts].max()))
             gate_BK, heads_BKN, _ = self.network(
-                batch["input_ids_BS"][rows, :width],
-                batch["attention_mask_BS"][rows, :width],
+                batch["input_ids_BS"][first_T[texts], :width],
+                batch["attention_mask_BS"][first_T[texts], :width],
                 batch["numbers_BF"][rows],
                 batch["llm_B"][rows],
+                place_T[text_B[rows]],
             )
+            order.append(rows)
             found.append((gate_BK, heads_BKN))
+        order_B = torch.cat(order)
         back_B = torch.argsort(order_B)
         gate, heads = (
             None if parts[0] is None else torch.cat([part for part in parts if part is not None])[back_B]
@@ -100,6 +121,8 @@ class FitModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         """One optimiser step."""
+        if self._llm_parents is not None:
+            batch = without_some_llms(batch, self._llm_parents, self._config.llm_dropout)
         return self._loss(batch, "train")
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
@@ -134,6 +157,32 @@ class FitModule(L.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def without_some_llms(batch: dict[str, Tensor], parents: Tensor, share: float) -> dict[str, Tensor]:
+    """A batch where some rows don't say which LLM answers, so that one never seen before finds a trained place.
+
+    A share of the rows become those of an unknown LLM, half of them without its size and kind, too; as many
+    become those of the LLM's nearest known relative.
+
+    Args:
+        batch: see `EncodedRows.batch`.
+        parents: index of the nearest relative of each LLM, see `mope.target_llm.LlmTable.parents`.
+        share: see above.
+    """
+    if not share:
+        return batch
+    llm_B, numbers_BF = batch["llm_B"], batch["numbers_BF"]
+    draw_B = torch.rand(len(llm_B), device=llm_B.device)
+    relative_B = torch.where(draw_B < 2 * share, parents.to(llm_B.device)[llm_B], llm_B)
+    is_llm_F = torch.zeros(numbers_BF.shape[1], dtype=torch.bool, device=llm_B.device)
+    is_llm_F[list(LLM_NUMBERS)] = True
+    hidden_BF = (draw_B < share / 2).unsqueeze(-1) & is_llm_F
+    return {
+        **batch,
+        "llm_B": torch.where(draw_B < share, torch.zeros_like(llm_B), relative_B),
+        "numbers_BF": numbers_BF.masked_fill(hidden_BF, 0.0),
+    }
 
 
 class _Rows(L.LightningDataModule):
@@ -301,6 +350,7 @@ def fit(
     resume: bool = False,
     pool_batches: int = 50,
     length_chunks: int = 1,
+    target_llms: Sequence[str] | None = None,
 ) -> FitResult:
     """Train `network` in place; on return it holds the weights of the best validation run.
 
@@ -315,11 +365,12 @@ def fit(
         resume: go on from the folder's last checkpoint, or return at once if the fit had finished.
         pool_batches: see `BucketLoader`.
         length_chunks: see `FitModule`.
+        target_llms: see `FitModule`.
 
     Raises:
         TrainingInterruptedError: Ctrl-C; `folder` holds a checkpoint to resume from.
     """
-    per_epoch = max(1, -(-len(train) // (config.batch_size * world_size(config))))
+    per_epoch = max(1, -(-train.num_texts // (config.batch_size * world_size(config))))
     total_steps = max(1, round(config.epochs * per_epoch))
     weights, done, last = folder / "weights.safetensors", folder / "finished.json", folder / "last.ckpt"
     if resume and done.exists():
@@ -351,7 +402,7 @@ def fit(
         enable_progress_bar=console().is_terminal,
     )
     started = time.monotonic()
-    module = FitModule(network, objective, config, total_steps, length_chunks)
+    module = FitModule(network, objective, config, total_steps, length_chunks, target_llms)
     console().print(
         f"{description}: {len(train):,} rows, {total_steps:,} steps of {config.batch_size}, "
         f"precision {trainer.precision}"

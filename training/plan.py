@@ -209,10 +209,10 @@ def _network(prepared: Prepared, encoder: Trunk, fit: FitConfig) -> MopeNetwork:
 
 
 def _padded_tokens(rows: EncodedRows, fit: FitConfig) -> float:
-    """Mean input tokens of a row in its batch, padding included."""
-    lengths = rows.lengths
+    """Mean input tokens that a row costs, padding included; rows that share a text share its tokens."""
+    lengths, text_R = rows.lengths, rows.text_R
     batches = BucketLoader(rows, fit.batch_size, seed=fit.seed).batches(0)
-    return float(sum(len(batch) * lengths[batch].max() for batch in batches) / len(rows))
+    return float(sum(len(np.unique(text_R[batch])) * lengths[batch].max() for batch in batches) / len(rows))
 
 
 def _measure(network: MopeNetwork, prepared: Prepared, fit: FitConfig, seconds: float) -> Measured:
@@ -295,7 +295,7 @@ class _Clock(Callback):
             return
         _finish_queued(trainer)
         self.steps += 1
-        self.tokens += batch["input_ids_BS"].numel()
+        self.tokens += (int(batch["text_B"].max()) + 1) * batch["input_ids_BS"].shape[1]
         self.elapsed = time.perf_counter() - self._started
         trainer.should_stop = self.elapsed > self._seconds
 

@@ -6,6 +6,7 @@ Knows rows and configs; trains nothing.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ from mope.errors import ConfigError, DataError
 from mope.features import NUMBER_NAMES, RequestEncoder
 from mope.grid import Array, body_edges, pareto_tail, tail_edges, tail_shares
 from mope.provenance import shortened
+from mope.target_llm import known_names
 from mope.training.batches import EncodedRows, encode_rows
 from mope.training.config import ModelConfig
 from mope.training.data.table import RowTable
@@ -136,8 +138,7 @@ def prepare(
 ) -> Prepared:
     """Settle the predictor's config from the training rows, on a given grid if there is one, and encode all rows."""
     train, validation, test = (rows.split(name) for name in ("train", "validation", "test"))
-    names, counts = np.unique(np.array(train.strings("target_llm"), dtype=object), return_counts=True)
-    llms = tuple(str(n) for n, c in zip(names, counts, strict=True) if n and c >= model.min_llm_rows)
+    llms = known_names(Counter(train.strings("target_llm")), model.min_llm_rows)
     encoder = RequestEncoder(
         source.tokenizer(),
         special_ids=source.special_ids,

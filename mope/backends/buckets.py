@@ -67,7 +67,7 @@ def valid_inputs(bucket: Bucket, num_numbers: int) -> tuple[Array, Array, Array,
         bucket: the shape.
         num_numbers: F, numbers beside the text.
     """
-    ids_BS, llm_B = np.ones(bucket, np.int64), np.ones(bucket.batch, np.int64)
+    ids_BS, llm_B = np.ones(bucket, np.int64), np.zeros(bucket.batch, np.int64)
     return ids_BS, ids_BS.copy(), np.ones((bucket.batch, num_numbers), np.float32), llm_B
 
 

@@ -210,10 +210,21 @@ class MopeNetwork(nn.Module):
         )
 
     def forward(
-        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, numbers_BF: Tensor, llm_B: Tensor
+        self,
+        input_ids_BS: Tensor,
+        attention_mask_BS: Tensor,
+        numbers_BF: Tensor,
+        llm_B: Tensor,
+        text_B: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Gate logits (B, K) or None, head logits (B, heads, outputs) or None, embedding (B, H)."""
+        """Gate logits (B, K) or None, head logits (B, heads, outputs) or None, embedding (B, H).
+
+        With `text_B` there are fewer texts than rows, and it says which of them each row has: a prompt that many LLMs
+        answered goes through the encoder once.
+        """
         embedding_BH = embed(self.encoder, input_ids_BS, attention_mask_BS)
+        if text_B is not None:
+            embedding_BH = embedding_BH[text_B]
         standard_BF = ((numbers_BF - self.number_mean) * self.number_scale).clamp(-8, 8)
         joined = torch.cat([embedding_BH, standard_BF, self.llm(llm_B)], dim=-1)
         gate_BK = self.gate(joined).float() if self.gate is not None else None

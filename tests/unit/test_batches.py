@@ -172,3 +172,41 @@ def test_rows_are_encoded_in_chunks_without_a_seam(predictor, monkeypatch):
 def test_a_last_batch_may_be_smaller(shuffle):
     batches = BucketLoader(encoded(9), 4, shuffle=shuffle).batches(0)
     assert sorted(map(len, batches)) == [1, 4, 4]
+
+
+def shared_texts():
+    """Six texts; the first two are answered by three LLMs, the second of them twice by the last."""
+    texts = [[7, 8], [7, 8], [7, 8], [9], [9], [9], [9], [1, 2, 3], [4], [5, 6], [7, 8, 9]]
+    llms = [1, 2, 3, 1, 2, 3, 3, 0, 0, 0, 0]
+    return EncodedRows(
+        flat_ids=np.concatenate(texts).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum([len(text) for text in texts])]),
+        numbers_RF=np.arange(len(texts), dtype=np.float32)[:, None],
+        llm_R=np.array(llms),
+        rule_hits=[None] * len(texts),
+        tokens_R=np.arange(len(texts)) + 1,
+        censored_R=np.zeros(len(texts), bool),
+        pad_id=0,
+    )
+
+
+def test_a_text_that_several_llms_answered_is_one_and_comes_with_all_its_rows():
+    rows = shared_texts()
+    assert rows.text_R.tolist() == [0, 0, 0, 1, 1, 1, 2, 3, 4, 5, 6]  # the second answer of one LLM stands alone
+    assert rows.num_texts == 7
+    for shuffle in (True, False):
+        batches = BucketLoader(rows, 2, shuffle=shuffle, pool_batches=2).batches(0)
+        assert sorted(np.concatenate(batches)) == list(range(len(rows)))
+        assert [len(np.unique(rows.text_R[batch])) for batch in batches].count(2) == 3
+        for batch in batches:
+            others = np.setdiff1d(np.arange(len(rows)), batch)
+            assert not set(rows.text_R[batch]) & set(rows.text_R[others])
+
+
+def test_text_positions_of_a_batch_point_to_equal_texts():
+    rows = shared_texts()
+    batch = rows.batch(np.array([4, 0, 7, 1, 3]))
+    assert batch["text_B"].tolist() == [1, 0, 2, 0, 1]
+    for row, text in enumerate(batch["text_B"].tolist()):
+        first = batch["text_B"].tolist().index(text)
+        assert batch["input_ids_BS"][row].tolist() == batch["input_ids_BS"][first].tolist()

@@ -12,6 +12,7 @@ from make_tiny_artifact import make_encoder
 from rows import learnable
 
 from mope.backends.network import MopeNetwork
+from mope.features import LLM_NUMBERS, NUMBER_NAMES
 from mope.training import fit as fitting
 from mope.training.batches import encode_rows
 from mope.training.config import FitConfig
@@ -264,3 +265,47 @@ def test_bf16_is_chosen_where_the_hardware_multiplies_it(monkeypatch, native, ex
     monkeypatch.setattr(fitting, "native_bf16", lambda: native)
     assert resolve_precision(FitConfig()) == expected
     assert resolve_precision(FitConfig(precision="16-mixed")) == "16-mixed"
+
+
+def test_some_rows_forget_which_llm_answers():
+    torch.manual_seed(0)
+    num_rows, parents = 20_000, torch.tensor([0, 0, 1, 0])  # 1 is a relative of 2; 3 has none
+    numbers = torch.ones(num_rows, len(NUMBER_NAMES))
+    batch = {"llm_B": torch.full((num_rows,), 2), "numbers_BF": numbers, "tokens_B": torch.arange(num_rows)}
+    found = fitting.without_some_llms(batch, parents, 0.2)
+    shares = torch.bincount(found["llm_B"], minlength=3) / num_rows
+    assert shares.tolist() == pytest.approx([0.2, 0.2, 0.6], abs=0.01)
+    hidden = (found["numbers_BF"] == 0).any(dim=1)
+    assert hidden.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert set(found["llm_B"][hidden].tolist()) == {0}
+    assert torch.nonzero((found["numbers_BF"] == 0).any(dim=0)).flatten().tolist() == list(LLM_NUMBERS)
+    assert torch.equal(batch["numbers_BF"], torch.ones_like(numbers))  # the rows themselves stay
+    assert torch.equal(found["tokens_B"], batch["tokens_B"])
+    alone = fitting.without_some_llms({**batch, "llm_B": torch.full((num_rows,), 3)}, parents, 0.2)
+    assert (alone["llm_B"] == 0).float().mean().item() == pytest.approx(0.4, abs=0.01)
+    assert fitting.without_some_llms(batch, parents, 0.0) is batch
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_rows_that_share_a_text_are_encoded_once_and_come_out_the_same(train, rows, chunks):
+    network, _ = train(epochs=0.1)
+    own = rows[0]
+    rng = np.random.default_rng(0)
+    picked = rng.integers(0, 20, 30)  # some texts several times
+    shared = own.take(picked)
+    shared.llm_R[:] = rng.permutation(len(shared)) % 3
+    batch = shared.batch(rng.permutation(len(shared)))
+    assert int(batch["text_B"].max()) + 1 < len(shared)
+    encoded = []
+
+    def count(module, args, kwargs, output):
+        encoded.append(len(kwargs["input_ids"]))
+
+    network.encoder.register_forward_hook(count, with_kwargs=True)
+    module = FitModule(network, MopeObjective(EDGES, [100.5]), FitConfig(**SETTINGS), 1, chunks)
+    with torch.inference_mode():
+        gate, heads = module._outputs(batch)
+        assert sum(encoded) == int(batch["text_B"].max()) + 1
+        expected = network(batch["input_ids_BS"], batch["attention_mask_BS"], batch["numbers_BF"], batch["llm_B"])
+    torch.testing.assert_close(gate, expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(heads, expected[1], rtol=1e-4, atol=1e-5)
