@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 Design = Literal["shared", "separate"]
 Combination = Literal["top1", "mixture"]
 RouterPart = Literal["gate", "rules", "lookup"]
+UnknownLlms = dict[str, tuple[tuple[float, float], ...]]  # mode of asking -> factors on the length, with weights
 
 
 class Frozen(BaseModel):
@@ -45,6 +46,11 @@ class PredictorConfig(Frozen):
     chars_per_token: int = Field(ge=1, description="characters of the text that are tokenised per input token")
     lexical_chars: int = Field(ge=2, description="characters of the prompt, from both ends, that rules and numbers see")
     target_llms: tuple[str, ...] = Field(description="target LLMs with an embedding of their own")
+    unnamed_llm: bool = Field(description="whether rows that name no LLM taught it, so that None is one it knows")
+    unknown_llms: UnknownLlms = Field(
+        description="by mode of asking, how many times longer than predicted an LLM that is not known may answer, "
+        "as pairs of a factor and its weight"
+    )
     llm_dim: int = Field(description="size of a target LLM's embedding")
     head_hidden: int = Field(description="hidden units of the gate and of each head")
     number_names: tuple[str, ...] = Field(description="numbers beside the text, in order")

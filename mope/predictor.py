@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mope import artifact
+from mope import packaged as packaged_predictors
 from mope.backends.choice import Choice, choose
 from mope.cache import CacheStats, LruCache
 from mope.calibration import Calibration
@@ -103,10 +104,11 @@ class LengthPredictor:
         cache_size: int = CACHE_SIZE,
         revision: str | None = None,
     ) -> LengthPredictor:
-        """Load a predictor from a folder or the Hugging Face Hub.
+        """Load a predictor from a folder, the package itself or the Hugging Face Hub.
 
         Args:
-            name_or_path: a folder that `save_pretrained` or `mope-train` wrote, or a Hub id.
+            name_or_path: a folder that `save_pretrained` or `mope-train` wrote, the name of a predictor that comes with
+                the package (`mope.packaged.names()`), or a Hub id.
             backend: engine that runs the network: `"torch"`, or for what `mope-export` wrote `"onnx"` (on the CPU,
                 without torch), `"onnx-gpu"` or `"tensorrt"`. If None, the quickest that is exported and installed;
                 `backend_reason` says why.
@@ -354,6 +356,8 @@ class LengthPredictor:
 def _find(name_or_path: str | Path, revision: str | None) -> Path:
     path = Path(name_or_path).expanduser()
     name = str(name_or_path)
+    if not path.exists() and (packaged := packaged_predictors.folder_of(name)) is not None:
+        return packaged
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download

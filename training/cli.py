@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -62,6 +63,9 @@ def parser(prog: str) -> Parser:
     made.add_argument(
         "--test-source", metavar="TEXT", help="another data set whose test split is reported, too; or none"
     )
+    made.add_argument(
+        "--also", metavar="TEXT,...", help="further data sets to learn from, for example public-lengths; or none"
+    )
     add_flags(made, "data", DataConfig, skip={"source"})
     for section, model in (("model", ModelConfig), ("fit", FitConfig), ("evaluation", EvaluationConfig)):
         add_flags(made, section, model)
@@ -76,11 +80,13 @@ def _train(argv: list[str], prog: str) -> int:
     if arguments.list_recipes:
         _list_recipes()
         return 0
-    overrides = given(arguments)
+    overrides: dict[str, Any] = {**given(arguments)}
     if arguments.data is not None:
         overrides.setdefault("data", {})["source"] = arguments.data
     if arguments.test_source is not None:
         overrides["test_data"] = {"source": None if arguments.test_source == "none" else arguments.test_source}
+    if arguments.also is not None:
+        overrides["also"] = [{"source": name} for name in arguments.also.split(",") if name not in ("", "none")]
     if arguments.recipe is None and arguments.data is None:
         raise ConfigError(f"got neither data nor a recipe; type for example: {prog} {EXAMPLES[0]}")
     config = load_recipe(arguments.recipe, overrides)
@@ -93,7 +99,7 @@ def _train(argv: list[str], prog: str) -> int:
 
     from mope.training.data.sources import open_source
 
-    for data in (config.data, config.test_data):
+    for data in (config.data, *config.also, config.test_data):
         if data is not None:
             open_source(data)  # a mistyped path is told before the slow imports
 

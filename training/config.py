@@ -45,9 +45,9 @@ class ModelConfig(Frozen):
         (), description="quantiles of the training lengths used as borders; empty: equal shares"
     )
     tail_quantile: float = Field(0.99, gt=0.5, lt=1, description="above this quantile a Pareto tail takes over")
-    max_grid_tokens: int = Field(32_768, ge=2, description="longest answer that the grid covers")
+    max_grid_tokens: int = Field(131_072, ge=2, description="longest answer that the grid covers")
     num_bins: int = Field(64, ge=4, le=512, description="log-spaced bins below the tail (fewer where they meet)")
-    num_tail_bins: int = Field(16, ge=1, le=64, description="log-spaced bins of the tail")
+    num_tail_bins: int = Field(24, ge=1, le=64, description="log-spaced bins of the tail")
     max_prompt_tokens: int = Field(112, ge=8, le=448, description="window of the prompt in input tokens")
     max_context_tokens: int = Field(24, ge=0, le=60, description="window of the previous or system prompt")
     chars_per_token: int = Field(10, ge=1, description="characters that are tokenised per token of a window")
@@ -122,6 +122,9 @@ class TrainConfig(Frozen):
     """A whole run: data, model, fit, evaluation."""
 
     data: DataConfig
+    also: tuple[DataConfig, ...] = Field(
+        (), description="further data sets to learn from; their own test splits are reported apart"
+    )
     test_data: DataConfig | None = Field(None, description="another data set whose test split is reported, too")
     model: ModelConfig = ModelConfig()
     fit: FitConfig = FitConfig()

@@ -26,8 +26,7 @@ from mope.backends.torch_backend import weight_files
 from mope.console import console
 from mope.training.batches import BucketLoader, EncodedRows
 from mope.training.config import FitConfig, ModelConfig, TrainConfig
-from mope.training.data.build import DataSet, build_rows, resolve_label_tokenizer
-from mope.training.data.config import DataConfig
+from mope.training.data.build import build_rows, resolve_label_tokenizer
 from mope.training.data.table import RowTable
 from mope.training.encoders import Trunk
 from mope.training.experts import expert_rows, new_network
@@ -35,6 +34,7 @@ from mope.training.fit import FitModule, resolve_precision
 from mope.training.objectives import MopeObjective
 from mope.training.prepare import Grid, Prepared, prepare
 from mope.training.recipe import load_recipe, recipe_names
+from mope.training.rows import RunRows
 from mope.training.run import SPLITS, sample
 from mope.training.teacher import Teacher
 from mope.training.trunks import find_trunk
@@ -142,13 +142,16 @@ def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
     """
     model = config.model
     encoder, grid = _trunk(model, config.data.label_tokenizer)
-    data = [_read(config.data, encoder)]
-    if config.test_data is not None:
-        data.append(_read(config.test_data.model_copy(update={"min_rows": 0}), encoder))
-    rows = sample(data[0].rows, config)
+    with tempfile.TemporaryDirectory(prefix="mope-plan-") as folder:
+        read = RunRows.read(config, encoder.tokenizer_json, Path(folder))
+        tested = [*read.also]
+        if config.test_data is not None:
+            foreign = config.test_data.model_copy(update={"min_rows": 0})
+            tested.append(build_rows(resolve_label_tokenizer(foreign, encoder.tokenizer_json, Path(folder))))
+    rows = sample(read.table, config)
     num_rows = {name: len(rows.split(name)) for name in SPLITS}
-    if len(data) > 1:
-        num_rows["other test"] = len(data[1].rows.split("test"))
+    if tested:
+        num_rows["other test"] = sum(len(data.rows.split("test")) for data in tested)
     prepared = prepare(_few(rows, config.fit.seed), model, encoder, config.data.label_tokenizer, grid)
     network = _network(prepared, encoder, config.fit)
     num_parameters = sum(p.numel() for p in network.parameters())
@@ -159,7 +162,7 @@ def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
     further = 4 * num_parameters * (len(weight_files(prepared.config)) - 1)
     padded = _padded_tokens(prepared.train, config.fit)
     return Plan(
-        reports=tuple(line for found in data for line in found.report.lines()),
+        reports=tuple(line for found in (read.main, *tested) for line in found.report.lines()),
         num_rows=num_rows,
         input_tokens=(float(np.median(lengths)), float(np.quantile(lengths, 0.9))),
         padded_tokens=padded,
@@ -181,11 +184,6 @@ def _trunk(model: ModelConfig, label_tokenizer: str) -> tuple[Trunk, Grid | None
     teacher = Teacher(Path(model.teacher).expanduser(), model.num_layers)
     teacher.check(model, label_tokenizer)
     return find_trunk(model, teacher), Grid.of(teacher.settings)
-
-
-def _read(data: DataConfig, encoder: Trunk) -> DataSet:
-    with tempfile.TemporaryDirectory(prefix="mope-plan-") as folder:
-        return build_rows(resolve_label_tokenizer(data, encoder.tokenizer_json, Path(folder)))
 
 
 def _few(rows: RowTable, seed: int) -> RowTable:

@@ -175,6 +175,8 @@ def prepare(
         chars_per_token=model.chars_per_token,
         lexical_chars=model.lexical_chars,
         target_llms=llms,
+        unnamed_llm=bool(np.mean([name == "" for name in train.strings("target_llm")]) >= 0.5),
+        unknown_llms={},
         llm_dim=model.llm_dim,
         head_hidden=model.head_hidden,
         number_names=NUMBER_NAMES,

@@ -45,44 +45,48 @@ def recipe_summary(name: str) -> str:
     return " ".join(line.lstrip("# ") for line in comment)
 
 
-def load_recipe(
-    name_or_path: str | Path | None, overrides: Mapping[str, Mapping[str, Any]] | None = None
-) -> TrainConfig:
+def load_recipe(name_or_path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
     """A config from a recipe and what is to differ from it.
 
-    `test_data` takes from `data` whatever is not bound to one source, such as the tokenizer and the turns.
+    `test_data` and each of `also` take from `data` whatever is not bound to one source, such as the tokenizer and the
+    turns.
 
     Args:
         name_or_path: a built-in recipe, a YAML file, or None for the defaults.
         overrides: section -> field -> value, as flags give them; `{"test_data": {"source": None}}` takes a
-            recipe's `test_data` away.
+            recipe's `test_data` away, and `{"also": [{"source": ...}, ...]}` replaces its further data sets.
 
     Raises:
         ConfigError: no such recipe, a key that is not known or a value that can't be used; one line that names it.
     """
-    changes = {section: dict(fields) for section, fields in (overrides or {}).items()}
-    origin, recipe = _read(name_or_path) if name_or_path is not None else ("recipe", {})
+    changes = {section: dict(fields) for section, fields in (overrides or {}).items() if section != "also"}
+    origin, recipe, also = _read(name_or_path) if name_or_path is not None else ("recipe", {}, [])
     values: dict[str, Any] = {name: {**recipe.get(name, {}), **changes.get(name, {})} for name in SECTIONS}
     if "test_data" in changes:
         values["test_data"] = changes["test_data"]
+    shared = {key: value for key, value in values["data"].items() if key not in OF_ONE_SOURCE}
+    values["also"] = [{**shared, **fields} for fields in (overrides or {}).get("also", also)]
     if values["test_data"].get("source"):
-        shared = {key: value for key, value in values["data"].items() if key not in OF_ONE_SOURCE}
         values["test_data"] = {**shared, **values["test_data"]}
     else:
         del values["test_data"]
 
     def name_of(place: tuple[int | str, ...]) -> str:
+        if place and place[0] == "also":
+            return f"{origin}: also.{'.'.join(map(str, place[2:]))}".rstrip(".")
         section, field = (*map(str, place), "")[:2]
         if field in changes.get(section, {}) or not recipe:
             return FLAGS_BY_SECTION.get(section, {}).get(field) or flag_name(field)
         return f"{origin}: {section}.{field}".rstrip(".")
 
     config = validated(TrainConfig, values, name_of)
-    if config.test_data is not None and config.test_data.label_tokenizer != config.data.label_tokenizer:
-        raise ConfigError(
-            f"data counts tokens with {config.data.label_tokenizer!r}, test_data with "
-            f"{config.test_data.label_tokenizer!r}: errors can't be compared; leave label_tokenizer out of test_data"
-        )
+    others = [("also", data) for data in config.also] + [("test_data", data) for data in [config.test_data] if data]
+    for section, data in others:
+        if data.label_tokenizer != config.data.label_tokenizer:
+            raise ConfigError(
+                f"data counts tokens with {config.data.label_tokenizer!r}, {section} with {data.label_tokenizer!r}: "
+                f"lengths can't be compared; leave label_tokenizer out of {section}"
+            )
     return config
 
 
@@ -91,8 +95,8 @@ def dump(config: TrainConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=False), sort_keys=False, allow_unicode=True)
 
 
-def _read(name_or_path: str | Path) -> tuple[str, dict[str, dict[str, Any]]]:
-    """What to call a recipe in messages, and its sections."""
+def _read(name_or_path: str | Path) -> tuple[str, dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """What to call a recipe in messages, its sections, and its further data sets."""
     path = Path(name_or_path).expanduser()
     if str(name_or_path) in recipe_names():
         path = RECIPES / f"{name_or_path}.yaml"
@@ -108,13 +112,19 @@ def _read(name_or_path: str | Path) -> tuple[str, dict[str, dict[str, Any]]]:
         raise ConfigError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{origin} holds {_kind(content)}; expected sections: {', '.join(SECTIONS)}")
+    also = content.pop("also", None) or []
+    if not isinstance(also, list) or not all(isinstance(fields, dict) for fields in also):
+        raise ConfigError(f"{origin}: also holds {_kind(also)}; expected a list of sections such as '- source: name'")
+    for fields in also:
+        for field in fields:
+            _check_known(f"{origin}: also", field, DataConfig.model_fields, "key")
     for section, fields in content.items():
         _check_known(origin, section, SECTIONS, "section")
         if fields is not None and not isinstance(fields, dict):
             raise ConfigError(f"{origin}: {section} holds {_kind(fields)}; expected lines such as 'name: value'")
         for field in fields or ():
             _check_known(f"{origin}: {section}", field, SECTIONS[section].model_fields, "key")
-    return origin, {section: fields or {} for section, fields in content.items()}
+    return origin, {section: fields or {} for section, fields in content.items()}, also
 
 
 def _check_known(where: str, key: Any, known: Collection[str], what: str) -> None:

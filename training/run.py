@@ -24,13 +24,14 @@ from mope.card import render_card, snippet, write_card
 from mope.config import PredictorConfig
 from mope.console import console
 from mope.errors import ConfigError
+from mope.mixture import assemble
 from mope.predictor import LengthPredictor
 from mope.provenance import collect as collect_provenance
 from mope.provenance import shortened
 from mope.training.batches import encode_rows
 from mope.training.compare import compare
 from mope.training.config import FitConfig, TrainConfig
-from mope.training.data.build import DataSet, build_rows, resolve_label_tokenizer
+from mope.training.data.build import build_rows, resolve_label_tokenizer
 from mope.training.data.sources import Hub, open_source
 from mope.training.data.table import RowTable
 from mope.training.evaluate import EvaluationRows, draw, evaluate_mope, predicted_medians
@@ -40,9 +41,19 @@ from mope.training.fit import FitResult, world_size
 from mope.training.prepare import Grid, Prepared, check_borders, prepare
 from mope.training.recipe import load_recipe, recipe_names
 from mope.training.report import distinct_parts, metrics_markdown, print_metrics
-from mope.training.routing import choose_combination, collect, fit_calibration, fit_router, lookup_sample, marginal
+from mope.training.routing import (
+    choose_combination,
+    collect,
+    fit_calibration,
+    fit_router,
+    lookup_sample,
+    marginal,
+    medians,
+)
+from mope.training.rows import RunRows
 from mope.training.teacher import Teacher
 from mope.training.trunks import find_trunk
+from mope.training.unknown_llms import llm_factors, unknown_llms, without_llms
 
 SPLITS = ("train", "validation", "test")
 # settings that may differ when a run is resumed: they do not change what is trained
@@ -88,10 +99,10 @@ def train(
     _check_output(output, work)
     teacher = _teacher(config, output, resume=resume, command=command)
     source = find_trunk(config.model, teacher)
-    data = build_rows(resolve_label_tokenizer(config.data, source.tokenizer_json, work))
-    for line in data.report.lines():
+    data = RunRows.read(config, source.tokenizer_json, work)
+    for line in data.lines():
         console().print(line, highlight=False, soft_wrap=True)
-    rows = sample(data.rows, config)
+    rows = sample(data.table, config)
     grid = None if teacher is None else Grid.of(teacher.settings)
     prepared = prepare(rows, config.model, source, config.data.label_tokenizer, grid)
     _say_plan(prepared, config)
@@ -116,17 +127,19 @@ def train(
         evaluation.add("teacher", test, medians, samples=samples)
     logs |= compare(evaluation, test, tables, prepared, source, config, work, resume=resume)
     metrics = evaluation.metrics
-    metrics["data"] = shortened(data.report.to_json())
+    metrics["data"] = shortened(data.main.report.to_json())
+    apart = list(data.also)
     metrics["training"] = _training_metrics(prepared, fits)
     if config.test_data is not None:
         foreign = config.test_data.model_copy(update={"label_tokenizer": config.data.label_tokenizer, "min_rows": 0})
-        other = build_rows(resolve_label_tokenizer(foreign, source.tokenizer_json, work))
-        metrics["other_data"] = {shortened(foreign.source): evaluate_on(predictor, other, samples=samples)[0].metrics}
+        apart.append(build_rows(resolve_label_tokenizer(foreign, source.tokenizer_json, work)))
+    if apart:
+        metrics["other_data"] = {
+            shortened(other.report.source): evaluate_on(predictor, other, samples=samples)[0].metrics for other in apart
+        }
     with artifact.writing(output) as folder:
         predictor.write(folder)
-        provenance = collect_provenance(
-            list(command), config.fit.seed, {config.data.source: data.fingerprint}, started=started
-        )
+        provenance = collect_provenance(list(command), config.fit.seed, data.fingerprints, started=started)
         provenance["config"] = _settings(config)
         artifact.write_json(folder / "metrics.json", metrics)
         artifact.write_json(folder / "provenance.json", provenance)
@@ -138,9 +151,9 @@ def train(
             [f"plots/{name}" for name in drawn],
             name=str(output),
             tables=metrics_markdown(metrics),
-            report=[line for line in data.report.lines() if not line.startswith("warning: ")],
-            warnings=list(data.report.warnings),
-            datasets=[config.data.source] if isinstance(open_source(config.data), Hub) else [],
+            report=[line for line in data.lines() if not line.startswith("warning: ")],
+            warnings=[warning for one in (data.main, *data.also) for warning in one.report.warnings],
+            datasets=[one.source for one in (config.data, *config.also) if isinstance(open_source(one), Hub)],
         )
         write_card(folder, card)
     with contextlib.redirect_stdout(io.StringIO()):  # what the card shows must run
@@ -186,9 +199,8 @@ def _teacher(config: TrainConfig, output: Path, *, resume: bool, command: Sequen
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """The config as the provenance keeps it: without folders of this machine."""
-    kept: dict[str, Any] = shortened(
-        config.model_dump(mode="json", exclude={"data": {"cache_dir"}, "test_data": {"cache_dir"}})
-    )
+    local: Any = {"data": {"cache_dir"}, "also": {"__all__": {"cache_dir"}}, "test_data": {"cache_dir"}}
+    kept: dict[str, Any] = shortened(config.model_dump(mode="json", exclude=local))
     return kept
 
 
@@ -210,6 +222,14 @@ def finish(prepared: Prepared, backend: TorchBackend, config: TrainConfig) -> Le
         best = config.model.combination
     settings = settings.model_copy(update={"combination": best})
     calibration = fit_calibration(settings, router, validation, outputs, history)
+    named = np.flatnonzero(validation.llm_R > 0)
+    factors: list[float] = []
+    if len(named):
+        nameless, later = without_llms(validation.take(named)), history[named]
+        blind = collect(backend, nameless, num_experts, "predicting without the LLM")
+        result = assemble(settings, router, calibration, blind, nameless.rule_hits, later)
+        factors = llm_factors(validation.take(named), medians(settings, result.cdf_BE))
+    settings = settings.model_copy(update={"unknown_llms": unknown_llms(settings, factors)})
     return LengthPredictor(
         settings,
         TorchBackend(backend.networks, settings, inference_device(config.fit)),
@@ -281,7 +301,7 @@ def _check_output(output: Path, work: Path) -> None:
         raise ConfigError(f"--output {output}: {work} can't be written: {error.strerror}") from error
 
 
-def _check_work(work: Path, config: TrainConfig, data: DataSet, *, resume: bool) -> None:
+def _check_work(work: Path, config: TrainConfig, data: RunRows, *, resume: bool) -> None:
     """Let a run be resumed only with the settings and rows that it was begun with."""
     settings = config.model_dump(mode="json", exclude={"model": FREE_IN_MODEL, "fit": FREE_IN_FIT})
     shaping: dict[str, Any] = {"rows": data.fingerprint, "model": settings["model"], "fit": settings["fit"]}

@@ -183,3 +183,20 @@ def test_baselines_of_an_evaluation_are_chosen_by_name() -> None:
     assert named_baselines("none") == ()
     with pytest.raises(ConfigError, match=r"--baselines: got embedding_gbm; expected constant, .* or none"):
         named_baselines("constant,embedding_gbm")
+
+
+def test_further_data_are_learned_from_and_reported_apart(folder: Path, config: TrainConfig, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(write_chats(tmp_path / "chats.jsonl", seed=1).read_text().replace("brief-llm", "third-llm"))
+    also = config.data.model_copy(update={"source": str(other)})
+    fit = config.fit.model_copy(update={"epochs": 0.5})
+    evaluation = config.evaluation.model_copy(update={"fine_tuned": (), "baselines": ("constant",)})
+    result = train(config.model_copy(update={"also": (also,), "fit": fit, "evaluation": evaluation}), tmp_path / "out")
+    assert result is not None
+    predictor = LengthPredictor.from_pretrained(result.folder)
+    assert predictor.config.target_llms == ("brief-llm", "third-llm", "wordy-llm")
+    alone, both = (json.loads((path / "metrics.json").read_text()) for path in (folder / "out", result.folder))
+    assert both["training"]["rows"]["train"] > 1.8 * alone["training"]["rows"]["train"]
+    assert both["training"]["rows"]["test"] == alone["training"]["rows"]["test"]
+    assert both["other_data"]["other.jsonl"]["test"]["all_turns"]["mope"]["num_rows"] > 100
+    assert len(json.loads((result.folder / "provenance.json").read_text())["data"]) == 2

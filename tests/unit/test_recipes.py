@@ -105,6 +105,21 @@ def test_the_tokenizer_of_a_flag_reaches_a_recipe_s_test_data() -> None:
     assert config.test_data.label_tokenizer == "o200k_base"
 
 
+def test_further_data_take_over_what_is_not_bound_to_a_source(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "mine.yaml",
+        "data: {source: a.jsonl, turns: first, target_llm: x}\n"
+        "also:\n- {source: b.jsonl, max_rows: 7}\n- source: c.jsonl\n",
+    )
+    config = load_recipe(path, {"data": {"redacted": "drop"}})
+    assert [data.source for data in config.also] == ["b.jsonl", "c.jsonl"]
+    assert [data.max_rows for data in config.also] == [7, None]
+    assert {(data.turns, data.redacted, data.target_llm) for data in config.also} == {("first", "drop", None)}
+    assert [data.source for data in load_recipe(path, {"also": [{"source": "d.jsonl"}]}).also] == ["d.jsonl"]
+    assert load_recipe(path, {"also": []}).also == ()
+    assert load_recipe(write(tmp_path / "again.yaml", dump(config))) == config
+
+
 def test_a_recipe_s_test_data_can_be_replaced_and_taken_away() -> None:
     replaced = load_recipe("lmsys-base", {"test_data": {"source": "mine.jsonl"}}).test_data
     assert replaced is not None
@@ -128,6 +143,13 @@ def test_a_recipe_s_test_data_can_be_replaced_and_taken_away() -> None:
         (
             "data:\n  source: x\nmodel:\n  num_experts: 9\n",
             "model.num_experts: got 9; expected less than or equal to 8",
+        ),
+        ("data: {source: x}\nalso: y\n", "also holds a str; expected a list of sections such as '- source: name'"),
+        ("data: {source: x}\nalso:\n- sauce: y\n", "also has an unknown key 'sauce' (did you mean 'source'?)"),
+        ("data: {source: x}\nalso:\n- max_rows: 3\n", "also.source is missing"),
+        (
+            "data: {source: x}\nalso:\n- {source: y, label_tokenizer: o200k_base}\n",
+            "data counts tokens with 'cl100k_base', also with 'o200k_base'",
         ),
         (
             "data:\n  source: x\ntest_data:\n  source: y\n  label_tokenizer: o200k_base\n",

@@ -42,7 +42,7 @@ class DataConfig(Frozen):
         "tokenizer.json or a folder with one, or encoder (the encoder's own)",
     )
     min_response_tokens: int = Field(1, ge=1, description="drop shorter answers")
-    max_response_tokens: int = Field(32_768, ge=1, description="drop longer answers as absurd")
+    max_response_tokens: int = Field(131_072, ge=1, description="drop longer answers as absurd")
     response_cap: int | None = Field(
         None, ge=1, description="answers of this many tokens or more were cut off there (censored)"
     )
