@@ -1,6 +1,6 @@
 """Rows on their way: written to disk as they come, joined and split when the last one is in.
 
-Holds per row only hashes and numbers (about 40 bytes), per conversation its id; texts are on disk. Knows the table's
+Holds per row only hashes and numbers (40 to 60 bytes), per conversation its id; texts are on disk. Knows the table's
 columns and which rows to drop; does not know files, formats or tokenizers.
 """
 
