@@ -28,7 +28,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 # what belongs to one source; everything else `test_data` takes over from `data`
 OF_ONE_SOURCE = {
     "source", "data_format", "hub_config", "hub_split", "hub_revision", "languages", "response_cap", "target_llm",
-    "max_rows", "min_rows",
+    "max_rows", "max_rows_per_prompt", "min_rows",
 }  # fmt: skip
 FLAGS_BY_SECTION = {"data": {"source": "DATA"}, "test_data": {"source": "--test-source"}}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from mope.errors import ConfigError, DataError
 from mope.training.data import problems as reasons
-from mope.training.data import splits
+from mope.training.data import splits, staging
 from mope.training.data.build import DataSet, build_rows
 from mope.training.data.config import DataConfig
 from mope.training.data.problems import DataReport
@@ -252,6 +252,74 @@ def test_max_rows_stops_reading(build: Any) -> None:
     assert sum(data.report.num_rows.values()) == 30
 
 
+def many_answers(num_llms: int, system: str = "") -> list[dict[str, Any]]:
+    """Answers of several LLMs to each of 20 prompts, none reserved."""
+    groups = [f"g{number}" for number in range(40) if splits.split_of(f"g{number}") != 3][:20]
+    return [
+        {"id": f"{group}-{llm}{system}", "session_id": group, "prompt": f"A question of {group}?",
+         "model": f"llm-{llm}", "system": system, "response": f"answer {group} {llm} {system} " + "w " * llm}
+        for group in groups for llm in range(num_llms)
+    ]  # fmt: skip
+
+
+def test_rows_of_a_prompt_are_limited(build: Any) -> None:
+    data = build(many_answers(9), max_rows_per_prompt=4)
+    rows = rows_of(data)
+    assert Counter(row["prompt"] for row in rows.values()) == {record["prompt"]: 4 for record in many_answers(1)}
+    assert data.report.counts == {reasons.MANY_ANSWERS: 100}
+    assert data.report.num_rows["reserved"] == 0
+    assert len({row["target_llm"] for row in rows.values()}) == 9  # by hash, not the first ones
+    assert set(rows_of(build(many_answers(9)[::-1], max_rows_per_prompt=4))) == set(rows)
+    assert set(rows) < set(rows_of(build(many_answers(9), max_rows_per_prompt=5)))
+    assert build(many_answers(9), max_rows_per_prompt=9).report.counts == {}
+
+
+def test_another_system_prompt_makes_another_prompt(build: Any) -> None:
+    data = build([*many_answers(2), *many_answers(2, system="Be brief.")], max_rows_per_prompt=2)
+    assert sum(data.report.num_rows.values()) == 80
+
+
+def test_rows_dropped_for_another_reason_do_not_count_towards_the_limit(build: Any) -> None:
+    records = many_answers(4)
+    again = [{**record, "id": f"{record['id']}-again"} for record in records]
+    data = build([*records, *again], max_rows_per_prompt=4)
+    assert data.report.counts == {reasons.DUPLICATE: 80}
+
+
+def test_later_turns_are_not_limited(build: Any) -> None:
+    more = [chat_of({"prompt": "more", "response": "w " * number}) for number in range(30)]
+    records = [{"id": f"c{at}", "messages": [*chat_of(pair(at)), *more[at]]} for at in range(1, 30)]
+    data = build(records, max_rows_per_prompt=1)
+    assert sum(data.report.num_rows.values()) == 58
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9), st.booleans()), max_size=40),
+    st.integers(1, 4),
+)
+def test_the_limit_keeps_the_smallest_hashes(rows: list[tuple[int, int, bool]], limit: int) -> None:
+    prompts, order, eligible = (
+        np.array(column, np.int64) for column in (zip(*rows, strict=True) if rows else ([],) * 3)
+    )
+    beyond = staging._beyond(limit, prompts, order, eligible.astype(bool))
+    for prompt in range(5):
+        here = [at for at, row in enumerate(rows) if row[0] == prompt and row[2]]
+        kept, dropped = ([order[at] for at in here if beyond[at] == flag] for flag in (False, True))
+        assert len(kept) == (len(here) if prompt == 0 else min(limit, len(here)))
+        assert not dropped or max(kept) <= min(dropped)
+    assert not any(beyond[at] for at, row in enumerate(rows) if not row[2])
+
+
+def test_the_set_of_a_record_is_kept(build: Any) -> None:
+    records = kept(3)
+    data = build([{**records[0], "dataset": "mine"}, records[1], {**records[2], "dataset": 7}])
+    assert [row["dataset"] for row in rows_of(data).values()] == ["mine", None, None]
+    lengths = [
+        {"prompt": record["prompt"], "response_tokens": 5 + at, "dataset": "d"} for at, record in enumerate(records)
+    ]
+    assert {row["dataset"] for row in rows_of(build(lengths)).values()} <= {"d"}
+
+
 def test_second_run_uses_the_cache(tmp_path: Path, words: str) -> None:
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(pair(number)) + "\n" for number in range(50)))
     config = DataConfig(source=str(tmp_path / "data.jsonl"), label_tokenizer=words, cache_dir=tmp_path, min_rows=0)
@@ -265,7 +333,9 @@ def test_second_run_uses_the_cache(tmp_path: Path, words: str) -> None:
     assert [path.name for path in (tmp_path / "rows").iterdir()] == [runs[0].fingerprint[:32]]
 
 
-@pytest.mark.parametrize("change", [{"turns": "first"}, {"max_rows": 10}, {"label_tokenizer": "cl100k_base"}])
+@pytest.mark.parametrize(
+    "change", [{"turns": "first"}, {"max_rows": 10}, {"max_rows_per_prompt": 3}, {"label_tokenizer": "cl100k_base"}]
+)
 def test_options_that_shape_rows_change_the_fingerprint(build: Any, change: dict[str, Any]) -> None:
     if "label_tokenizer" in change:
         pytest.importorskip("bpe_openai")

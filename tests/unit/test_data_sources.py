@@ -79,6 +79,8 @@ def test_parquet_loads_moderation_flags_only_where_asked(tmp_path: Path) -> None
         ('{"version": 1, "data": [{"a": 1}, {"a": 2}], "more": [{"a": 3}]}', [{"a": 1}, {"a": 2}]),
         ('{\n "version": {"x": [1]},\n "rows": [\n{"a": 1}\n]\n}', [{"a": 1}]),
         ('{"prompt": "p",\n "response": "r"}', [{"prompt": "p", "response": "r"}]),
+        ('{"dataset": [{"a": 1}]}', [{"a": 1}]),
+        ('{"dataset": "d", "prompt": "p"}', [{"dataset": "d", "prompt": "p"}]),
         ('{"messages": [{"role": "user"}]}', [{"messages": [{"role": "user"}]}]),
         ('{"a": 1}\n\n{"a": 2}\n', [{"a": 1}, {"a": 2}]),
     ],

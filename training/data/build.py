@@ -27,12 +27,12 @@ from mope.training.data import problems as reasons
 from mope.training.data.config import DataConfig
 from mope.training.data.formats import Chat, Unusable, detect_format, normaliser, unknown_format
 from mope.training.data.problems import DataReport, Problems
-from mope.training.data.sources import Files, Hub, Located, open_source
+from mope.training.data.sources import Located, Source, open_source
 from mope.training.data.staging import Staging
 from mope.training.data.table import RowTable
 from mope.training.data.tokens import TokenCounter, load_counter
 
-ROWS_VERSION = 1  # part of the fingerprint: raise it whenever the same source would give other rows
+ROWS_VERSION = 2  # part of the fingerprint: raise it whenever the same source would give other rows
 DETECTION_RECORDS = 20
 ADVANCE_RECORDS = 256  # between two updates of the progress bar
 BATCH_CHARS = 4_000_000  # answer text that is counted at once
@@ -76,7 +76,7 @@ def build_rows(config: DataConfig, *, console: Console | None = None) -> DataSet
 
     Raises:
         DataError: a source that can't be read, too few training rows, or nothing to learn from them.
-        ConfigError: a tokenizer that is not known or can't be had.
+        ConfigError: a tokenizer that is not known, can't be had, or is not the one of the source's lengths.
         MissingExtraError: a package that the source needs is not installed.
     """
     out = console or shared_console()
@@ -84,6 +84,11 @@ def build_rows(config: DataConfig, *, console: Console | None = None) -> DataSet
         raise ConfigError("label_tokenizer 'encoder' names no file here; give the path of the encoder's tokenizer.json")
     counter = load_counter(config.label_tokenizer, num_workers=config.num_workers, cache_dir=config.cache_dir)
     source = open_source(config)
+    if source.recorded_in not in (None, config.label_tokenizer):
+        raise ConfigError(
+            f"the lengths of {config.source} are counted in {source.recorded_in} tokens, not in "
+            f"{config.label_tokenizer}; type --label-tokenizer {source.recorded_in}"
+        )
     fingerprint = _fingerprint(config, source, counter)
     folder = config.cache_dir / "rows" / fingerprint[:32]
     from_cache = folder.is_dir()
@@ -100,7 +105,7 @@ def build_rows(config: DataConfig, *, console: Console | None = None) -> DataSet
     return DataSet(rows, report, fingerprint)
 
 
-def _fingerprint(config: DataConfig, source: Files | Hub, counter: TokenCounter) -> str:
+def _fingerprint(config: DataConfig, source: Source, counter: TokenCounter) -> str:
     options = config.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
     parts = {"version": ROWS_VERSION, "source": source.identity(), "tokenizer": counter.identity, **options}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -123,7 +128,7 @@ def _check_learnable(config: DataConfig, rows: RowTable, report: DataReport) -> 
         )
 
 
-def _build(config: DataConfig, source: Files | Hub, counter: TokenCounter, folder: Path) -> None:
+def _build(config: DataConfig, source: Source, counter: TokenCounter, folder: Path) -> None:
     """Write `rows.arrow` and `report.json` to a temporary folder and rename it to `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -131,7 +136,12 @@ def _build(config: DataConfig, source: Files | Hub, counter: TokenCounter, folde
         problems = Problems()
         records = _Records(config, source, problems)
         with (
-            Staging(config, problems, partial / "staged.arrow") as staging,
+            Staging(
+                config,
+                problems,
+                partial / "staged.arrow",
+                keep_evaluation_prompts=source.keeps_evaluation_prompts,
+            ) as staging,
             progress("reading records", source.num_records()) as advance,
         ):
             done = 0
@@ -149,7 +159,7 @@ def _build(config: DataConfig, source: Files | Hub, counter: TokenCounter, folde
         report = DataReport(
             source=config.source,
             data_format=records.data_format,
-            label_tokenizer=staging.label_tokenizer(counter.name),
+            label_tokenizer=source.recorded_in or staging.label_tokenizer(counter.name),
             num_records=records.num_read,
             num_chats=staging.num_chats,
             num_rows=num_rows,
@@ -171,7 +181,7 @@ def _build(config: DataConfig, source: Files | Hub, counter: TokenCounter, folde
 class _Records:
     """The source's records and what became of them."""
 
-    def __init__(self, config: DataConfig, source: Files | Hub, problems: Problems) -> None:
+    def __init__(self, config: DataConfig, source: Source, problems: Problems) -> None:
         self.num_read = 0
         self._config = config
         self._problems = problems

