@@ -259,7 +259,7 @@ def test_an_unknown_engine_or_device_is_refused(tiny, options, message):
         ({"messages": [{"role": "assistant", "content": "a"}]}, "no message with role 'user' among 1"),
         ({"messages": ["hello"]}, "message 0 is str without a role"),
         ({"prompt": 5}, "prompt is int; expected a string"),
-        ({"prompt": "a", "max_token": 5}, "unknown request field 'max_token'; known are max_tokens"),
+        ({"prompt": "a", "max_token": 5}, "unknown request field 'max_token'; known are llm_family"),
         ({"prompt": "a", "max_tokens": 0}, "from 1 to 2147483647; got 0"),
         ({"prompt": "a", "max_tokens": 10**400}, "max_tokens is a whole number"),
         ({"prompt": "a", "max_tokens": True}, "got True"),
