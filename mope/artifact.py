@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from mope import packaged as packaged_predictors
 from mope.calibration import Calibration
 from mope.config import FORMAT_VERSION, PredictorConfig
 from mope.errors import ArtifactError
@@ -93,7 +94,9 @@ def check(folder: Path) -> PredictorConfig:
         ArtifactError: not a saved predictor, a missing or changed file, or an unknown format version.
     """
     if not folder.is_dir():
-        raise ArtifactError(f"no saved predictor at {folder}; mope-train --output {folder} makes one")
+        packaged = packaged_predictors.names()
+        others = f"; {' and '.join(packaged)} come with mope" if packaged else ""
+        raise ArtifactError(f"no saved predictor at {folder}; mope-train --output {folder} makes one{others}")
     if not (folder / "files.json").exists():
         raise ArtifactError(f"{folder} has no files.json: not a predictor saved by mope, or an unfinished copy")
     listed = read_json(folder / "files.json")

@@ -32,7 +32,7 @@ WINDOW_BATCHES = 32  # batches that are read at once, so that requests of like l
 PROMPT_WIDTH = 40
 
 PREDICT_EXAMPLE = """\
-mope predict runs/demo "Explain TCP slow start." --target-llm llama-3-8b --max-tokens 512
+mope predict chat-small "Explain TCP slow start." --target-llm llama-3-8b --max-tokens 512
 echo "Explain TCP slow start." | mope predict runs/demo --json
 mope predict runs/demo --input requests.jsonl --output predictions.jsonl"""
 PREDICT_DETAILS = """\
@@ -86,7 +86,11 @@ def _predict(argv: list[str]) -> int:
     from mope.backends.choice import BACKENDS
 
     parser = Parser("mope predict", PREDICT_DETAILS, "ARTIFACT [PROMPT ...] [options]", PREDICT_EXAMPLE)
-    parser.add_argument("artifact", metavar="ARTIFACT", help="folder of a saved predictor, or a Hub id")
+    parser.add_argument(
+        "artifact",
+        metavar="ARTIFACT",
+        help="folder of a saved predictor, one that comes with mope (chat-small, chat-micro), or a Hub id",
+    )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; none or - reads one prompt from stdin")
     parser.add_argument("--input", metavar="FILE", help="JSON Lines with requests; - for stdin")
     parser.add_argument("--output", metavar="FILE", help="JSON Lines with predictions (default: stdout)")
@@ -279,7 +283,7 @@ def _evaluate(argv: list[str]) -> int:
         "mope evaluate runs/demo --data sharegpt\n"
         "mope evaluate runs/demo --data chats.jsonl --turns first --output runs/demo-on-chats",
     )
-    parser.add_argument("artifact", metavar="ARTIFACT", type=Path, help="folder of a saved predictor")
+    parser.add_argument("artifact", metavar="ARTIFACT", help="folder of a saved predictor, or one that comes with mope")
     parser.add_argument("--data", required=True, metavar="SOURCE", help=DataConfig.model_fields["source"].description)
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for metrics.json and plots")
     parser.add_argument(

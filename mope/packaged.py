@@ -12,11 +12,7 @@ PREDICTORS = Path(__file__).parent / "predictors"
 
 def names() -> list[str]:
     """Names of the packaged predictors, in alphabetical order."""
-    return (
-        sorted(path.name for path in PREDICTORS.iterdir() if (path / "files.json").exists())
-        if PREDICTORS.is_dir()
-        else []
-    )
+    return sorted(path.parent.name for path in PREDICTORS.glob("*/files.json"))
 
 
 def folder_of(name: str) -> Path | None:

@@ -46,7 +46,7 @@ def named_baselines(names: str | None) -> tuple[str, ...]:
 
 
 def evaluate_artifact(
-    folder: Path,
+    folder: str | Path,
     data: DataConfig,
     output: Path | None = None,
     *,
