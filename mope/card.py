@@ -100,6 +100,7 @@ def render_card(
     report: Sequence[str] = (),
     warnings: Sequence[str] = (),
     datasets: Sequence[str] = (),
+    licences: Sequence[str] = (),
 ) -> str:
     """The whole card.
 
@@ -113,6 +114,7 @@ def render_card(
         report: what was read, kept and dropped, one finding per line.
         warnings: what to know before trusting the data.
         datasets: ids of data sets on the Hugging Face Hub, if the data comes from there.
+        licences: what the data's licences are, one source per line.
     """
     title = Path(name).name
     sections = {
@@ -122,7 +124,7 @@ def render_card(
         "Data": _data(report, warnings),
         "Limits, and who loses when it errs": _limits(config, metrics),
         "Largest errors on test rows": _failures(metrics.get("failures", ())),
-        "Licence and provenance": _licence(config, provenance),
+        "Licence and provenance": _licence(config, provenance, licences),
     }
     body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items() if text)
     head = f"---\n{_front_matter(metrics, title, datasets)}\n---\n\n# {_plain(title)}"
@@ -184,7 +186,12 @@ def _introduction(config: Facts) -> str:
 def _use(config: Facts, name: str) -> str:
     shell = f'mope predict {shlex.quote(name)} "{PROMPT}"'
     known = _some(config["target_llms"])
-    llms = f"`target_llm` can be {known}; any other name is read as unknown. " if known else ""
+    llms = (
+        f"`target_llm` can be {known}. Of any other name the nearest relative among them is taken; its quantiles are "
+        "wide until some of its answers were observed. "
+        if known
+        else ""
+    )
     return (
         f"```python\n{snippet(name)}```\n\n```bash\n{shell}\n```\n\n"
         f"Lengths are counted in tokens of {_code(config['label_tokenizer'])}. Give `history`, `max_tokens` and the "
@@ -441,7 +448,7 @@ def _failures(failures: Sequence[Facts]) -> str:
     return "\n".join(table)
 
 
-def _licence(config: Facts, provenance: Facts) -> str:
+def _licence(config: Facts, provenance: Facts, licences: Sequence[str]) -> str:
     git = provenance.get("git") or {}
     changed = " with uncommitted changes" if git.get("dirty") else ""
     sources = [f"{_code(name)}: {_code(_words(value))}" for name, value in provenance.get("data", {}).items() if value]
@@ -450,6 +457,7 @@ def _licence(config: Facts, provenance: Facts) -> str:
             f"The predictor is under Apache-2.0. The encoder {_code(config['encoder'])} that it was started from and "
             "the data have licences of their own: read them before you publish or sell it.",
             "No text of the data is in this folder.",
+            *licences,
             *([f"Data it was trained on, with its fingerprint: {'; '.join(sources)}."] if sources else []),
             *([f"Code: commit {_code(git['commit'])}{changed}."] if git.get("commit") else []),
             "`provenance.json` holds the whole record, `files.json` the hash of each file that predictions depend on.",

@@ -146,7 +146,11 @@ def evaluate_mope(predictor: LengthPredictor, rows: EvaluationRows, raw: RawOutp
         ),
         "failures": _failures(rows, predicted, quantiles_NQ[:, LEVELS.index(0.9)]),
     }
-    for name, labels in (("by_language", _languages(rows.table)), ("by_target_llm", rows.table.strings("target_llm"))):
+    for name, labels in (
+        ("by_dataset", rows.table.strings("dataset")),
+        ("by_language", _languages(rows.table)),
+        ("by_target_llm", rows.table.strings("target_llm")),
+    ):
         named = [label or "unknown" for label, is_known in zip(labels, known, strict=True) if is_known]
         counts = Counter(named)
         named = [label if counts[label] >= MIN_LABEL_ROWS else "others" for label in named]

@@ -6,7 +6,7 @@ Knows the shape of the metrics dictionary and renders whatever part of it is the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich import box
@@ -36,6 +36,7 @@ ORACLE_NOTE = "(1) not reachable by a server: it knows the true bucket"
 BREAKDOWNS = {
     "by_length": "true length (tokens)",
     "by_expert": "expert",
+    "by_dataset": "data set",
     "by_language": "language",
     "by_target_llm": "target LLM",
 }
@@ -179,6 +180,16 @@ def _sections(metrics: Metrics) -> Iterator[Section]:
     for key, heading in BREAKDOWNS.items():
         yield from _breakdown(metrics.get(key, {}), heading, f"MoPE by {heading}")
     yield from _calibration(metrics.get("calibration", {}))
+    for source, found in metrics.get("other_data", {}).items():
+        for section in _other(found):
+            yield replace(section, title=f"{source}: {section.title}")
+
+
+def _other(metrics: Metrics) -> Iterator[Section]:
+    """What is shown of data that are not the main ones."""
+    yield from _coverage(distinct_parts(metrics.get("test", {})))
+    for key in ("by_dataset", "by_length", "by_target_llm"):
+        yield from _breakdown(metrics.get(key, {}), BREAKDOWNS[key], f"MoPE by {BREAKDOWNS[key]}")
 
 
 def _predictors(part: str, results: Metrics) -> Section:

