@@ -103,7 +103,7 @@ def rest_of_training(sorted_tokens: Array, generated_N: Array) -> Array:
     """Median of what was left in training rows longer than what is generated, 0 where there is none; shape (rows,)."""
     first = np.searchsorted(sorted_tokens, generated_N, side="right")
     middle = np.minimum((first + len(sorted_tokens)) // 2, len(sorted_tokens) - 1)
-    return np.maximum(sorted_tokens[middle] - generated_N, 0.0)
+    return np.asarray(np.maximum(sorted_tokens[middle] - generated_N, 0.0))
 
 
 def best_floor(rows: Predicted) -> int:
