@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mope.prediction import LengthPrediction
+    from mope.prediction_batch import PredictionBatch
     from mope.predictor import LengthPredictor
     from mope.request import Request
     from mope.serving import ServingPredictor
 
-__all__ = ["LengthPrediction", "LengthPredictor", "Request", "ServingPredictor", "__version__"]
+__all__ = ["LengthPrediction", "LengthPredictor", "PredictionBatch", "Request", "ServingPredictor", "__version__"]
 
 _HOMES = {
     "LengthPrediction": "mope.prediction",
     "LengthPredictor": "mope.predictor",
+    "PredictionBatch": "mope.prediction_batch",
     "Request": "mope.request",
     "ServingPredictor": "mope.serving",
 }

@@ -106,13 +106,21 @@ def survival_integral(edges_E: Array, cdf_BE: Array, start_B: Array, end_B: Arra
 
     From 0 to infinity this is the mean; E[min(length, cap)] is the integral up to the cap.
     """
-    start = np.asarray(start_B, dtype=np.float64)[:, None]
-    end = np.maximum(np.asarray(end_B, dtype=np.float64)[:, None], start)
+    start = np.asarray(start_B, dtype=np.float64)
+    end = np.maximum(np.asarray(end_B, dtype=np.float64), start)
     a, b = edges_E[:-1], edges_E[1:]
-    low, high = (np.maximum(np.minimum(np.maximum(edge, start), end), edges_E[0]) for edge in (a, b))
     width = np.log(b / a)
-    cdf_low, step = cdf_BE[:, :-1], np.diff(cdf_BE, axis=1)
-    log_part = high * (np.log(high / a) - 1) - low * (np.log(low / a) - 1)  # integral of log(t / a)
-    inside = (high - low) * (1 - cdf_low) - step * log_part / width
-    below = np.clip(edges_E[0], start, end) - start
-    return np.asarray(inside.sum(axis=1) + below[:, 0])
+    share = (b * (width - 1) + a) / width  # integral of log(t / a) / width over a whole bin
+    whole_BN = (b - a) - cdf_BE[:, :-1] * (b - a - share) - cdf_BE[:, 1:] * share
+    to_edge_BE = np.zeros(cdf_BE.shape)
+    np.cumsum(whole_BN, axis=1, out=to_edge_BE[:, 1:])
+    rows = np.arange(len(cdf_BE))
+
+    def from_zero(t_B: Array) -> Array:
+        t = np.minimum(np.maximum(t_B, edges_E[0]), edges_E[-1])
+        n = np.maximum(np.searchsorted(edges_E, t, side="left"), 1) - 1
+        low, high = cdf_BE[rows, n], cdf_BE[rows, n + 1]
+        part = (t - a[n]) * (1 - low) - (high - low) * (t * (np.log(t / a[n]) - 1) + a[n]) / width[n]
+        return np.asarray(np.minimum(t_B, edges_E[0]) + to_edge_BE[rows, n] + part)
+
+    return np.asarray(from_zero(end) - from_zero(start))

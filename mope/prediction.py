@@ -1,6 +1,7 @@
 """What `predict` answers: a distribution over the tokens of one response.
 
-Knows its grid, its route and the request's cap; does not know how the numbers came about.
+Knows its grid, its route and the request's cap; does not know how the numbers came about. The arithmetic is that of
+`prediction_batch`, with one row.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mope.errors import ConfigError
-from mope.grid import Array, cdf_at, quantiles_at, survival_integral
+from mope.grid import Array
+from mope.prediction_batch import LEAST_TAIL_INDEX, PredictionBatch, generated_tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +29,7 @@ class LengthPrediction:
         target_llm: the LLM that will answer, if it was named.
         generated: tokens already generated, all figures then count what is still to come.
         raw_cumulative: the same before recalibration, for `LengthPredictor.observe`.
+        tail_index: Pareto index of the lengths beyond what was predicted, see `PredictionBatch`.
     """
 
     edges: Array
@@ -39,6 +41,7 @@ class LengthPrediction:
     target_llm: str | None = None
     generated: float = 0.0
     raw_cumulative: Array | None = None
+    tail_index: float = LEAST_TAIL_INDEX
 
     @property
     def median(self) -> float:
@@ -48,10 +51,7 @@ class LengthPrediction:
     @property
     def mean(self) -> float:
         """Expected length in tokens, the request's cap applied."""
-        cap = np.inf if self.max_tokens is None else float(self.max_tokens)
-        start = np.array([min(self.generated, cap)])
-        integral = survival_integral(self.edges, self.cumulative[None], start, np.array([cap]))
-        return float(integral[0] / self._survival_at_generated())
+        return float(self._row.mean[0])
 
     def quantile(self, level: float) -> float:
         """The number of tokens that a share `level` of such answers stays under.
@@ -62,40 +62,27 @@ class LengthPrediction:
         return float(self.quantiles([level])[0])
 
     def quantiles(self, levels: Sequence[float]) -> Array:
-        """Several quantiles at once, in tokens, shape (len(levels),)."""
-        wanted = np.asarray(levels, dtype=np.float64)
-        if any(not 0 <= level <= 1 for level in levels):
-            raise ConfigError(f"quantile levels lie between 0 and 1; got {list(levels)}")
-        if self.generated:
-            wanted = 1.0 - (1.0 - wanted) * self._survival_at_generated()
-        tokens = quantiles_at(self.edges, self.cumulative[None], wanted[None])[0]
-        if self.max_tokens is not None:
-            tokens = np.minimum(tokens, self.max_tokens)
-        return np.asarray(np.maximum(tokens - self.generated, 0.0))
+        """Several quantiles at once, in tokens, shape (len(levels),); a level above 0.999999 counts as that."""
+        return np.asarray(self._row.quantiles(levels)[0])
 
     def cdf(self, tokens: float) -> float:
         """Probability that no more than `tokens` (further) tokens come."""
-        total = self.generated + tokens
-        if self.max_tokens is not None and total >= self.max_tokens:
-            return 1.0
-        reached = float(cdf_at(self.edges, self.cumulative[None], np.array([total]))[0])
-        if not self.generated:
-            return reached
-        return max(0.0, 1.0 - (1.0 - reached) / self._survival_at_generated())
+        return float(self._row.cdf(tokens)[0])
 
     def remaining(self, generated: float) -> LengthPrediction:
         """The distribution of what is still to come once `generated` tokens are out and no end is in sight.
 
-        Conditions on the answer being longer; costs no second pass through the network. Beyond the grid's
-        last edge nothing is known, and what remains is 0.
-        """
-        if generated < 0:
-            raise ConfigError(f"generated tokens can't be negative; got {generated}")
-        return replace(self, generated=self.generated + float(generated))
+        Conditions on the answer being longer; costs no second pass through the network. Where the answer outlives
+        what was predicted, a Pareto tail goes on: see `PredictionBatch`, which also does this for many requests.
 
-    def _survival_at_generated(self) -> float:
-        reached = cdf_at(self.edges, self.cumulative[None], np.array([self.generated]))[0]
-        return max(1.0 - float(reached), 1e-9)
+        Raises:
+            ConfigError: a negative or infinite number, or NaN.
+        """
+        return replace(self, generated=self.generated + float(generated_tokens(generated, 1).flat[0]))
+
+    @property
+    def _row(self) -> PredictionBatch:
+        return PredictionBatch.of([self])
 
     def __repr__(self) -> str:
         low, median, high = self.quantiles([0.1, 0.5, 0.9])

@@ -272,6 +272,7 @@ class LengthPredictor:
             max_tokens=request.max_tokens,
             target_llm=request.target_llm,
             raw_cumulative=raw.cumulative,
+            tail_index=self.config.tail_index,
         )
 
     def observe(self, prediction: LengthPrediction, actual_tokens: int, *, censored: bool | None = None) -> None:
