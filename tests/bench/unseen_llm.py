@@ -26,7 +26,7 @@ from scipy.sparse import csr_matrix, hstack
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import RidgeCV
 
-from mope import LengthPredictor, Request
+from mope import LengthPrediction, LengthPredictor, Request
 from mope.console import console, progress
 from mope.grid import Array
 from mope.recalibration import Recalibrator
@@ -41,6 +41,11 @@ def score(medians: Array, q90: Array | None, tokens: Array) -> dict[str, float]:
     """Mean absolute error in tokens, and the share of answers that the 90 % quantile covers."""
     found = {"mae": float(np.abs(medians - tokens).mean())}
     return found if q90 is None else {**found, "coverage": float((tokens <= q90).mean())}
+
+
+def log_medians(predictions: Sequence[LengthPrediction]) -> Array:
+    """Log of each median before any correction."""
+    return np.array([np.interp(0.5, one.raw_cumulative, np.log(one.edges)) for one in predictions])
 
 
 def line(x: Array, y: Array, wanted: Array) -> tuple[Array, Array]:
@@ -87,8 +92,7 @@ def measure(predictor: LengthPredictor, path: Path, num_llms: int, seed: int) ->
             )
             predictor.recalibrator = Recalibrator(priors)
             observed = predictor.predict_batch(asked)
-            raw = [np.log([np.exp(np.interp(0.5, p.raw_cumulative, np.log(p.edges))) for p in predictor.predict_batch(rows)])
-                   for rows in (asked, wanted)]  # fmt: skip
+            raw = [log_medians(predictor.predict_batch(rows)) for rows in (asked, wanted)]
             found["no correction"].append(score(np.exp(raw[1]), None, tokens))
             found["constant"].append(score(np.full(len(tokens), constant), None, tokens))
             y, known = np.log(train.response_tokens.to_numpy(dtype=float)), ~train.censored.to_numpy()
@@ -108,7 +112,7 @@ def measure(predictor: LengthPredictor, path: Path, num_llms: int, seed: int) ->
 
 
 def summary(found: dict[str, list[dict[str, float]]], samples: int, seed: int) -> dict[str, Any]:
-    """Means over LLMs with 95 % intervals; errors also as a ratio to the better of the predictors trained on the LLM."""
+    """Means over LLMs with 95 % intervals; errors as ratios to the better of the predictors trained on the LLM, too."""
     rng = np.random.default_rng(seed)
     num = len(found["constant"])
     draws = rng.integers(0, num, (samples, num))
