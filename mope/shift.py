@@ -33,7 +33,7 @@ KNOTS = np.sin(np.linspace(0.0, np.pi / 2, 33)) ** 2  # probabilities at which t
 OUTLIERS = 0.1  # share of answers that the fit of shift and slope takes for accidents
 FEW_OUTLIERS = 0.03  # and that of the spread, which would come out too small if many answers did not count
 OUTLIER_SCALE = 1.5  # how far these lie off
-CUT_RATIO, CUT_COUNT = 3.0, 10.0  # cut answers weigh as much as this many times the ended ones, and this many, at most
+CUT_RATIO, CUT_COUNT = 3.0, 4.0  # cut answers weigh as much as this many times the ended ones, and this many, at most
 BEYOND = 1e-4  # probability above the grid for which it is extended
 SHAPE_COUNT = 100.0  # answers that the fitted distribution is worth beside the counts themselves
 SPREAD_PRIOR = log(0.82)  # within an LLM lengths scatter less than over all of them, which is what was predicted
@@ -42,7 +42,8 @@ SLOPE_DEVIATION = 0.28  # between LLMs, as measured on AlpacaEval
 
 _SPREADS = 0.3 * 1.2 ** np.arange(12)
 _LOG_SPREADS = np.log(_SPREADS)
-_SLOPES = np.linspace(-1.0, 0.5, 13)  # of r over the log predicted median: -1 means that the prompt does not matter
+_UNSTRETCHED = int(np.abs(_LOG_SPREADS).argmin())
+_SLOPES = np.linspace(-1.0, 0.75, 15)  # of r over the log predicted median: -1 means that the prompt does not matter
 _LOG_PRIOR_SLOPE = -0.5 * (_SLOPES / SLOPE_DEVIATION) ** 2
 _OFFSETS = BIN * np.arange(1 - NUM_BINS, NUM_BINS)  # residuals: a bin's centre less a shift
 _CELLS = (BIN * (np.arange(2 * NUM_BINS) - NUM_BINS + 0.5)) / _SPREADS[:, None]
@@ -98,7 +99,7 @@ class Fit:
         pivot: the log predicted median at which `shift` holds.
         expected: cumulative predicted distribution of r at `EDGES_R`.
         learned: cumulative distribution of r at `EDGES_R` that the correction makes of it.
-        observed: the same from the counts alone (Kaplan and Meier's estimator).
+        observed: the same with hardly any weight on what was believed before.
     """
 
     total: float
@@ -183,8 +184,8 @@ def fit(counts: Counts, prior: Prior) -> Fit:
     """Shift, slope, spread and distribution of r, given the counts.
 
     The likelihood is that of the predicted distribution, shifted, stretched and mixed with a share of accidents; cut
-    answers enter by their probability of being longer. The distribution is the posterior mean of a beta-Stacy process
-    around the fitted one (Walker and Muliere, 1997): Kaplan and Meier's estimator with pseudo-observations.
+    answers enter by their probability of being longer. The distribution is that of the counts, with `SHAPE_COUNT` more
+    answers as fitted, blurred by what is not known of shift and spread.
 
     Args:
         counts: what was observed; `expected` must not be all zero.
@@ -278,9 +279,6 @@ def pooled_shape(shapes: Sequence[Array], weights: Sequence[float]) -> Array:
     for shape, weight in zip(shapes, weights, strict=True):
         total += weight * shape
     return np.asarray(total / (1.0 + sum(weights)))
-
-
-_UNSTRETCHED = int(np.abs(_LOG_SPREADS).argmin())
 
 
 def _residual_mass(expected: Array, shape: Array | None) -> Array:

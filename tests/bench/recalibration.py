@@ -332,7 +332,7 @@ STREAMS: tuple[tuple[str, Stream, Stream, str], ...] = (
     ("as predicted", _calibrated, _calibrated, "1"),
     ("10 % are 30 times longer or shorter", _outliers, _outliers, "1.5"),
     ("the same, tested without these", _outliers, _plain, "1.5"),
-    ("30 % aborted at random", _aborted, _plain, "1.5"),
+    ("30 % aborted at any share of their length", _aborted, _plain, "1.5"),
     ("capped at 256 tokens, more than half are longer", _capped, _plain, "1.5"),
     ("all aborted at half", _all_cut, _plain, "1.5"),
     ("always 225 tokens", _constant, _constant, "about 1"),
@@ -373,8 +373,9 @@ def measure_stream(observed: Stream, truth: Stream, seed: int) -> Iterator[tuple
 
 def show_streams(repeats: int) -> None:
     """Print means over some repetitions of streams of made-up answers; of the factor, the geometric mean."""
-    table = Table("stream", "observed", "factor", "right", "off by", "90 % coverage", "pinball",
-                  title=f"streams, {repeats} of each; factor and its scatter: first version / this; else: no correction / first version / this")  # fmt: skip
+    title = f"streams, {repeats} of each; coverage and pinball: no correction / first version / this"
+    columns = ("stream", "observed", "factor: first version / this", "right", "off by", "90 % coverage", "pinball")
+    table = Table(*columns, title=title)
     for name, observed, truth, right in STREAMS:
         found: dict[int, dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
         for seed in range(repeats):
@@ -402,15 +403,17 @@ def show_speed() -> None:
         median = rng.normal(5, 0.6)
         raw, tokens = lognormal(median, 0.87), float(np.exp(median + rng.normal(0, 0.6)) + 1)
         target = targets[0] if position % 2 else targets[position // 2 % 13]
-        times = [time.perf_counter()]
+        times = [time.thread_time()]
         recalibrator.correct(EDGES, raw, target)
-        times.append(time.perf_counter())
+        times.append(time.thread_time())
         recalibrator.observe(EDGES, raw, target, tokens, False, now)
-        times.append(time.perf_counter())
+        times.append(time.thread_time())
         for name, seconds in zip(("correct", "observe"), np.diff(times), strict=True):
             rows[name].append(1e6 * float(seconds))
         now += STEP_S
-    table = Table("call", "median", "mean", "90 %", "99 %", title="microseconds, the later half of 4000 calls")
+    table = Table(
+        "call", "median", "mean", "90 %", "99 %", title="microseconds of CPU time, the later half of 4000 calls"
+    )
     for name, seconds in rows.items():
         later = np.array(seconds[2000:])
         figures = (np.median(later), later.mean(), *np.quantile(later, [0.9, 0.99]))

@@ -243,6 +243,15 @@ def test_llms_of_different_lengths_do_not_make_a_muddle_for_a_new_one():
     assert high < 2000 * 5
 
 
+def test_an_llm_without_answers_follows_those_of_others_while_it_is_asked_for():
+    recalibrator = Recalibrator()
+    for number in range(8):
+        before = quantile(recalibrator, NEW)
+        serve(recalibrator, Target(f"llm-{number}", known=False), 3.0, 20, number)
+    assert quantile(recalibrator, NEW) > 1.5 * 100
+    assert quantile(recalibrator, NEW) >= before > 100
+
+
 @pytest.mark.parametrize("target", [UNNAMED, B])
 def test_one_answer_of_another_llm_teaches_a_little(target):
     recalibrator = Recalibrator()
