@@ -20,6 +20,7 @@ from mope import packaged as packaged_predictors
 from mope.backends.choice import Choice, choose
 from mope.cache import CacheStats, LruCache
 from mope.calibration import Calibration
+from mope.epochs import Target
 from mope.errors import ArtifactError, DataError
 from mope.features import NUMBER_NAMES, RequestEncoder
 from mope.grid import Array
@@ -82,7 +83,8 @@ class LengthPredictor:
         cache_size: int = 0,
     ) -> None:
         self.config, self.backend, self.encoder, self.router = config, backend, encoder, router
-        self.calibration, self.recalibrator, self.folder = calibration, recalibrator or Recalibrator(), folder
+        self.calibration, self.folder = calibration, folder
+        self.recalibrator = Recalibrator() if recalibrator is None else recalibrator
         self.device = "cpu" if choice is None else choice.device
         self.backend_reason = "" if choice is None else choice.reason
         self._serving: ServingPredictor | None = None
@@ -91,6 +93,7 @@ class LengthPredictor:
         self._fallback = np.array(fallback, dtype=np.float64)
         self._fallback.flags.writeable = False
         self._edges = np.asarray(config.edges, dtype=np.float64)
+        self._known_llms = frozenset(config.target_llms)
 
     @classmethod
     def from_pretrained(
@@ -263,28 +266,47 @@ class LengthPredictor:
         return found
 
     def _answer(self, raw: _Raw, request: Request) -> LengthPrediction:
+        mode = _mode_of(request)
+        key = self._key_of(request.target_llm, mode, raw.source)
+        edges, cumulative = self.recalibrator.correct(self._edges, raw.cumulative, key)
         return LengthPrediction(
-            edges=self._edges,
-            cumulative=self.recalibrator.correct(self._edges, raw.cumulative, request.target_llm),
+            edges=edges,
+            cumulative=cumulative,
             expert=raw.expert,
             route_probabilities=raw.route,
             source=raw.source,
             max_tokens=request.max_tokens,
             target_llm=request.target_llm,
+            mode=mode,
             raw_cumulative=raw.cumulative,
             tail_index=self.config.tail_index,
         )
 
-    def observe(self, prediction: LengthPrediction, actual_tokens: int, *, censored: bool | None = None) -> None:
+    def _key_of(self, llm: str | None, mode: str, source: str) -> Target:
+        """What corrections are kept apart by; the fallback is another distribution and has its own."""
+        if source != "model":
+            mode = f"fallback {mode}".rstrip()
+        name = llm or ""
+        return Target(name, mode, _family_of(name), not name or name in self._known_llms)
+
+    def observe(
+        self,
+        prediction: LengthPrediction,
+        actual_tokens: int,
+        *,
+        censored: bool | None = None,
+        time_s: float | None = None,
+    ) -> None:
         """Learn from a finished request: later predictions for its target LLM are corrected.
 
         Args:
             prediction: what was predicted for it, from this predictor.
             actual_tokens: tokens that were generated.
             censored: the answer was cut; if None, it counts as cut when it reached the request's `max_tokens`.
+            time_s: when it finished, in seconds since 1970; now if None.
 
         Raises:
-            DataError: fewer than 1 token, or a prediction that already counts what remains.
+            DataError: fewer than 1 token, a time that is none, or a prediction that already counts what remains.
         """
         if prediction.generated or prediction.raw_cumulative is None:
             raise DataError("observe needs the prediction that predict() gave, not one made by remaining()")
@@ -292,9 +314,8 @@ class LengthPredictor:
             raise DataError(f"actual_tokens is {type(actual_tokens).__name__}; expected a number of tokens")
         if censored is None:
             censored = prediction.max_tokens is not None and actual_tokens >= prediction.max_tokens
-        self.recalibrator.observe(
-            prediction.edges, prediction.raw_cumulative, prediction.target_llm, actual_tokens, censored
-        )
+        key = self._key_of(prediction.target_llm, prediction.mode, prediction.source)
+        self.recalibrator.observe(self._edges, prediction.raw_cumulative, key, actual_tokens, censored, time_s)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the predictor, with all that `observe` taught it, into a folder. Whole or not at all.
@@ -319,7 +340,7 @@ class LengthPredictor:
         (folder / "tokenizer.json").write_text(self.encoder.tokenizer_json(), encoding="utf-8")
         artifact.write_router(folder, self.router)
         artifact.write_calibration(folder, self.calibration, self._fallback)
-        if len(self.recalibrator):
+        if len(self.recalibrator) or self.recalibrator.unknown_llms:
             artifact.write_json(folder / "recalibration.json", self.recalibrator.to_json())
         self.backend.save(folder)
 
@@ -352,6 +373,18 @@ class LengthPredictor:
             f"LengthPredictor({config.preset}, {config.design}, {config.num_experts} experts, "
             f"encoder {config.encoder!r}, backend {self.backend_reason or self.backend.name})"
         )
+
+
+def _mode_of(request: Request) -> str:
+    """How an LLM is asked, as far as that changes what it answers."""
+    thinking = "" if request.thinking is None else "thinking" if request.thinking else "no thinking"
+    output = "" if not request.response_format else "json" if "json" in request.response_format else "format"
+    return "+".join(part for part in (thinking, "tools" if request.tools else "", output) if part)
+
+
+def _family_of(llm: str) -> str:
+    """The family that an LLM belongs to, empty if unknown."""
+    return ""
 
 
 def _find(name_or_path: str | Path, revision: str | None) -> Path:

@@ -10,6 +10,7 @@ from make_tiny_artifact import PROMPTS, make_predictor
 from mope import LengthPredictor, Request
 from mope.errors import ArtifactError, ConfigError, DataError
 from mope.inputs import as_request
+from mope.recalibration import Recalibrator
 
 HISTORY = [{"role": "user", "content": "Why is the sky blue?"}, {"role": "assistant", "content": "Scattering. " * 40}]
 
@@ -164,11 +165,77 @@ def test_observing_learns_from_the_uncorrected_prediction(predictor):
 
 
 def test_an_answer_at_its_cap_counts_as_cut(predictor):
+    """It says that the answer would have been longer than 3 tokens, which was expected anyway."""
+    before = predictor.predict("hello").median
     prediction = predictor.predict("hello", max_tokens=3)
-    predictor.observe(prediction, 3)  # shorter than the median: says nothing
-    assert len(predictor.recalibrator) == 0
-    predictor.observe(prediction, 3, censored=False)
-    assert len(predictor.recalibrator) == 1
+    for _ in range(30):
+        predictor.observe(prediction, 3)
+    assert predictor.predict("hello").median > 0.95 * before
+    for _ in range(60):
+        predictor.observe(prediction, 3, censored=False)
+    assert predictor.predict("hello").median < 6
+    assert len(predictor.recalibrator) == 90
+
+
+@pytest.mark.parametrize(
+    ("flags", "mode"),
+    [
+        ({}, ""),
+        ({"thinking": True}, "thinking"),
+        ({"thinking": False}, "no thinking"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_schema"}, "thinking": True}, "thinking+json"),
+        ({"response_format": "grammar", "tools": True}, "tools+format"),
+    ],
+)
+def test_how_an_llm_is_asked_is_its_mode(predictor, flags, mode):
+    assert predictor.predict("hello", **flags).mode == mode
+
+
+def test_modes_learn_apart(predictor):
+    plain, thinking = predictor.predict("hello", target_llm="gpt-4"), {"target_llm": "gpt-4", "thinking": True}
+    for _ in range(60):
+        predictor.observe(predictor.predict("hello", **thinking), round(20 * plain.median), time_s=1e9)
+        predictor.observe(predictor.predict("hello", target_llm="gpt-4"), round(plain.median), time_s=1e9)
+    assert predictor.predict("hello", **thinking).median > 10 * plain.median
+    assert predictor.predict("hello", target_llm="gpt-4").median < 1.5 * plain.median
+
+
+def test_the_fallback_learns_apart_from_the_network(predictor):
+    for _ in range(30):
+        predictor.observe(predictor.predict("", target_llm="gpt-4"), 5)
+    (learned,) = predictor.recalibrator.summary()
+    assert learned.target.mode == "fallback"
+    assert learned.target.known
+    predictor.observe(predictor.predict("hello", target_llm="somebody's", thinking=True), 5)
+    assert [(one.target.llm, one.target.mode, one.target.known) for one in predictor.recalibrator.summary()] == [
+        ("gpt-4", "fallback", True),
+        ("somebody's", "thinking", False),
+    ]
+
+
+def test_answers_beyond_the_grid_are_predicted_beyond_it(predictor):
+    prediction = predictor.predict("Write an essay about cats")
+    for _ in range(40):
+        predictor.observe(prediction, round(300 * prediction.median))
+    after = predictor.predict("Write an essay about cats")
+    assert after.median == pytest.approx(300 * prediction.median, rel=0.2)
+    assert after.median > prediction.edges[-1]
+    assert after.mean > prediction.edges[-1]
+    predictor.observe(after, round(300 * prediction.median))  # it still carries what observe needs
+
+
+def test_a_prior_for_unknown_llms_is_part_of_the_predictor(predictor, tmp_path):
+    predictor.recalibrator = Recalibrator({"": [(10.0, 1.0)]})
+    folder = predictor.save_pretrained(tmp_path / "cautious")
+    again = LengthPredictor.from_pretrained(folder)
+    known, unknown = (again.predict("hello", target_llm=name).median for name in ("gpt-4", "somebody's"))
+    assert unknown > 5 * known
+
+
+def test_a_time_that_is_none_is_refused(predictor):
+    with pytest.raises(DataError, match="time_s is in seconds since 1970; got 'now'"):
+        predictor.observe(predictor.predict("hello"), 10, time_s="now")
 
 
 def test_what_was_learned_is_saved_and_goes_on(predictor, tmp_path):

@@ -272,7 +272,5 @@ def test_many_threads_predict_and_teach_at_once(tiny: Path, cache_size: int) -> 
 
     with ThreadPoolExecutor(8) as pool:
         assert max(pool.map(work, range(8))) <= 1e-6
-    observed = 8 * len(REQUESTS)
-    fade = 0.995
-    assert shared.recalibrator.to_json()[""]["count"] == pytest.approx((1 - fade**observed) / (1 - fade))
+    assert len(shared.recalibrator) == 8 * len(REQUESTS)
     assert shared.encoder.tokenizer_json() == tokenizer
