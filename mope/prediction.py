@@ -27,6 +27,7 @@ class LengthPrediction:
         source: `"model"`, or `"fallback:<reason>"` where the network did not answer.
         max_tokens: the request's cap: no quantile and no mean goes above it.
         target_llm: the LLM that will answer, if it was named.
+        llm_family: its family, if that was named.
         mode: how it is asked, such as `"thinking"` or `"tools+json"`: `LengthPredictor.observe` keeps modes apart.
         generated: tokens already generated, all figures then count what is still to come.
         raw_cumulative: the same before recalibration, for `LengthPredictor.observe`.
@@ -40,6 +41,7 @@ class LengthPrediction:
     source: str = "model"
     max_tokens: int | None = None
     target_llm: str | None = None
+    llm_family: str | None = None
     mode: str = ""
     generated: float = 0.0
     raw_cumulative: Array | None = None

@@ -81,14 +81,16 @@ class PredictionBatch:
         """
         if not predictions:
             raise DataError("a batch has at least one prediction; got none")
-        edges_E = predictions[0].edges
+        edges_E = max((prediction.edges for prediction in predictions), key=len)
+        cdf_BE = np.ones((len(predictions), len(edges_E)))
         for row, prediction in enumerate(predictions):
-            if prediction.edges is not edges_E and not np.array_equal(prediction.edges, edges_E):
+            num_edges = len(prediction.edges)
+            if prediction.edges is not edges_E and not np.array_equal(prediction.edges, edges_E[:num_edges]):
                 raise DataError(
-                    f"predictions of one batch have one grid; row {row} has another than row 0: batch the predictions "
-                    "of each predictor by themselves"
+                    f"predictions of one batch have one grid; row {row} has another: batch the predictions of each "
+                    "predictor by themselves"
                 )
-        cdf_BE = np.array([prediction.cumulative for prediction in predictions], dtype=np.float64)
+            cdf_BE[row, :num_edges] = prediction.cumulative
         caps = [np.inf if one.max_tokens is None else one.max_tokens for one in predictions]
         index_B = np.array([prediction.tail_index for prediction in predictions], dtype=np.float64)
         fresh = cls(

@@ -23,13 +23,14 @@ from mope.calibration import Calibration
 from mope.epochs import Target
 from mope.errors import ArtifactError, DataError
 from mope.features import NUMBER_NAMES, RequestEncoder
-from mope.grid import Array
+from mope.grid import Array, cdf_at
 from mope.inputs import as_requests, has_text, request_from
 from mope.mixture import assemble, experts_needed
 from mope.prediction import LengthPrediction
 from mope.recalibration import Recalibrator
 from mope.request import Request
 from mope.router import Router
+from mope.target_llm import describe
 
 if TYPE_CHECKING:
     from mope.backends import Backend
@@ -84,7 +85,7 @@ class LengthPredictor:
     ) -> None:
         self.config, self.backend, self.encoder, self.router = config, backend, encoder, router
         self.calibration, self.folder = calibration, folder
-        self.recalibrator = Recalibrator() if recalibrator is None else recalibrator
+        self.recalibrator = Recalibrator(config.unknown_llms) if recalibrator is None else recalibrator
         self.device = "cpu" if choice is None else choice.device
         self.backend_reason = "" if choice is None else choice.reason
         self._serving: ServingPredictor | None = None
@@ -93,7 +94,7 @@ class LengthPredictor:
         self._fallback = np.array(fallback, dtype=np.float64)
         self._fallback.flags.writeable = False
         self._edges = np.asarray(config.edges, dtype=np.float64)
-        self._known_llms = frozenset(config.target_llms)
+        self._unseen_modes = frozenset(config.unknown_llms) - {""}
 
     @classmethod
     def from_pretrained(
@@ -168,8 +169,9 @@ class LengthPredictor:
             prompt: text of the user's message.
             messages: the whole conversation instead, OpenAI-style, ending with the user's message.
             history: the messages before `prompt`, OpenAI-style.
-            **flags: what else is known of the request: `target_llm`, `max_tokens`, `temperature`, `tools`,
-                `response_format`, `thinking`, `system`.
+            **flags: what else is known of the request: `target_llm` (and where its name does not tell `llm_family`,
+                `llm_size` in billions of parameters, `llm_reasoning`), `max_tokens`, `temperature`, `tools`,
+                `response_format`, `thinking`, `thinking_budget`, `system`.
 
         Returns:
             A distribution over response tokens.
@@ -267,8 +269,13 @@ class LengthPredictor:
 
     def _answer(self, raw: _Raw, request: Request) -> LengthPrediction:
         mode = _mode_of(request)
-        key = self._key_of(request.target_llm, mode, raw.source)
-        edges, cumulative = self.recalibrator.correct(self._edges, raw.cumulative, key)
+        edges, cumulative = self._corrected(raw, request, mode)
+        if request.thinking_budget is not None and "thinking" in self._unseen_modes and "thinking" in mode.split("+"):
+            # what it would answer without thoughts, and at most the budget of them; the network knows nothing of either
+            plain = "+".join(part for part in mode.split("+") if part != "thinking")
+            shorter_edges, shorter = self._corrected(raw, request, plain)
+            bound = cdf_at(shorter_edges, shorter[None].repeat(len(edges), 0), edges - request.thinking_budget)
+            cumulative = np.maximum(cumulative, np.where(edges > request.thinking_budget, bound, 0.0))
         return LengthPrediction(
             edges=edges,
             cumulative=cumulative,
@@ -277,17 +284,25 @@ class LengthPredictor:
             source=raw.source,
             max_tokens=request.max_tokens,
             target_llm=request.target_llm,
+            llm_family=request.llm_family,
             mode=mode,
             raw_cumulative=raw.cumulative,
             tail_index=self.config.tail_index,
         )
 
-    def _key_of(self, llm: str | None, mode: str, source: str) -> Target:
+    def _corrected(self, raw: _Raw, request: Request, mode: str) -> tuple[Array, Array]:
+        key = self._key_of(request.target_llm, request.llm_family, mode, raw.source)
+        return self.recalibrator.correct(self._edges, raw.cumulative, key)
+
+    def _key_of(self, llm: str | None, family: str | None, mode: str, source: str) -> Target:
         """What corrections are kept apart by; the fallback is another distribution and has its own."""
+        named = describe(llm)
+        known = self.encoder.llms.knows(llm) if named.name else self.config.unnamed_llm
+        if not self._unseen_modes.isdisjoint(mode.split("+")):
+            known = False  # of this LLM too it was not seen what it answers when asked like this
         if source != "model":
             mode = f"fallback {mode}".rstrip()
-        name = llm or ""
-        return Target(name, mode, _family_of(name), not name or name in self._known_llms)
+        return Target(named.name, mode, describe(family).family or named.family or "", known)
 
     def observe(
         self,
@@ -314,7 +329,7 @@ class LengthPredictor:
             raise DataError(f"actual_tokens is {type(actual_tokens).__name__}; expected a number of tokens")
         if censored is None:
             censored = prediction.max_tokens is not None and actual_tokens >= prediction.max_tokens
-        key = self._key_of(prediction.target_llm, prediction.mode, prediction.source)
+        key = self._key_of(prediction.target_llm, prediction.llm_family, prediction.mode, prediction.source)
         self.recalibrator.observe(self._edges, prediction.raw_cumulative, key, actual_tokens, censored, time_s)
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -380,11 +395,6 @@ def _mode_of(request: Request) -> str:
     thinking = "" if request.thinking is None else "thinking" if request.thinking else "no thinking"
     output = "" if not request.response_format else "json" if "json" in request.response_format else "format"
     return "+".join(part for part in (thinking, "tools" if request.tools else "", output) if part)
-
-
-def _family_of(llm: str) -> str:
-    """The family that an LLM belongs to, empty if unknown."""
-    return ""
 
 
 def _find(name_or_path: str | Path, revision: str | None) -> Path:

@@ -361,7 +361,8 @@ class Recalibrator:
     def _prior(self, target: Target, relatives: Sequence[tuple[float, float, _Profile]]) -> Prior:
         pairs: Sequence[tuple[float, float]] = ()
         if not target.known:
-            pairs = self.unknown_llms.get(target.mode) or self.unknown_llms.get("") or ()
+            asked = next((part for part in target.mode.split("+") if part in self.unknown_llms), "")
+            pairs = self.unknown_llms.get(asked, ())
         width = GIVEN_WIDTH if pairs else KNOWN_WIDTH if target.known else UNKNOWN_WIDTH
         pairs = pairs or [(1.0, 1.0)]
         total = sum(weight for _, weight in pairs)

@@ -147,7 +147,7 @@ class Correction:
 
         Returns:
             Edges and cumulative probabilities: the same edges, and further ones above where answers may well be longer
-            than the grid reaches.
+            than the grid reaches. Of two grids that were made longer, one is the beginning of the other.
         """
         centre = log_median + self._slope * (log_median - self._pivot)
         corrected = np.interp(log_median + self._image(log_edges - centre), log_edges, cumulative)
@@ -155,7 +155,8 @@ class Correction:
         if corrected[-1] < 1.0 - BEYOND:
             top = float(log_edges[-1])
             end = centre + self._preimage(top - log_median)
-            further = np.linspace(top, end, 2 + int((end - top) / (2 * BIN)))[1:]
+            # steps that are always the same, so that of two such grids one is the beginning of the other
+            further = top + 2 * BIN * np.arange(1, 2 + int((end - top) / (2 * BIN)))
             above = np.interp(log_median + self._image(further - centre), log_edges, cumulative)
             edges, corrected = np.concatenate([edges, np.exp(further)]), np.concatenate([corrected, above])
         corrected[-1] = 1.0

@@ -107,11 +107,21 @@ def test_levels_that_are_none_are_refused(levels):
 
 
 def test_predictions_on_different_grids_are_no_batch():
-    other = LengthPrediction(EDGES[:-1], np.linspace(0, 1, len(EDGES) - 1))
-    with pytest.raises(DataError, match="one grid; row 1 has another than row 0"):
+    other = LengthPrediction(EDGES[1:], np.linspace(0, 1, len(EDGES) - 1))
+    with pytest.raises(DataError, match="one grid; row 1 has another: batch"):
         PredictionBatch.of([uniform(), other])
     equal = LengthPrediction(EDGES.copy(), np.linspace(0, 1, len(EDGES)))
     assert len(PredictionBatch.of([uniform(), equal])) == 2
+
+
+def test_grids_that_go_further_are_the_same_grid():
+    """Corrected predictions of LLMs that answer longer have further edges."""
+    longer = LengthPrediction(np.append(EDGES, [2 * EDGES[-1], 4 * EDGES[-1]]), np.linspace(0, 1, len(EDGES) + 2))
+    both = PredictionBatch.of([uniform(), longer, uniform()])
+    for row, alone in enumerate([uniform(), longer, uniform()]):
+        assert both.quantiles([0.1, 0.5, 0.9, 0.99])[row] == pytest.approx(alone.quantiles([0.1, 0.5, 0.9, 0.99]))
+        rest = alone.remaining(EDGES[-2])
+        assert both.remaining(EDGES[-2]).median[row] == pytest.approx(rest.median)
 
 
 def test_no_predictions_are_no_batch():

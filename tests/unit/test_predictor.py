@@ -11,6 +11,7 @@ from mope import LengthPredictor, Request
 from mope.errors import ArtifactError, ConfigError, DataError
 from mope.inputs import as_request
 from mope.recalibration import Recalibrator
+from mope.target_llm import LlmTable
 
 HISTORY = [{"role": "user", "content": "Why is the sky blue?"}, {"role": "assistant", "content": "Scattering. " * 40}]
 
@@ -199,6 +200,71 @@ def test_modes_learn_apart(predictor):
         predictor.observe(predictor.predict("hello", target_llm="gpt-4"), round(plain.median), time_s=1e9)
     assert predictor.predict("hello", **thinking).median > 10 * plain.median
     assert predictor.predict("hello", target_llm="gpt-4").median < 1.5 * plain.median
+
+
+UNKNOWN = {
+    "": ((0.5, 0.3), (1.0, 0.4), (2.0, 0.2), (20.0, 0.1)),
+    "thinking": ((1.0, 0.2), (8.0, 0.5), (30.0, 0.3)),
+    "tools": ((0.2, 0.5), (1.0, 0.5)),
+    "json": ((0.3, 0.5), (1.0, 0.5)),
+}
+
+
+@pytest.fixture
+def worldly(tiny):
+    """A predictor that knows two LLMs, and how others may differ from them."""
+    made = LengthPredictor.from_pretrained(tiny, backend="torch")
+    made.encoder.llms = LlmTable(("gpt-4", "llama-3-8b-instruct"))
+    settings = made.config.model_copy(update={"unknown_llms": UNKNOWN, "unnamed_llm": False})
+    return LengthPredictor(settings, made.backend, made.encoder, made.router, made.calibration, made._fallback)
+
+
+def width(prediction):
+    return prediction.quantile(0.9) / prediction.quantile(0.1)
+
+
+def test_of_an_unknown_llm_it_says_that_it_does_not_know(worldly):
+    known = worldly.predict("hello", target_llm="openai/GPT-4")
+    for name in ("somebody-s-llm", None, "gpt-4-turbo"):  # a relative is not the LLM itself
+        unknown = worldly.predict("hello", target_llm=name)
+        assert width(unknown) > 2 * width(known), name
+        assert unknown.quantile(0.99) > 5 * known.quantile(0.99), name
+        assert 0.5 < unknown.median / known.median < 2, name
+    assert width(worldly.predict("hello", target_llm="Llama-3-8B-Instruct")) == pytest.approx(width(known), rel=0.3)
+
+
+def test_an_unknown_llm_is_known_once_it_was_observed(worldly):
+    unknown = worldly.predict("hello", target_llm="new")
+    for row in range(100):
+        worldly.observe(worldly.predict("hello", target_llm="new"), 9000 + row, time_s=1e9 + row)
+    learned = worldly.predict("hello", target_llm="new")
+    assert learned.median == pytest.approx(9050, rel=0.25)
+    assert width(learned) < 0.5 * width(unknown)
+    assert worldly.predict("hello", target_llm="gpt-4").median < 0.1 * learned.median
+
+
+def test_flags_that_no_training_row_had_shift_the_length(worldly):
+    usual = worldly.predict("hello", target_llm="gpt-4")
+    assert worldly.predict("hello", target_llm="gpt-4", thinking=True).median > 3 * usual.median
+    assert worldly.predict("hello", target_llm="gpt-4", tools=True).median < 0.8 * usual.median
+    assert worldly.predict("hello", target_llm="gpt-4", response_format="json_object").median < 0.9 * usual.median
+    both = worldly.predict("hello", target_llm="gpt-4", thinking=True, tools=True)
+    assert both.median > 3 * usual.median  # thoughts go first
+
+
+@pytest.mark.parametrize("llm", ["gpt-4", "new"])
+def test_a_thinking_budget_bounds_the_thoughts(worldly, llm):
+    levels = [0.1, 0.5, 0.9, 0.99]
+    plain = worldly.predict("hello", target_llm=llm).quantiles(levels)
+    free = worldly.predict("hello", target_llm=llm, thinking=True).quantiles(levels)
+    before = plain
+    for budget in (1, 10, 100, 1000, 10_000, 2**31 - 1):
+        found = worldly.predict("hello", target_llm=llm, thinking=True, thinking_budget=budget).quantiles(levels)
+        assert (found <= 1.25 * (plain + budget)).all()  # within a bin
+        assert (found <= free + 1e-6).all()
+        assert (found >= 0.9 * before).all() or budget == 1
+        before = found
+    assert found == pytest.approx(free)
 
 
 def test_the_fallback_learns_apart_from_the_network(predictor):
