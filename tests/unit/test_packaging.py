@@ -27,6 +27,7 @@ PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(en
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
+PREDICTORS = ROOT / "mope" / "predictors"
 DATA_SUFFIXES = {".yaml", ".gz", ".typed"}
 
 
@@ -73,6 +74,9 @@ def test_every_package_with_code_has_an_init() -> None:
 
 def test_the_wheel_holds_every_source_and_data_file_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     expected = {f"{package_of(file.parent).replace('.', '/')}/{file.name}" for file in shipped_files()}
+    predictors = {file.relative_to(ROOT).as_posix() for file in PREDICTORS.rglob("*") if file.is_file()}
+    assert any(name.endswith(".onnx") for name in predictors)
+    expected |= predictors
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert found == expected
     assert "mope/py.typed" in found

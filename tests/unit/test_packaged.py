@@ -1,0 +1,112 @@
+"""The predictors that come with the package: whole, small, offline, and honest about what they do not know."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mope import LengthPredictor, packaged
+from mope.errors import ArtifactError
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("chat-micro", "chat-small")
+MAX_MB = 40
+PROMPTS = (
+    "Thanks!", "What is the capital of France? Answer in one word.", "Translate 'good morning' to German.",
+    "Explain TCP slow start.", "Write a detailed, step-by-step guide to learning German, with examples.",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def predictor(request):
+    return LengthPredictor.from_pretrained(request.param, backend="onnx")
+
+
+def test_what_is_promised_is_there_and_small():
+    assert tuple(packaged.names()) == NAMES
+    files = [file for name in NAMES for file in packaged.PREDICTORS.joinpath(name).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < MAX_MB * 1e6
+    assert {file.suffix for file in files} == {".json", ".md", ".onnx"}  # no weights for torch, no pickle, no plots
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_predicts_in_three_lines_offline_and_without_torch(name):
+    code = (
+        "import socket, sys\n"
+        "socket.socket.connect = None\n"
+        "from mope import LengthPredictor\n"
+        f"predictor = LengthPredictor.from_pretrained({name!r}, backend='onnx')\n"
+        "print(predictor.predict('Explain TCP slow start.', target_llm='gpt-4').median)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert 50 < float(run.stdout) < 1500
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_card_and_record_are_kept_and_name_no_folder_of_one_machine(name):
+    folder = packaged.PREDICTORS / name
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for part in (
+        "## Limits, and who loses when it errs",
+        "## Largest errors on test rows",
+        "## Licence and provenance",
+    ):
+        assert part in card
+    assert f'from_pretrained("{name}")' in card
+    assert "Apache-2.0" in card
+    assert "no licence is stated" in card  # of ShareGPT
+    assert (ROOT / "model_cards" / f"{name}.md").read_text(encoding="utf-8") == card
+    record = (folder / "provenance.json").read_text(encoding="utf-8")
+    assert not re.search(r"\"/(home|root|tmp|work|Users)", record)
+    assert json.loads(record)["config"]["model"]["preset"] == name.removeprefix("chat-")
+
+
+def test_longer_answers_are_expected_where_more_is_asked_for(predictor):
+    medians = [predictor.predict(prompt, target_llm="gpt-4").median for prompt in PROMPTS]
+    assert max(medians[:3]) < 0.6 * min(medians[3:])
+
+
+def test_it_knows_llms_that_say_more_than_others(predictor):
+    def typical(llm):
+        return np.exp(np.mean([np.log(predictor.predict(prompt, target_llm=llm).median) for prompt in PROMPTS[3:]]))
+
+    assert typical("Yi-34B-Chat") > 1.1 * typical("gpt-4-0613")
+    assert typical("google/flan-ul2") < 0.5 * typical("gpt-4-0613")
+    assert predictor.encoder.llms.knows("openai/gpt-3.5-turbo-0301")
+    assert not predictor.encoder.llms.knows("my-finetune")
+
+
+def test_of_an_unknown_llm_it_says_that_it_does_not_know(predictor):
+    for prompt in PROMPTS[3:]:
+        known, unknown = (predictor.predict(prompt, target_llm=llm) for llm in ("gpt-4-0613", "my-finetune"))
+        assert unknown.quantile(0.9) / unknown.quantile(0.1) > 1.5 * known.quantile(0.9) / known.quantile(0.1)
+        assert unknown.quantile(0.98) > 3000
+
+
+def test_a_reasoning_llm_is_learned_from_its_first_answers(predictor):
+    rng = np.random.default_rng(0)
+    answers = np.exp(rng.normal(np.log(9000), 0.5, 60)).astype(int)
+    for number, tokens in enumerate(answers.tolist()):
+        prediction = predictor.predict(PROMPTS[number % len(PROMPTS)], target_llm="brand-new-thinker")
+        predictor.observe(prediction, tokens, time_s=1e9 + number)
+    found = predictor.predict("Explain TCP slow start.", target_llm="brand-new-thinker")
+    assert 4000 < found.median < 20_000
+    assert found.quantile(0.95) < 200_000
+
+
+def test_a_folder_of_the_same_name_goes_first(tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    Path("chat-small").symlink_to(tiny)
+    assert LengthPredictor.from_pretrained("chat-small", backend="torch").config.encoder == "tiny-random-bert"
+
+
+def test_a_name_that_is_none_says_which_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match=r"no saved predictor at chat-smal; .*chat-micro and chat-small come"):
+        LengthPredictor.from_pretrained("chat-smal")
