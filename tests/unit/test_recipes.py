@@ -24,7 +24,8 @@ def write(path: Path, text: str) -> str:
 
 def test_the_recipes_that_are_promised_are_there() -> None:
     assert recipe_names() == [
-        "demo", "lmsys-base", "lmsys-small", "sharegpt-micro", "sharegpt-minilm", "sharegpt-small",
+        "chat-micro", "chat-minilm", "chat-small", "demo", "lmsys-base", "lmsys-small", "sharegpt-micro", "sharegpt-minilm",
+        "sharegpt-small",
     ]  # fmt: skip
 
 
@@ -226,20 +227,25 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def flags(name: str, chats: dict[str, str], encoder: Path, folder: Path) -> list[str]:
     """Arguments that make a recipe small enough for a test."""
     return [
-        chats[name.partition("-")[0].replace("demo", "sharegpt")], "--recipe", name, "--output", str(folder / "out"),
+        chats["lmsys" if name.startswith("lmsys") else "sharegpt"], "--recipe", name, "--output", str(folder / "out"),
         "--encoder", str(encoder), "--label-tokenizer", "encoder", "--cache-dir", str(folder / "cache"), "--epochs",
         "1", "--max-prompt-tokens", "24", "--max-context-tokens", "8", "--lookup-rows", "64", "--baselines", "constant",
         "--fine-tuned", "none", "--bootstrap-samples", "10", "--checks-per-epoch", "1", "--accelerator", "cpu",
         "--devices", "1", "--static-size", "8",
         *(["--test-source", chats["sharegpt"]] if name == "lmsys-base" else []),
+        *(["--also", chats["lmsys"]] if name.startswith("chat") else []),
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def teacher(chats: dict[str, str], tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    assert main(flags("sharegpt-minilm", chats, tiny_encoder, folder)) == 0
-    return folder / "out"
+def teachers(chats: dict[str, str], tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of each recipe that teaches others."""
+    found = {}
+    for name in ("sharegpt-minilm", "chat-minilm"):
+        folder = tmp_path_factory.mktemp(name)
+        assert main(flags(name, chats, tiny_encoder, folder)) == 0
+        found[name] = folder / "out"
+    return found
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -247,12 +253,12 @@ def test_a_recipe_trains_on_rows_of_its_data_s_form(
     name: str,
     chats: dict[str, str],
     tiny_encoder: Path,
-    teacher: Path,
+    teachers: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = load_recipe(name)
-    taught = ["--teacher", str(teacher)] if recipe.model.teacher else []
+    taught = ["--teacher", str(teachers[recipe.model.teacher])] if recipe.model.teacher else []
     status = main([*flags(name, chats, tiny_encoder, tmp_path), *taught])
     assert status == 0, capsys.readouterr().err
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -260,4 +266,4 @@ def test_a_recipe_trains_on_rows_of_its_data_s_form(
     assert saved["preset"] == recipe.model.preset
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {"mope", "mope_oracle_routed", "constant"} <= set(metrics["test"]["all_turns"])
-    assert ("other_data" in metrics) == (name == "lmsys-base")
+    assert ("other_data" in metrics) == (name == "lmsys-base" or name.startswith("chat"))
