@@ -24,8 +24,8 @@ def write(path: Path, text: str) -> str:
 
 def test_the_recipes_that_are_promised_are_there() -> None:
     assert recipe_names() == [
-        "chat-micro", "chat-minilm", "chat-small", "demo", "lmsys-base", "lmsys-small", "sharegpt-micro", "sharegpt-minilm",
-        "sharegpt-small",
+        "chat-micro", "chat-minilm", "chat-small", "demo", "lmsys-base", "lmsys-small",
+        "sharegpt-micro", "sharegpt-minilm", "sharegpt-small",
     ]  # fmt: skip
 
 
