@@ -355,7 +355,7 @@ class LengthPredictor:
         (folder / "tokenizer.json").write_text(self.encoder.tokenizer_json(), encoding="utf-8")
         artifact.write_router(folder, self.router)
         artifact.write_calibration(folder, self.calibration, self._fallback)
-        if len(self.recalibrator) or self.recalibrator.unknown_llms:
+        if len(self.recalibrator):
             artifact.write_json(folder / "recalibration.json", self.recalibrator.to_json())
         self.backend.save(folder)
 

@@ -34,6 +34,8 @@ OUTLIERS = 0.1  # share of answers that the fit of shift and slope takes for acc
 FEW_OUTLIERS = 0.03  # and that of the spread, which would come out too small if many answers did not count
 OUTLIER_SCALE = 1.5  # how far these lie off
 CUT_RATIO, CUT_COUNT = 3.0, 4.0  # cut answers weigh as much as this many times the ended ones, and this many, at most
+UNSURE = 0.9  # width of the middle 90 % of the shift's posterior above which predictions are widened by it
+NUM_SHIFTS = 20  # shifts that then stand for the posterior, each as likely
 BEYOND = 1e-4  # probability above the grid for which it is extended
 SHAPE_COUNT = 100.0  # answers that the fitted distribution is worth beside the counts themselves
 SPREAD_PRIOR = log(0.82)  # within an LLM lengths scatter less than over all of them, which is what was predicted
@@ -100,6 +102,7 @@ class Fit:
         expected: cumulative predicted distribution of r at `EDGES_R`.
         learned: cumulative distribution of r at `EDGES_R` that the correction makes of it.
         observed: the same with hardly any weight on what was believed before.
+        shifts: probability of each shift of `CENTRES_R`, shape (S,).
     """
 
     total: float
@@ -110,6 +113,7 @@ class Fit:
     expected: Array
     learned: Array
     observed: Array
+    shifts: Array
 
     def shape(self) -> Array:
         """What the predicted probabilities `KNOTS` mean once shift and spread are right, shape (P,)."""
@@ -123,11 +127,20 @@ class Correction:
     """A monotone map of lengths: probabilities at a corrected length are those predicted at its image.
 
     Beyond what was observed the map goes on by a constant factor. O(E) to apply.
+
+    As long as the shift itself is hardly known, as of an LLM that was not observed yet, there is no such map: what is
+    not known of it has nothing to do with what is not known of the request. The predicted distribution is then shifted
+    by each of `NUM_SHIFTS` likely shifts, and these are mixed. O(E NUM_SHIFTS) to apply.
     """
 
-    __slots__ = ("_images", "_knots", "_pivot", "_slope")
+    __slots__ = ("_images", "_knots", "_pivot", "_shifts", "_slope")
 
     def __init__(self, fit: Fit) -> None:
+        cumulative = np.concatenate([[0.0], np.cumsum(fit.shifts)])
+        low, high = np.interp([0.05, 0.95], cumulative, EDGES_R)
+        self._shifts = None
+        if high - low > UNSURE:
+            self._shifts = np.interp((np.arange(NUM_SHIFTS) + 0.5) / NUM_SHIFTS, cumulative, EDGES_R)
         least = 0.5 / (fit.total + SHAPE_COUNT)
         inner = np.flatnonzero((fit.learned > least) & (fit.learned < 1.0 - least))
         if len(inner) >= 2:
@@ -149,14 +162,15 @@ class Correction:
             Edges and cumulative probabilities: the same edges, and further ones above where answers may well be longer
             than the grid reaches. Of two grids that were made longer, one is the beginning of the other.
         """
+        if self._shifts is not None:
+            return _mixed(edges, log_edges, cumulative, self._shifts)
         centre = log_median + self._slope * (log_median - self._pivot)
         corrected = np.interp(log_median + self._image(log_edges - centre), log_edges, cumulative)
         corrected[0] = 0.0
         if corrected[-1] < 1.0 - BEYOND:
             top = float(log_edges[-1])
             end = centre + self._preimage(top - log_median)
-            # steps that are always the same, so that of two such grids one is the beginning of the other
-            further = top + 2 * BIN * np.arange(1, 2 + int((end - top) / (2 * BIN)))
+            further = _further(top, end)
             above = np.interp(log_median + self._image(further - centre), log_edges, cumulative)
             edges, corrected = np.concatenate([edges, np.exp(further)]), np.concatenate([corrected, above])
         corrected[-1] = 1.0
@@ -173,6 +187,23 @@ class Correction:
         knots, images = self._knots, self._images
         beyond = min(image - float(images[0]), 0.0) + max(image - float(images[-1]), 0.0)
         return float(np.interp(image, images, knots)) + beyond
+
+
+def _further(top: float, end: float) -> Array:
+    """Logarithms of further edges; steps are all the same, so that of two grids one is the beginning of the other."""
+    return top + 2 * BIN * np.arange(1, 2 + int(max(end - top, 0.0) / (2 * BIN)))
+
+
+def _mixed(edges: Array, log_edges: Array, cumulative: Array, shifts: Array) -> tuple[Array, Array]:
+    """The mean of a distribution shifted by each of some shifts; edges and cumulative probabilities."""
+    corrected = np.interp(log_edges - shifts[:, None], log_edges, cumulative).mean(axis=0)
+    corrected[0] = 0.0
+    if corrected[-1] < 1.0 - BEYOND:
+        further = _further(float(log_edges[-1]), float(log_edges[-1] + shifts.max()))
+        above = np.interp(further - shifts[:, None], log_edges, cumulative).mean(axis=0)
+        edges, corrected = np.concatenate([edges, np.exp(further)]), np.concatenate([corrected, above])
+    corrected[-1] = 1.0
+    return edges, corrected
 
 
 def bump(centre: float, width: float) -> Array:
@@ -226,6 +257,7 @@ def fit(counts: Counts, prior: Prior) -> Fit:
         expected=expected,
         learned=learned,
         observed=distribution(ended_R, cut_R, base_R, 1e-6),
+        shifts=joint_CS.sum(axis=0),
     )
 
 

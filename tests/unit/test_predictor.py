@@ -10,7 +10,6 @@ from make_tiny_artifact import PROMPTS, make_predictor
 from mope import LengthPredictor, Request
 from mope.errors import ArtifactError, ConfigError, DataError
 from mope.inputs import as_request
-from mope.recalibration import Recalibrator
 from mope.target_llm import LlmTable
 
 HISTORY = [{"role": "user", "content": "Why is the sky blue?"}, {"role": "assistant", "content": "Scattering. " * 40}]
@@ -292,8 +291,11 @@ def test_answers_beyond_the_grid_are_predicted_beyond_it(predictor):
 
 
 def test_a_prior_for_unknown_llms_is_part_of_the_predictor(predictor, tmp_path):
-    predictor.recalibrator = Recalibrator({"": [(10.0, 1.0)]})
-    folder = predictor.save_pretrained(tmp_path / "cautious")
+    settings = predictor.config.model_copy(update={"unknown_llms": {"": ((10.0, 1.0),)}})
+    cautious = LengthPredictor(
+        settings, predictor.backend, predictor.encoder, predictor.router, predictor.calibration, predictor._fallback
+    )
+    folder = cautious.save_pretrained(tmp_path / "cautious")
     again = LengthPredictor.from_pretrained(folder)
     known, unknown = (again.predict("hello", target_llm=name).median for name in ("gpt-4", "somebody's"))
     assert unknown > 5 * known
