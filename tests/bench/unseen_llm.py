@@ -45,7 +45,7 @@ def score(medians: Array, q90: Array | None, tokens: Array) -> dict[str, float]:
 
 def log_medians(predictions: Sequence[LengthPrediction]) -> Array:
     """Log of each median before any correction."""
-    return np.array([np.interp(0.5, one.raw_cumulative, np.log(one.edges)) for one in predictions])
+    return np.array([np.interp(0.5, raw := one.raw_cumulative, np.log(one.edges[: len(raw)])) for one in predictions])
 
 
 def line(x: Array, y: Array, wanted: Array) -> tuple[Array, Array]:

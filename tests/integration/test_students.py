@@ -15,6 +15,7 @@ from mope import LengthPredictor
 from mope.backends.static_encoder import StaticEncoder
 from mope.backends.torch_backend import TorchBackend
 from mope.errors import ArtifactError, ConfigError
+from mope.features import NUMBER_NAMES
 from mope.training import run as run_module
 from mope.training import teacher as teacher_module
 from mope.training.config import ModelConfig, TrainConfig
@@ -90,7 +91,10 @@ def test_a_student_begins_with_its_teacher_s_gate_and_heads(teacher: Path, confi
         networks.append(backend.networks[0])
     ids = torch.tensor([[2, 50, 60, 3]])
     with torch.inference_mode():
-        one, other = (network(ids, torch.ones_like(ids), torch.zeros(1, 52), torch.tensor([1])) for network in networks)
+        one, other = (
+            network(ids, torch.ones_like(ids), torch.zeros(1, len(NUMBER_NAMES)), torch.tensor([1]))
+            for network in networks
+        )
     for mine, taught in zip(one, other, strict=True):
         np.testing.assert_allclose(mine, taught, atol=1e-4)
 

@@ -422,7 +422,7 @@ def test_evaluate_hands_data_over_and_prints_json(run: Run, monkeypatch: pytest.
     asked: list[Any] = []
 
     def evaluate(
-        folder: Path, data: Any, output: Path | None, *, baselines: Sequence[str], device: str
+        folder: str, data: Any, output: Path | None, *, baselines: Sequence[str], device: str
     ) -> dict[str, Any]:
         asked.append((folder, data, output, device, baselines))
         return {"test": {"first_turn": {"mope": {"mae": 1.5}}}}
@@ -445,7 +445,7 @@ def test_evaluate_hands_data_over_and_prints_json(run: Run, monkeypatch: pytest.
     assert json.loads(out) == {"test": {"first_turn": {"mope": {"mae": 1.5}}}}
     ((folder, data, output, device, baselines),) = asked
     assert baselines == ("constant", "prompt_length", "previous_answers", "lexical_gbm", "tfidf_ridge")
-    assert (folder, output, device) == (Path("runs/demo"), Path("o"), "cpu")
+    assert (folder, output, device) == ("runs/demo", Path("o"), "cpu")
     assert (data.source, data.turns, data.languages) == ("chats.jsonl", "first", ("en", "de"))
 
 
