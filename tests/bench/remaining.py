@@ -216,13 +216,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("artifact", type=Path, help="folder of a saved predictor")
     parser.add_argument("--data", default="sharegpt", help="data set whose test rows are predicted (default: sharegpt)")
+    parser.add_argument("--target-llm", help="LLM that answered, where the data does not say")
     parser.add_argument("--rows", type=int, default=0, help="test rows, and validation rows, drawn at random (0: all)")
     parser.add_argument("--samples", type=int, default=1000, help="bootstrap samples")
     parser.add_argument("--device", default="cpu", help="where the predictor runs")
     parser.add_argument("--output", type=Path, help="result (default: model_cards/results/DATE-remaining-NAME.json)")
     options = parser.parse_args(arguments)
     predictor = LengthPredictor.from_pretrained(options.artifact, device=options.device, cache_size=0)
-    config = DataConfig(source=options.data, label_tokenizer=predictor.config.label_tokenizer, min_rows=0)
+    config = DataConfig(
+        source=options.data,
+        target_llm=options.target_llm,
+        label_tokenizer=predictor.config.label_tokenizer,
+        min_rows=0,
+    )
     cache = config.cache_dir / "tokenizers" / predictor.config.tokenizer_sha256[:16]
     data = build_rows(resolve_label_tokenizer(config, predictor.encoder.tokenizer_json(), cache))
     training = data.rows.split("train")
