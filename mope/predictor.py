@@ -398,10 +398,8 @@ def _mode_of(request: Request) -> str:
 
 
 def _find(name_or_path: str | Path, revision: str | None) -> Path:
-    path = Path(name_or_path).expanduser()
+    path = packaged_predictors.located(name_or_path)
     name = str(name_or_path)
-    if not path.exists() and (packaged := packaged_predictors.folder_of(name)) is not None:
-        return packaged
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download

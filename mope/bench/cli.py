@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mope import artifact
+from mope import artifact, packaged
 from mope import console as terminal
 from mope.bench.config import BenchConfig
 from mope.bench.peers import SHAPES
@@ -83,7 +83,13 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser("mope bench", DETAILS, "ARTIFACT [ARTIFACT ...] --prompts FILE [options]", EXAMPLE)
-    parser.add_argument("artifacts", nargs="+", type=Path, metavar="ARTIFACT", help="folders of saved predictors")
+    parser.add_argument(
+        "artifacts",
+        nargs="+",
+        type=packaged.located,
+        metavar="ARTIFACT",
+        help="folders of saved predictors, or names of those that come with mope",
+    )
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON Lines with requests, or sharegpt")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder for bench.json, bench.md, calls.csv and latency.png"

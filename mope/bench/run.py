@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mope import packaged
 from mope.bench.config import BenchConfig
 from mope.bench.prompts import length_summary
 from mope.bench.subjects import Peer, Subject
@@ -62,7 +63,7 @@ class Measured:
         subject, is_peer = self.subject, isinstance(self.subject, Peer)
         return {
             "name": subject.name,
-            "artifact": None if is_peer else str(subject.artifact),
+            "artifact": None if is_peer else packaged.shown(subject.artifact),
             "backend": "torch" if isinstance(subject, Peer) else subject.backend,
             "precision": "fp32" if isinstance(subject, Peer) else subject.precision,
             "num_threads": subject.num_threads,

@@ -106,6 +106,15 @@ def test_a_folder_of_the_same_name_goes_first(tmp_path, monkeypatch, tiny):
     assert LengthPredictor.from_pretrained("chat-small", backend="torch").config.encoder == "tiny-random-bert"
 
 
+def test_a_name_is_located_and_shown_again(tmp_path):
+    folder = packaged.located("chat-small")
+    assert (folder / "files.json").is_file()
+    assert packaged.shown(folder) == "chat-small"
+    assert packaged.located(tmp_path) == tmp_path
+    assert packaged.shown(tmp_path / "mine") == str(tmp_path / "mine")
+    assert packaged.located("nothing-here") == Path("nothing-here")
+
+
 def test_a_name_that_is_none_says_which_there_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArtifactError, match=r"no saved predictor at chat-smal; .*chat-micro and chat-small come"):
