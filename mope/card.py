@@ -311,12 +311,16 @@ def _making(config: Facts, metrics: Facts, provenance: Facts) -> str:
 
 def _taught(config: Facts, settings: Facts) -> Iterator[str]:
     """Who taught it, if it was."""
-    if teacher := settings.get("model", {}).get("teacher"):
+    model = settings.get("model", {})
+    if teacher := model.get("teacher"):
         share = settings.get("fit", {}).get("teacher_weight", 0.0)
         begun = "its vectors were distilled" if config["preset"] == "micro" else "its trunk was cut"
+        begun = "" if model.get("encoder") else f": {begun} from that predictor's trunk"
+        beside = "".join(f", beside it {_code(name)}" for name in model.get("co_teachers", ()))
+        whose = "the mean of their distributions" if beside else "its distributions"
         yield (
-            f"**Teacher**: {_code(teacher)}: {begun} from that predictor's trunk; {_percent(share)} of the loss "
-            "followed its distributions, the rest the true lengths."
+            f"**Teacher**: {_code(teacher)}{beside}{begun}; {_percent(share)} of the loss followed {whose}, the rest "
+            "the true lengths."
         )
 
 

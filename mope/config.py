@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 Design = Literal["shared", "separate"]
 Combination = Literal["top1", "mixture"]
@@ -56,6 +56,9 @@ class PredictorConfig(Frozen):
     number_names: tuple[str, ...] = Field(description="numbers beside the text, in order")
     number_mean: tuple[float, ...] = Field(description="their means in the training rows")
     number_scale: tuple[float, ...] = Field(description="one over their standard deviations, 0 for constants")
+    number_edges: tuple[tuple[float, ...], ...] = Field(
+        description="of each number, the quantiles in the training rows between which it enters piece by piece, too"
+    )
     router_parts: tuple[RouterPart, ...] = Field(description="parts of the router that are switched on")
     combination: Combination = Field(description="top1: the routed expert alone; mixture: all, weighted by the router")
 

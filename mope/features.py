@@ -117,7 +117,7 @@ def request_numbers(
     names = hits.names
     return [
         log1p(len(request.prompt)), log1p(len(request.previous_prompt)), log1p(len(request.system)),
-        log1p(request.num_earlier_turns), float(len(request.answer_bytes) > 0), *_history(request, compared_chars),
+        log1p(request.num_earlier_turns), float(len(request.answer_estimates) > 0), *_history(request, compared_chars),
         log1p(window.count("\n")), min(num_questions, 5), min(window.count("!"), 5),
         log1p(_count(plain, _DIGITS)), (plain.count(b"?") - num_questions) / num_chars,
         _count(plain, _UPPER) / num_chars, stripped.endswith("?"), stripped.endswith(":"),
@@ -147,9 +147,9 @@ def _count(text: bytes, letters: bytes) -> int:
 
 def _history(request: Request, compared_chars: int) -> Sequence[float]:
     """What the conversation's earlier answers and the prompt before tell; zeros on a first turn."""
-    if not request.answer_bytes:
+    if not request.answer_estimates:
         return _NO_HISTORY
-    tokens = [num_bytes / 4 for num_bytes in request.answer_bytes]  # about four bytes a token
+    tokens = request.answer_estimates
     answers = [log1p(count) for count in tokens]
     mean, recent = sum(answers) / len(answers), answers[-3:]
     faded = weight = 0.0
@@ -311,7 +311,7 @@ class RequestEncoder:
         Holds no text, and costs microseconds for any prompt length.
         """
         rest = (
-            len(request.prompt), len(request.previous_prompt), len(request.system), request.answer_bytes,
+            len(request.prompt), len(request.previous_prompt), len(request.system), request.answer_estimates,
             request.num_earlier_turns, self.llms.find(request.target_llm, request.llm_family), _llm_numbers(request),
             request.max_tokens, request.temperature, request.tools, bool(request.response_format), request.thinking,
             request.thinking_budget,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mope.errors import DataError
+from mope.token_estimate import estimate_tokens
 
 MAX_EARLIER_ANSWERS = 8  # earlier answers whose lengths are kept, counted from the newest
 
@@ -24,8 +25,8 @@ class Request:
         prompt: the text of the last user message.
         system: the system prompt, empty if there is none.
         previous_prompt: the user message before `prompt`, empty on a first turn.
-        answer_bytes: UTF-8 bytes of the conversation's earlier answers, oldest first, at most the newest
-            `MAX_EARLIER_ANSWERS`. Bytes, not tokens, so that training and every server count alike and free.
+        answer_estimates: tokens of the conversation's earlier answers, as `estimate_tokens` has them, oldest first, at
+            most the newest `MAX_EARLIER_ANSWERS`. Estimates, so that training and every server count alike.
         num_earlier_turns: how many answers the conversation already has.
         target_llm: name of the LLM that will answer, if known.
         max_tokens: the request's cap on response tokens, if any.
@@ -42,7 +43,7 @@ class Request:
     prompt: str
     system: str = ""
     previous_prompt: str = ""
-    answer_bytes: tuple[int, ...] = ()
+    answer_estimates: tuple[int, ...] = ()
     num_earlier_turns: int = 0
     target_llm: str | None = None
     max_tokens: int | None = None
@@ -96,7 +97,7 @@ class Request:
             prompt=prompts[-1],
             system="\n".join(system),
             previous_prompt=prompts[-2] if len(prompts) > 1 else "",
-            answer_bytes=tuple(len(answer.encode("utf-8", "replace")) for answer in answers),
+            answer_estimates=tuple(map(estimate_tokens, answers)),
             num_earlier_turns=num_answers,
             **flags,
         )

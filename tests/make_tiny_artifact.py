@@ -29,6 +29,7 @@ from mope.request import Request
 from mope.router import PARTS, Lookup, Router
 from mope.rules import RuleTable
 from mope.training.encoders import EncoderSource, find_encoder
+from mope.training.prepare import number_edges
 
 TINY = Path(__file__).parent / "data" / "tiny"
 COMMAND = "python tests/make_tiny_artifact.py"
@@ -133,6 +134,7 @@ def make_config(encoder_folder: Path, design: Design = "shared", num_experts: in
         number_names=NUMBER_NAMES,
         number_mean=tuple(round(float(mean), 4) for mean in numbers.mean(axis=0)),
         number_scale=tuple(round(float(1 / d), 4) if d > 1e-4 else 0.0 for d in deviation),
+        number_edges=number_edges(numbers, 4),
         router_parts=PARTS if num_experts > 1 else (),
         combination="mixture",
     )

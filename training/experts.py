@@ -37,7 +37,7 @@ def new_network(
 ) -> MopeNetwork:
     """A network on the pre-trained encoder, gate and heads fresh from the seed; see `MopeNetwork.of`."""
     L.seed_everything(settings.seed, verbose=False)
-    return MopeNetwork.of(config, source.load(), gate=gate, num_heads=num_heads, plain=plain, dropout=settings.dropout)
+    return MopeNetwork.of(config, source.load(), gate=gate, num_heads=num_heads, plain=plain, dropout=settings.dropout, text_dropout=settings.text_dropout)
 
 
 def expert_rows(rows: EncodedRows, boundaries: tuple[float, ...], expert: int, overlap: float) -> Array:
@@ -60,7 +60,9 @@ def train_mope(
     resume: bool,
     teacher: Teacher | None = None,
 ) -> tuple[list[MopeNetwork], list[FitResult]]:
-    """Train the networks of a MoPE, in the order of `weight_files`; with a teacher, the rows hold its targets.
+    """Train the networks of a MoPE, in the order of `weight_files`; rows that hold targets are learned from them, too.
+
+    A student on its teacher's trunk begins with its gate and heads.
 
     Raises:
         DataError: an expert of the separate design has too few rows.
@@ -76,7 +78,7 @@ def train_mope(
         gate_weight=settings.gate_weight,
         tokens_scale=float(prepared.train.tokens_R.mean()),
     )
-    objective = labels if teacher is None else DistillationObjective(labels, settings.teacher_weight)
+    objective = labels if prepared.train.targets is None else DistillationObjective(labels, settings.teacher_weight)
     names = [name.removesuffix(".safetensors") for name in weight_files(config)]
     separate = range(config.num_experts) if config.design == "separate" else ()
     own_rows = [_own_rows(prepared, settings, expert) for expert in separate]  # before anything is trained
@@ -86,7 +88,7 @@ def train_mope(
         train, validation = prepared.train, prepared.validation
         if config.design == "shared":
             network = new_network(source, config, settings, gate=config.num_experts > 1, num_heads=config.num_experts)
-            if teacher is not None:
+            if teacher is source:
                 teacher.begin(network)
         elif position == 0:
             # one expert needs no gate, but its embedding serves the look-up

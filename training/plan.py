@@ -178,7 +178,8 @@ def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
 def _trunk(model: ModelConfig, label_tokenizer: str) -> tuple[Trunk, Grid | None]:
     """The trunk and its teacher's grid; a teacher that is still to be trained lends its encoder alone."""
     if model.teacher is None or model.teacher in recipe_names():
-        origin = model if model.teacher is None else load_recipe(model.teacher).model
+        lender = None if model.teacher is None or model.encoder is not None else load_recipe(model.teacher).model
+        origin = lender or model
         settled = {"preset": model.preset, "num_layers": model.num_layers, "static_size": model.static_size}
         return find_trunk(origin.model_copy(update=settled)), None
     teacher = Teacher(Path(model.teacher).expanduser(), model.num_layers)

@@ -133,6 +133,17 @@ class Grid:
         )
 
 
+def number_edges(numbers_RF: Array, num_pieces: int) -> tuple[tuple[float, ...], ...]:
+    """Edges of each number's pieces, see `mope.backends.network.PiecewiseLinear`: quantiles of the training rows.
+
+    A number of two values, or with all but few rows at one value, has no pieces: it is none the better for them.
+    """
+    levels = np.linspace(0, 1, num_pieces + 1)
+    quantiles_QF = np.quantile(numbers_RF.astype(np.float64), levels, axis=0)
+    edges = [np.unique(quantiles_QF[:, number].round(5)) for number in range(numbers_RF.shape[1])]
+    return tuple(tuple(map(float, own)) if len(own) > 2 else () for own in edges)
+
+
 def prepare(
     rows: RowTable, model: ModelConfig, source: Trunk, label_tokenizer: str, grid: Grid | None = None
 ) -> Prepared:
@@ -182,6 +193,7 @@ def prepare(
         number_names=NUMBER_NAMES,
         number_mean=tuple(float(x) for x in encoded[0].numbers_RF.mean(axis=0, dtype=np.float64)),
         number_scale=tuple(float(x) for x in np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, deviation))),
+        number_edges=number_edges(encoded[0].numbers_RF, model.number_pieces),
         router_parts=model.router_parts if model.num_experts > 1 else (),
         combination="mixture",
     )

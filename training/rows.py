@@ -59,6 +59,13 @@ class RunRows:
         others = [data.rows.split(name).table for data in self.also for name in ("train", "validation")]
         return RowTable(pa.concat_tables([self.main.rows.table, *others])) if others else self.main.rows
 
+    def sources_of(self, table: RowTable) -> list[str]:
+        """The name of the data set that each row is from, as in `fingerprints`."""
+        home = {
+            row_id: data.report.source for data in (self.main, *self.also) for row_id in data.rows.strings("row_id")
+        }
+        return [home[row_id] for row_id in table.strings("row_id")]
+
     def lines(self) -> list[str]:
         """What was read, in lines for a person."""
         return [line for data in (self.main, *self.also) for line in data.report.lines()]

@@ -52,7 +52,7 @@ from mope.training.routing import (
     medians,
 )
 from mope.training.rows import RunRows
-from mope.training.teacher import Teacher
+from mope.training.teacher import Teacher, lessons
 from mope.training.trunks import find_trunk
 from mope.training.unknown_llms import llm_factors, unknown_llms, without_llms
 
@@ -98,7 +98,8 @@ def train(
     work = work or output.with_name(output.name + ".work")
     check_borders(config.model)
     _check_output(output, work)
-    teacher = _teacher(config, output, resume=resume, command=command)
+    teachers = _teachers(config, output, resume=resume, command=command)
+    teacher = teachers[0] if teachers else None
     source = find_trunk(config.model, teacher)
     data = RunRows.read(config, source.tokenizer_json, work)
     for line in data.lines():
@@ -109,8 +110,12 @@ def train(
     _say_plan(prepared, config)
     _check_work(work, config, data, resume=resume)
     if teacher is not None:
-        taught = teacher.teach(prepared.train, rows.split("train"), data.fingerprint, config.data.cache_dir)
-        prepared = replace(prepared, train=taught)
+        table = rows.split("train")
+        of_each = data.sources_of(table)
+        targets = lessons(
+            teachers, table, of_each, data.fingerprints, Grid.of(prepared.config), config.data.cache_dir
+        )
+        prepared = replace(prepared, train=replace(prepared.train, targets=targets))
     networks, fits = train_mope(prepared, source, config.fit, work, resume=resume, teacher=teacher)
     if int(os.environ.get("LOCAL_RANK", "0")) or int(os.environ.get("NODE_RANK", "0")):
         return None
@@ -171,32 +176,46 @@ def train(
     return RunResult(output, metrics)
 
 
-def _teacher(config: TrainConfig, output: Path, *, resume: bool, command: Sequence[str]) -> Teacher | None:
-    """The predictor that teaches, if one is to: a saved one, or a recipe's, trained first beside `output`."""
-    name = config.model.teacher
-    if name is None:
-        return None
-    folder = Path(name).expanduser()
-    if name in recipe_names():
-        folder = output.with_name(f"{output.name}.teacher")
-        recipe = load_recipe(name, {"evaluation": {"fine_tuned": (), "baselines": ("constant",)}})
-        if world_size(config.fit) > 1:
-            raise ConfigError(
-                f"on several devices a teacher is trained by itself: mope-train --recipe {name} --output {folder}, "
-                f"then --teacher {folder}"
-            )
-        if not (folder / "files.json").exists():
-            console().print(f"first the teacher: recipe {name}, into {folder}", highlight=False)
-            train(recipe, folder, resume=resume, command=command)
-        elif artifact.read_json(folder / "provenance.json").get("config") != _settings(recipe):
-            raise ConfigError(f"{folder} was not trained as recipe {name} says; remove it, or type --teacher {folder}")
+def _teachers(config: TrainConfig, output: Path, *, resume: bool, command: Sequence[str]) -> list[Teacher]:
+    """The predictors that teach, if any are to: saved ones, or recipes', trained first beside `output`."""
+    model, found = config.model, list[Teacher]()
+    if model.teacher is None and model.co_teachers:
+        raise ConfigError(f"--co-teachers teach beside a --teacher; got {', '.join(model.co_teachers)} and no teacher")
+    for position, name in enumerate([model.teacher, *model.co_teachers] if model.teacher else []):
+        ending = "teacher" if position == 0 else f"teacher-{position + 1}"
+        folder = _teacher_folder(name, output, ending, config, resume=resume, command=command)
+        if folder.resolve() == output.resolve():
+            raise ConfigError(f"--output {output} is the teacher itself, which would be replaced; choose another")
+        teacher = Teacher(folder, model.num_layers, inference_device(config.fit))
+        if position == 0:
+            teacher.check(model, config.data.label_tokenizer)
         else:
-            console().print(f"the teacher, recipe {name}, is already trained: {folder}", highlight=False)
-    if folder.resolve() == output.resolve():
-        raise ConfigError(f"--output {output} is the teacher itself, which would be replaced; choose another")
-    teacher = Teacher(folder, config.model.num_layers, inference_device(config.fit))
-    teacher.check(config.model, config.data.label_tokenizer)
-    return teacher
+            teacher.check_tokens(config.data.label_tokenizer)
+        found.append(teacher)
+    return found
+
+
+def _teacher_folder(
+    name: str, output: Path, ending: str, config: TrainConfig, *, resume: bool, command: Sequence[str]
+) -> Path:
+    """Where a teacher lies; one that is a recipe is trained, unless it was."""
+    if name not in recipe_names():
+        return Path(name).expanduser()
+    folder = output.with_name(f"{output.name}.{ending}")
+    recipe = load_recipe(name, {"evaluation": {"fine_tuned": (), "baselines": ("constant",)}})
+    if world_size(config.fit) > 1:
+        raise ConfigError(
+            f"on several devices a teacher is trained by itself: mope-train --recipe {name} --output {folder}, "
+            f"then --teacher {folder}"
+        )
+    if not (folder / "files.json").exists():
+        console().print(f"first the teacher: recipe {name}, into {folder}", highlight=False)
+        train(recipe, folder, resume=resume, command=command)
+    elif artifact.read_json(folder / "provenance.json").get("config") != _settings(recipe):
+        raise ConfigError(f"{folder} was not trained as recipe {name} says; remove it, or type --teacher {folder}")
+    else:
+        console().print(f"the teacher, recipe {name}, is already trained: {folder}", highlight=False)
+    return folder
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

@@ -10,12 +10,19 @@ from mope.training.encoders import Trunk, find_encoder
 from mope.training.static import StaticTrunk
 from mope.training.teacher import Teacher
 
+DEFAULT_ENCODER = "minilm"
+
 
 def find_trunk(model: ModelConfig, teacher: Teacher | None = None) -> Trunk:
-    """The trunk that the settings ask for.
+    """The trunk that the settings ask for: a named encoder, else the teacher's, else `DEFAULT_ENCODER`.
 
     Raises:
         ConfigError: the encoder is not there, or the table is wider than it.
     """
-    origin: Trunk = teacher or find_encoder(model.encoder, revision=model.encoder_revision, num_layers=model.num_layers)
+    origin: Trunk
+    if teacher is not None and model.encoder is None:
+        origin = teacher
+    else:
+        name = model.encoder or DEFAULT_ENCODER
+        origin = find_encoder(name, revision=model.encoder_revision, num_layers=model.num_layers)
     return StaticTrunk(origin, model.static_size) if model.preset == "micro" else origin

@@ -11,6 +11,7 @@ C classes in order of length (experts' buckets or bins).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -130,6 +131,37 @@ def _perceptron(width: int, hidden: int, outputs: int, dropout: float) -> nn.Seq
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, outputs))
 
 
+class PiecewiseLinear(nn.Module):
+    """Piecewise linear encoding of numbers (Gorishniy et al., 2022, arXiv 2203.05556): one output for each piece.
+
+    A piece's output rises from 0 at its lower edge to 1 at its upper one. A linear layer behind it learns any curve
+    with bends at the edges, as trees learn thresholds; from the number alone a small perceptron hardly does.
+
+    Args:
+        edges: for each number the edges of its pieces, increasing; fewer than three give it no piece.
+    """
+
+    index: Tensor
+    low: Tensor
+    rate: Tensor
+
+    def __init__(self, edges: Sequence[Sequence[float]]) -> None:
+        super().__init__()
+        bent = [(number, own) for number, own in enumerate(edges) if len(own) > 2]
+        pieces = [(number, low, high) for number, own in bent for low, high in pairwise(own)]
+        self.width = len(pieces)
+        index = torch.tensor([number for number, _, _ in pieces], dtype=torch.int64)
+        low = torch.tensor([low for _, low, _ in pieces], dtype=torch.float32)
+        rate = torch.tensor([1.0 / (high - low) for _, low, high in pieces], dtype=torch.float32)
+        for name, value in (("index", index), ("low", low), ("rate", rate)):
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, numbers_BF: Tensor) -> Tensor:
+        """Shape (B, pieces), each from 0 to 1."""
+        pieces_BP: Tensor = ((numbers_BF[:, self.index] - self.low) * self.rate).clamp(0.0, 1.0)
+        return pieces_BP
+
+
 class MopeNetwork(nn.Module):
     """Trunk, gate and heads.
 
@@ -145,7 +177,9 @@ class MopeNetwork(nn.Module):
             output, as regression and ranking baselines have.
         start: typical length, where gate and heads begin, in tokens.
         head_hidden: hidden units of the gate and of each head.
+        number_edges: see `PiecewiseLinear`, length F.
         dropout: dropout before each head's last layer.
+        text_dropout: dropout of the text's embedding where gate and heads read it.
     """
 
     number_mean: Tensor
@@ -164,15 +198,19 @@ class MopeNetwork(nn.Module):
         head_borders: Sequence[float] | None,
         start: float,
         head_hidden: int,
+        number_edges: Sequence[Sequence[float]] = (),
         dropout: float = 0.1,
+        text_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.text_dropout = nn.Dropout(text_dropout)
         self.register_buffer("number_mean", torch.tensor(number_mean, dtype=torch.float32))
         self.register_buffer("number_scale", torch.tensor(number_scale, dtype=torch.float32))
+        self.pieces = PiecewiseLinear(number_edges)
         self.llm = nn.Embedding(num_llms + 1, llm_dim)
         nn.init.zeros_(self.llm.weight)
-        width = encoder.config.hidden_size + len(number_mean) + llm_dim
+        width = encoder.config.hidden_size + len(number_mean) + self.pieces.width + llm_dim
 
         def head(borders: Sequence[float] | None) -> nn.Module:
             if borders is None:
@@ -192,6 +230,7 @@ class MopeNetwork(nn.Module):
         num_heads: int,
         plain: bool = False,
         dropout: float = 0.0,
+        text_dropout: float = 0.0,
     ) -> MopeNetwork:
         """A network of a predictor's sizes, borders and scales on the given trunk; `plain` for one output a head."""
         bins = config.edges[1 : config.num_body_bins + 1]
@@ -199,6 +238,7 @@ class MopeNetwork(nn.Module):
             encoder,
             number_mean=list(config.number_mean),
             number_scale=list(config.number_scale),
+            number_edges=config.number_edges,
             num_llms=len(config.target_llms),
             llm_dim=config.llm_dim,
             gate_borders=config.boundaries if gate else None,
@@ -207,6 +247,7 @@ class MopeNetwork(nn.Module):
             start=float(np.exp(np.mean(np.log(config.boundaries or bins)))),
             head_hidden=config.head_hidden,
             dropout=dropout,
+            text_dropout=text_dropout,
         )
 
     def forward(
@@ -226,7 +267,8 @@ class MopeNetwork(nn.Module):
         if text_B is not None:
             embedding_BH = embedding_BH[text_B]
         standard_BF = ((numbers_BF - self.number_mean) * self.number_scale).clamp(-8, 8)
-        joined = torch.cat([embedding_BH, standard_BF, self.llm(llm_B)], dim=-1)
+        parts = [self.text_dropout(embedding_BH), standard_BF, self.pieces(numbers_BF), self.llm(llm_B)]
+        joined = torch.cat(parts, dim=-1)
         gate_BK = self.gate(joined).float() if self.gate is not None else None
         heads_BKN = _side_by_side(list(self.heads), joined).float() if len(self.heads) else None
         return gate_BK, heads_BKN, embedding_BH

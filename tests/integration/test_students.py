@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_train_run import settings, write_chats
 
 from mope import LengthPredictor
@@ -18,9 +20,13 @@ from mope.errors import ArtifactError, ConfigError
 from mope.features import NUMBER_NAMES
 from mope.training import run as run_module
 from mope.training import teacher as teacher_module
+from mope.training.batches import Targets
 from mope.training.config import ModelConfig, TrainConfig
+from mope.training.data.build import build_rows
+from mope.training.data.table import RowTable
+from mope.training.prepare import Grid
 from mope.training.run import train
-from mope.training.teacher import Teacher
+from mope.training.teacher import Teacher, lessons, on_grid
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,7 @@ def teacher(folder: Path, config: TrainConfig) -> Path:
 
 
 def student(config: TrainConfig, **model: object) -> TrainConfig:
-    model = {"max_prompt_tokens": 12, "router_parts": ("gate", "rules"), **model}
+    model = {"max_prompt_tokens": 12, "router_parts": ("gate", "rules"), "encoder": None, **model}
     return config.model_copy(update={"model": config.model.model_copy(update=model)})
 
 
@@ -134,6 +140,76 @@ def test_what_a_teacher_said_is_kept_for_a_resumed_run_and_for_other_students(
     before = len(list((config.data.cache_dir / "teachers").iterdir()))
     train(fewer, tmp_path / "fewer")
     assert len(list((config.data.cache_dir / "teachers").iterdir())) == before + 1
+
+
+def test_a_student_of_another_encoder_begins_there_and_learns_from_two_teachers(
+    teacher: Path, config: TrainConfig, folder: Path, tmp_path: Path
+) -> None:
+    """The second teacher has another grid; both learned from the rows, so each row is taught by their mean."""
+    other = config.model_copy(
+        update={"model": config.model.model_copy(update={"num_experts": 2, "boundaries": (), "num_bins": 20})}
+    )
+    train(other, tmp_path / "other")
+    begun = student(config, teacher=str(teacher), co_teachers=(str(tmp_path / "other"),), encoder=config.model.encoder)
+    result = train(begun, tmp_path / "out")
+    assert result is not None
+    found = result.metrics["test"]["all_turns"]
+    assert found["mope"]["mae"] < 0.75 * found["constant"]["mae"]
+    predictor, taught = LengthPredictor.from_pretrained(result.folder), LengthPredictor.from_pretrained(teacher)
+    assert (predictor.config.edges, predictor.config.boundaries) == (taught.config.edges, taught.config.boundaries)
+    assert "beside it" in (result.folder / "README.md").read_text()
+
+
+def test_a_teacher_is_asked_only_for_rows_like_those_that_it_learned_from(teacher: Path, config: TrainConfig) -> None:
+    rows = build_rows(config.data).rows.split("train")
+    table = rows.take(np.arange(40))
+    first = Teacher(teacher)
+    grid = Grid.of(first.settings)
+
+    class Loud(Teacher):
+        """Says that every answer is one token long."""
+
+        def answers(self, table: RowTable, grid: Grid, fingerprint: str, cache_dir: Path) -> Targets:
+            said = first.answers(table, grid, fingerprint, cache_dir)
+            mix = np.full_like(said.log_mix_RN, np.log(1e-7))
+            mix[:, 0] = 0.0
+            return Targets(mix, said.log_gate_RK)
+
+        def learned_from(self, source: str) -> bool:
+            return source == "there"
+
+    sources = ["here"] * 30 + ["there"] * 10
+    asked = (table, sources, {"here": "1", "there": "2"}, grid, config.data.cache_dir)
+    alone = np.exp(lessons([first], *asked).log_mix_RN.astype(float))
+    both = np.exp(lessons([first, Loud(teacher)], *asked).log_mix_RN.astype(float))
+    np.testing.assert_allclose(both[:30], alone[:30], rtol=2e-2, atol=1e-6)
+    known = first.learned_from("there")
+    expected = (alone[30:, 0] + 1) / 2 if known else np.ones(10)
+    np.testing.assert_allclose(both[30:, 0], expected, rtol=2e-2)
+
+
+@given(
+    st.lists(st.floats(0.01, 10), min_size=8, max_size=8),
+    st.lists(st.integers(2, 900), min_size=3, max_size=12, unique=True),
+)
+def test_a_mixture_on_another_grid_keeps_its_masses(weights: list[float], borders: list[int]) -> None:
+    """What lies below an edge that both grids have is the same on both; all masses sum to 1."""
+    own = Grid((20.5,), (0.5, 2.5, 5.5, 10.5, 20.5, 50.5, 100.5, 300.5, 600.5, 2000.5), 7, (0.7, 0.3), 1.0)
+    inner = sorted({*(border + 0.5 for border in borders), 20.5, 300.5})
+    other = Grid((20.5, 300.5), (0.5, *inner, 5000.5), len(inner), (1.0,), 1.0)
+    p = np.array(weights) / sum(weights)
+    moved = on_grid(np.log(p)[None], own, other)
+    masses = np.exp(moved.log_mix_RN.astype(float))[0]
+    gate = np.exp(moved.log_gate_RK.astype(float))[0]
+    assert masses.sum() == pytest.approx(1.0, abs=5e-3)
+    assert gate == pytest.approx([p[:4].sum(), p[4:7].sum(), p[7]], rel=5e-3)
+    upto = inner.index(20.5) + 1
+    assert masses[:upto].sum() == pytest.approx(p[:4].sum(), rel=5e-3)
+
+
+def test_teachers_beside_none(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="teach beside a --teacher"):
+        train(student(config, co_teachers=("somewhere",)), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def table(prompts, tokens, earlier=None, split="train"):
     rows = [
         {
             "row_id": str(row), "group": str(row), "split": split, "turn_index": len(earlier[row]), "prompt": prompt,
-            "system": "", "previous_prompt": "", "answer_bytes": [4 * tokens for tokens in earlier[row]],
+            "system": "", "previous_prompt": "", "answer_estimates": earlier[row],
             "answer_tokens": earlier[row], "num_earlier_turns": len(earlier[row]), "tools": False,
             "response_format": "", "response_tokens": num_tokens, "censored": False,
         }

@@ -15,13 +15,13 @@ from mope import LengthPredictor, Request
 from mope.cache import LruCache
 
 FULL = Request(
-    prompt="Why is the sky blue?", system="Be brief.", previous_prompt="What is the sky?", answer_bytes=(40, 7),
+    prompt="Why is the sky blue?", system="Be brief.", previous_prompt="What is the sky?", answer_estimates=(40, 7),
     num_earlier_turns=2, target_llm="gpt-4", max_tokens=99, temperature=0.5, tools=True, response_format="json_object",
     thinking=True,
 )  # fmt: skip
 OTHER: dict[str, Any] = {
     "prompt": "Why is the sky grey?", "system": "Be short.", "previous_prompt": "What is a sky? ",
-    "answer_bytes": (40, 8), "num_earlier_turns": 3, "target_llm": "llama-3-8b", "max_tokens": None, "temperature": 0.6,
+    "answer_estimates": (40, 8), "num_earlier_turns": 3, "target_llm": "llama-3-8b", "max_tokens": None, "temperature": 0.6,
     "tools": False,
     "response_format": "", "thinking": None,
 }  # fmt: skip
@@ -109,7 +109,7 @@ def test_text_cannot_move_from_one_field_to_the_next(predictor: LengthPredictor)
 def test_the_same_digest_means_the_same_input(encoder: Any, position: int, num_chars: int, name: str) -> None:
     text = "write a story about cats? " * (num_chars // 26 + 1)
     changed = text[:position] + "7" + text[position + 1 :]
-    answers = {"answer_bytes": (9,), "num_earlier_turns": 1}
+    answers = {"answer_estimates": (9,), "num_earlier_turns": 1}
     one, other = (Request(**{"prompt": "x", **answers, name: value}) for value in (text, changed))
     if encoder.digest(one) == encoder.digest(other):
         first, second = encoder.encode([one]), encoder.encode([other])

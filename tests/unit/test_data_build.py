@@ -20,6 +20,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from mope.errors import ConfigError, DataError
+from mope.token_estimate import estimate_tokens
 from mope.training.data import problems as reasons
 from mope.training.data import splits, staging
 from mope.training.data.build import DataSet, build_rows
@@ -96,7 +97,7 @@ def test_history_of_a_chat(build: Any) -> None:
     assert [row["turn_index"] for row in rows] == list(range(11))
     last = rows[-1]
     assert last["answer_tokens"] == list(range(3, 11))
-    assert last["answer_bytes"] == [3 * number for number in range(3, 11)]
+    assert last["answer_estimates"] == [estimate_tokens("é " * number) for number in range(3, 11)]
     assert (last["num_earlier_turns"], last["previous_prompt"], last["target_llm"]) == (10, "prompt 9", "m")
 
 

@@ -12,6 +12,7 @@ from rows import table
 from mope.features import NUMBER_NAMES, RequestEncoder, ends, pad
 from mope.inputs import as_request
 from mope.request import Request
+from mope.token_estimate import estimate_tokens
 from mope.training.batches import encode_rows
 from mope.training.data.formats import normaliser
 from mope.training.data.problems import Problems
@@ -102,9 +103,9 @@ def test_any_text_can_be_encoded(text):
 
 
 @given(st.text(max_size=200), st.text(max_size=50), st.lists(st.integers(0, 10**9), max_size=8))
-def test_numbers_are_finite_and_windows_bounded(prompt, context, answer_bytes):
+def test_numbers_are_finite_and_windows_bounded(prompt, context, answer_estimates):
     request = Request(
-        prompt=prompt, previous_prompt=context, answer_bytes=tuple(answer_bytes), num_earlier_turns=len(answer_bytes)
+        prompt=prompt, previous_prompt=context, answer_estimates=tuple(answer_estimates), num_earlier_turns=len(answer_estimates)
     )
     encoded = ENCODER.encode([request])
     assert encoded.numbers_BF.shape == (1, len(NUMBER_NAMES))
@@ -118,10 +119,10 @@ def test_absurd_temperatures_leave_the_numbers_finite(temperature):
 
 
 def test_a_prompt_is_compared_with_the_one_before():
-    found = numbers(Request(prompt="List ten birds", previous_prompt="List six birds", answer_bytes=(4,)))
+    found = numbers(Request(prompt="List ten birds", previous_prompt="List six birds", answer_estimates=(4,)))
     assert found["same_words"] == pytest.approx(2 / 4)
     assert found["log_same_beginning"] == pytest.approx(np.log1p(len("List ")))
-    again = numbers(Request(prompt="Why?", previous_prompt="Why?", answer_bytes=(4,)))
+    again = numbers(Request(prompt="Why?", previous_prompt="Why?", answer_estimates=(4,)))
     assert (again["same_words"], again["log_same_beginning"]) == pytest.approx((1.0, np.log1p(4)))
 
 
@@ -129,7 +130,7 @@ def test_numbers_say_what_they_are_named():
     request = Request(
         prompt="Why? Explain in 50 words:\nBRIEFLY",
         previous_prompt="abc",
-        answer_bytes=(40, 400),
+        answer_estimates=(10, 100),
         num_earlier_turns=2,
         max_tokens=99,
         temperature=0.5,
@@ -200,7 +201,7 @@ def test_a_training_row_and_a_served_request_give_the_same_input(turns, system, 
         prompt=last.prompt,
         system=chat.system,
         previous_prompt=last.previous_prompt,
-        answer_bytes=tuple(len(answer.encode()) for answer in chat.answers[: last.num_known][-8:]),
+        answer_estimates=tuple(map(estimate_tokens, chat.answers[: last.num_known][-8:])),
         num_earlier_turns=last.num_earlier_turns,
         target_llm=chat.target_llm,
         max_tokens=chat.max_tokens,
@@ -215,7 +216,7 @@ def test_a_training_row_and_a_served_request_give_the_same_input(turns, system, 
 def test_a_row_of_a_table_is_encoded_as_its_request_is(tiny_encoder):
     requests = [
         Request(prompt="Explain TCP slow start.", target_llm="gpt-4", max_tokens=100, temperature=0.7),
-        Request(prompt="and now?", previous_prompt="why", answer_bytes=(7, 900), num_earlier_turns=2, thinking=True),
+        Request(prompt="and now?", previous_prompt="why", answer_estimates=(7, 900), num_earlier_turns=2, thinking=True),
         Request(prompt="", system="list", tools=True, response_format="json_object"),
     ]
     own = make_encoder(find_encoder(str(tiny_encoder)))

@@ -16,6 +16,7 @@ from mope import LengthPredictor, Request
 from mope.errors import DataError, UserError
 from mope.inputs import as_request
 from mope.prediction import LengthPrediction
+from mope.token_estimate import estimate_tokens
 
 TEXTS = {
     "blanks": " \n\t" * 9, "megabyte": "write a story. " * 70_000, "emoji": "🙂👩‍👩‍👧🇩🇪" * 300,
@@ -76,7 +77,7 @@ PLACES: dict[str, Callable[[LengthPredictor, Any], Any]] = {
             [Request(**{"prompt": "a", name: value})]
         )
         for name in (
-            "prompt", "system", "previous_prompt", "answer_bytes", "num_earlier_turns", "target_llm", "max_tokens",
+            "prompt", "system", "previous_prompt", "answer_estimates", "num_earlier_turns", "target_llm", "max_tokens",
             "temperature", "tools", "response_format", "thinking",
         )
     },
@@ -110,7 +111,7 @@ def test_a_wrong_type_at_any_place_is_answered_or_refused(predictor: LengthPredi
         ("key", 1, "unknown request field 1; known are"),
         ("Request.prompt", None, "prompt is NoneType; expected a string"),
         ("Request.max_tokens", 10**400, "max_tokens is a whole number from 1 to 2147483647"),
-        ("Request.answer_bytes", (-1,), "answer_bytes is a tuple of whole numbers"),
+        ("Request.answer_estimates", (-1,), "answer_estimates is a tuple of whole numbers"),
     ],
 )
 def test_a_mistake_is_named(predictor: LengthPredictor, place: str, value: Any, message: str) -> None:
@@ -174,7 +175,7 @@ def test_ten_thousand_messages_cost_milliseconds(predictor: LengthPredictor) -> 
     said = [{"role": role, "content": "word " * 200} for role in ("user", "assistant")] * 5_000
     request = as_request({"prompt": "hello", "history": said})
     assert request.num_earlier_turns == 5_000
-    assert request.answer_bytes == (1000,) * 8
+    assert request.answer_estimates == (estimate_tokens("word " * 200),) * 8
     assert seconds(lambda: as_request({"prompt": "hello", "history": said})) < 0.05  # 0.005 s on an idle core
     assert is_distribution(predictor.predict("hello", history=said))
 

@@ -1,6 +1,7 @@
 """The network and its PyTorch engine: shapes, masks, standardised numbers, weight files."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mope import LengthPredictor, Request
-from mope.backends.network import MopeNetwork, OrdinalHead, build_encoder, load_encoder
+from mope.backends.network import MopeNetwork, OrdinalHead, PiecewiseLinear, build_encoder, load_encoder
 from mope.backends.torch_backend import TorchBackend, empty_networks, weight_files
 from mope.training.encoders import find_encoder
 
@@ -45,6 +46,46 @@ def test_shapes(tiny_encoder):
     assert heads.shape == (2, 3, 5)
     assert embedding.shape == (2, 16)
     assert {tensor.dtype for tensor in (gate, heads, embedding)} == {torch.float32}
+
+
+@given(
+    st.lists(st.floats(-50, 50, width=32), min_size=3, max_size=6, unique=True).map(sorted),
+    st.lists(st.floats(-80, 80, width=32), min_size=2, max_size=8).map(sorted),
+)
+def test_pieces_rise_with_their_number_and_tell_where_it_lies(edges, numbers):
+    """Each piece goes from 0 to 1 in order; all together they are the number again, between its edges."""
+    edges = [edges[0], *(b for a, b in pairwise(edges) if b - a > 1e-3)]
+    encode = PiecewiseLinear([[], edges, [0.0, 1.0]])
+    given_BF = torch.tensor([[7.0, number, 0.5] for number in numbers])
+    pieces = encode(given_BF)
+    if len(edges) < 3:
+        assert pieces.shape == (len(numbers), 0)
+        return
+    assert pieces.shape == (len(numbers), len(edges) - 1)
+    assert ((pieces >= 0) & (pieces <= 1)).all()
+    assert (pieces.diff(dim=0) >= 0).all()
+    assert (pieces.diff(dim=1) <= 1e-6).all()  # a piece begins where the one before is full
+    widths = torch.tensor(edges).diff()
+    whole = edges[0] + (pieces * widths).sum(1)
+    torch.testing.assert_close(whole, given_BF[:, 1].clamp(edges[0], edges[-1]), rtol=1e-3, atol=1e-2)
+
+
+def test_pieces_and_dropout_of_the_text_in_a_network(tiny_encoder):
+    """Gate and heads read the pieces; dropout of the text works in training alone and leaves the embedding as it is."""
+    encoder = load_encoder(str(tiny_encoder))
+    made = MopeNetwork(
+        encoder, number_mean=[1.0, 10.0], number_scale=[0.5, 0.0], number_edges=[[0.0, 1.0, 4.0], []], num_llms=2,
+        llm_dim=4, gate_borders=BUCKETS, num_heads=3, head_borders=BINS, start=100.0, head_hidden=8, dropout=0.0,
+        text_dropout=0.5,
+    )  # fmt: skip
+    assert made.gate.layers[0].in_features == 16 + 2 + 2 + 4
+    calls = [made.eval()(*inputs())[0] for _ in range(2)]
+    torch.testing.assert_close(*calls)
+    made.train()
+    encoder.eval()
+    gates, _, embeddings = zip(*(made(*inputs()) for _ in range(4)), strict=True)
+    assert not torch.allclose(gates[0], gates[1])
+    torch.testing.assert_close(embeddings[0], embeddings[1])
 
 
 def test_a_network_without_gate_or_heads(tiny_encoder):

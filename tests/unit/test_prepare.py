@@ -13,7 +13,7 @@ from mope.request import Request
 from mope.training.config import ModelConfig
 from mope.training.data.table import RowTable
 from mope.training.encoders import find_encoder
-from mope.training.prepare import choose_boundaries, prepare
+from mope.training.prepare import choose_boundaries, number_edges, prepare
 
 
 def model(**options):
@@ -118,3 +118,13 @@ def test_an_answer_longer_than_the_grid_stretches_it(tiny_encoder):
 
 def test_one_expert_has_no_router(tiny_encoder):
     assert prepare(ROWS, model(num_experts=1), find_encoder(str(tiny_encoder)), "t").config.router_parts == ()
+
+
+def test_edges_are_quantiles_and_numbers_of_two_values_have_none() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.normal(size=4000), rng.integers(0, 2, 4000), np.ones(4000)], axis=1).astype(np.float32)
+    bent, binary, constant = number_edges(rows, 8)
+    assert (binary, constant) == ((), ())
+    assert len(bent) == 9
+    shares = np.histogram(rows[:, 0], bent)[0] / len(rows)
+    np.testing.assert_allclose(shares, 1 / 8, atol=0.01)

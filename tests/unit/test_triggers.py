@@ -103,8 +103,8 @@ def plain_numbers(request: Request, hits: RuleHits) -> dict[str, float]:
         "log_asked_tokens": np.log1p(hits.tokens),
         **{f"rule_{name}": name in hits.names for name in RULE_NAMES},
     }
-    if request.answer_bytes:
-        tokens = np.asarray(request.answer_bytes, dtype=np.float64) / 4
+    if request.answer_estimates:
+        tokens = np.asarray(request.answer_estimates, dtype=np.float64)
         answers = np.log1p(tokens)
         fading = 0.5 ** np.arange(len(answers))[::-1]
         prompt, previous = text[:1000], request.previous_prompt[:1000]
@@ -200,7 +200,7 @@ def test_any_text_has_the_rules_and_numbers_of_the_plain_patterns(text: str) -> 
 def test_any_history_has_the_numbers_of_the_plain_definition(
     text: str, previous: str, answers: list[int], same: bool
 ) -> None:
-    check(Request(prompt=text, previous_prompt=text + previous if same else previous, answer_bytes=tuple(answers)))
+    check(Request(prompt=text, previous_prompt=text + previous if same else previous, answer_estimates=tuple(answers)))
 
 
 @pytest.mark.parametrize("num_chars", [60, 400, 2000])
@@ -210,7 +210,7 @@ def test_prose_and_code_have_the_rules_and_numbers_of_the_plain_patterns(num_cha
     text = "\n".join(file.read_text(encoding="utf-8") for file in sorted(files))[:150_000]
     pieces = [text[start : start + num_chars] for start in range(0, len(text), num_chars)]
     for previous, piece in pairwise(pieces):
-        check(Request(prompt=piece, previous_prompt=previous, answer_bytes=(len(piece), 7, 4 * len(previous))))
+        check(Request(prompt=piece, previous_prompt=previous, answer_estimates=(len(piece), 7, 4 * len(previous))))
 
 
 def test_every_rule_is_found_somewhere() -> None:

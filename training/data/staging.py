@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mope.request import MAX_EARLIER_ANSWERS
+from mope.token_estimate import estimate_tokens
 from mope.training.data import problems as reasons
 from mope.training.data import splits
 from mope.training.data.config import DataConfig
@@ -101,7 +102,7 @@ class Staging:
     def add(self, chat: Chat, num_tokens: Mapping[str, int]) -> None:
         """Stage the rows of a chat; `num_tokens` has the label tokens of each of its answers."""
         tokens = [num_tokens[answer] for answer in chat.answers]
-        sizes = [len(answer.encode()) for answer in chat.answers]
+        estimates = [estimate_tokens(answer) for answer in chat.answers]
         group = self._group_of.setdefault(chat.group, len(self._group_of))
         num_rows_before = self.num_rows
         first_prompt = splits.norm(chat.first_prompt)
@@ -119,7 +120,7 @@ class Staging:
                 "prompt": turn.prompt,
                 "system": chat.system,
                 "previous_prompt": turn.previous_prompt,
-                "answer_bytes": sizes[earlier],
+                "answer_estimates": estimates[earlier],
                 "answer_tokens": tokens[earlier],
                 "num_earlier_turns": turn.num_earlier_turns,
                 "target_llm": chat.target_llm or self._config.target_llm,

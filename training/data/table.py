@@ -24,7 +24,7 @@ SCHEMA = pa.schema(
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("system", pa.string(), nullable=False),
         pa.field("previous_prompt", pa.string(), nullable=False),
-        pa.field("answer_bytes", pa.list_(pa.int32()), nullable=False),  # of earlier answers, oldest first
+        pa.field("answer_estimates", pa.list_(pa.int32()), nullable=False),  # of earlier answers, oldest first: mope.token_estimate
         pa.field("answer_tokens", pa.list_(pa.int32()), nullable=False),  # the same answers, label tokens
         pa.field("num_earlier_turns", pa.int32(), nullable=False),
         pa.field("target_llm", pa.string()),
@@ -95,7 +95,7 @@ class RowTable:
     def requests(self) -> list[Request]:
         """What a server would have known of each row."""
         columns = self.table.select(
-            ["prompt", "system", "previous_prompt", "answer_bytes", "num_earlier_turns", "target_llm",
+            ["prompt", "system", "previous_prompt", "answer_estimates", "num_earlier_turns", "target_llm",
              "max_tokens", "temperature", "tools", "response_format", "thinking"]
         )  # fmt: skip
-        return [Request(**{**row, "answer_bytes": tuple(row["answer_bytes"] or ())}) for row in columns.to_pylist()]
+        return [Request(**{**row, "answer_estimates": tuple(row["answer_estimates"] or ())}) for row in columns.to_pylist()]
