@@ -154,9 +154,15 @@ def _checked(request: Request) -> Request:
             raise DataError(f"{name} is {_FLAG_CHECKS[name][1]}; got {_shown(value)}")
     if not isinstance(request.tools, bool):
         raise DataError(f"tools of a Request is true or false; got {_shown(request.tools)}")
-    sizes = (request.num_earlier_turns, *request.answer_estimates) if isinstance(request.answer_estimates, tuple) else (None,)
+    sizes = (
+        (request.num_earlier_turns, *request.answer_estimates)
+        if isinstance(request.answer_estimates, tuple)
+        else (None,)
+    )
     if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
-        raise DataError("answer_estimates is a tuple of whole numbers, and num_earlier_turns one; none of them negative")
+        raise DataError(
+            "answer_estimates is a tuple of whole numbers, and num_earlier_turns one; none of them negative"
+        )
     return request
 
 

@@ -37,7 +37,15 @@ def new_network(
 ) -> MopeNetwork:
     """A network on the pre-trained encoder, gate and heads fresh from the seed; see `MopeNetwork.of`."""
     L.seed_everything(settings.seed, verbose=False)
-    return MopeNetwork.of(config, source.load(), gate=gate, num_heads=num_heads, plain=plain, dropout=settings.dropout, text_dropout=settings.text_dropout)
+    return MopeNetwork.of(
+        config,
+        source.load(),
+        gate=gate,
+        num_heads=num_heads,
+        plain=plain,
+        dropout=settings.dropout,
+        text_dropout=settings.text_dropout,
+    )
 
 
 def expert_rows(rows: EncodedRows, boundaries: tuple[float, ...], expert: int, overlap: float) -> Array:

@@ -112,9 +112,7 @@ def train(
     if teacher is not None:
         table = rows.split("train")
         of_each = data.sources_of(table)
-        targets = lessons(
-            teachers, table, of_each, data.fingerprints, Grid.of(prepared.config), config.data.cache_dir
-        )
+        targets = lessons(teachers, table, of_each, data.fingerprints, Grid.of(prepared.config), config.data.cache_dir)
         prepared = replace(prepared, train=replace(prepared.train, targets=targets))
     networks, fits = train_mope(prepared, source, config.fit, work, resume=resume, teacher=teacher)
     if int(os.environ.get("LOCAL_RANK", "0")) or int(os.environ.get("NODE_RANK", "0")):

@@ -21,9 +21,8 @@ FULL = Request(
 )  # fmt: skip
 OTHER: dict[str, Any] = {
     "prompt": "Why is the sky grey?", "system": "Be short.", "previous_prompt": "What is a sky? ",
-    "answer_estimates": (40, 8), "num_earlier_turns": 3, "target_llm": "llama-3-8b", "max_tokens": None, "temperature": 0.6,
-    "tools": False,
-    "response_format": "", "thinking": None,
+    "answer_estimates": (40, 8), "num_earlier_turns": 3, "target_llm": "llama-3-8b", "max_tokens": None,
+    "temperature": 0.6, "tools": False, "response_format": "", "thinking": None,
 }  # fmt: skip
 
 

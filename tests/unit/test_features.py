@@ -105,7 +105,10 @@ def test_any_text_can_be_encoded(text):
 @given(st.text(max_size=200), st.text(max_size=50), st.lists(st.integers(0, 10**9), max_size=8))
 def test_numbers_are_finite_and_windows_bounded(prompt, context, answer_estimates):
     request = Request(
-        prompt=prompt, previous_prompt=context, answer_estimates=tuple(answer_estimates), num_earlier_turns=len(answer_estimates)
+        prompt=prompt,
+        previous_prompt=context,
+        answer_estimates=tuple(answer_estimates),
+        num_earlier_turns=len(answer_estimates),
     )
     encoded = ENCODER.encode([request])
     assert encoded.numbers_BF.shape == (1, len(NUMBER_NAMES))
@@ -216,7 +219,9 @@ def test_a_training_row_and_a_served_request_give_the_same_input(turns, system, 
 def test_a_row_of_a_table_is_encoded_as_its_request_is(tiny_encoder):
     requests = [
         Request(prompt="Explain TCP slow start.", target_llm="gpt-4", max_tokens=100, temperature=0.7),
-        Request(prompt="and now?", previous_prompt="why", answer_estimates=(7, 900), num_earlier_turns=2, thinking=True),
+        Request(
+            prompt="and now?", previous_prompt="why", answer_estimates=(7, 900), num_earlier_turns=2, thinking=True
+        ),
         Request(prompt="", system="list", tools=True, response_format="json_object"),
     ]
     own = make_encoder(find_encoder(str(tiny_encoder)))

@@ -24,8 +24,8 @@ def write(path: Path, text: str) -> str:
 
 def test_the_recipes_that_are_promised_are_there() -> None:
     assert recipe_names() == [
-        "chat-micro", "chat-minilm", "chat-small", "demo", "lmsys-base", "lmsys-small",
-        "sharegpt-micro", "sharegpt-minilm", "sharegpt-small",
+        "chat-base", "chat-micro", "chat-minilm", "chat-small", "demo", "lmsys-base", "lmsys-small",
+        "sharegpt-base", "sharegpt-micro", "sharegpt-minilm", "sharegpt-small",
     ]  # fmt: skip
 
 
@@ -224,14 +224,20 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def flags(name: str, chats: dict[str, str], encoder: Path, folder: Path) -> list[str]:
+def flags(name: str, chats: dict[str, str], encoder: Path, folder: Path, teachers: dict[str, Path]) -> list[str]:
     """Arguments that make a recipe small enough for a test."""
+    model = load_recipe(name).model
+    taught = ["--teacher", str(teachers[model.teacher])] if model.teacher else []
+    if model.co_teachers:
+        taught += ["--co-teachers", ",".join(str(teachers[other]) for other in model.co_teachers)]
     return [
         chats["lmsys" if name.startswith("lmsys") else "sharegpt"], "--recipe", name, "--output", str(folder / "out"),
-        "--encoder", str(encoder), "--label-tokenizer", "encoder", "--cache-dir", str(folder / "cache"), "--epochs",
-        "1", "--max-prompt-tokens", "24", "--max-context-tokens", "8", "--lookup-rows", "64", "--baselines", "constant",
+        *(["--encoder", str(encoder)] if model.encoder or not taught else []),
+        "--label-tokenizer", "encoder", "--cache-dir", str(folder / "cache"), "--epochs", "1",
+        "--max-prompt-tokens", "24", "--max-context-tokens", "8", "--lookup-rows", "64", "--baselines", "constant",
         "--fine-tuned", "none", "--bootstrap-samples", "10", "--checks-per-epoch", "1", "--accelerator", "cpu",
         "--devices", "1", "--static-size", "8",
+        *taught,
         *(["--test-source", chats["sharegpt"]] if name == "lmsys-base" else []),
         *(["--also", chats["lmsys"]] if name.startswith("chat") else []),
     ]  # fmt: skip
@@ -240,10 +246,10 @@ def flags(name: str, chats: dict[str, str], encoder: Path, folder: Path) -> list
 @pytest.fixture(scope="module")
 def teachers(chats: dict[str, str], tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folder of each recipe that teaches others."""
-    found = {}
-    for name in ("sharegpt-minilm", "chat-minilm"):
+    found: dict[str, Path] = {}
+    for name in ("sharegpt-minilm", "sharegpt-base", "chat-base", "chat-minilm"):
         folder = tmp_path_factory.mktemp(name)
-        assert main(flags(name, chats, tiny_encoder, folder)) == 0
+        assert main(flags(name, chats, tiny_encoder, folder, found)) == 0
         found[name] = folder / "out"
     return found
 
@@ -258,8 +264,7 @@ def test_a_recipe_trains_on_rows_of_its_data_s_form(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = load_recipe(name)
-    taught = ["--teacher", str(teachers[recipe.model.teacher])] if recipe.model.teacher else []
-    status = main([*flags(name, chats, tiny_encoder, tmp_path), *taught])
+    status = main(flags(name, chats, tiny_encoder, tmp_path, teachers))
     assert status == 0, capsys.readouterr().err
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (saved["design"], saved["num_experts"]) == (recipe.model.design, recipe.model.num_experts)

@@ -12,7 +12,7 @@ ENGLISH = (
     "The sky looks blue because air scatters short waves of light more than long ones. At noon the sun's light takes "
     "a short way through the air; in the evening a long one, on which most of the blue is lost. What is left is red."
 )
-CODE = "def area(radius: float) -> float:\n    \"\"\"Area of a circle.\"\"\"\n    return 3.14159 * radius ** 2\n"
+CODE = 'def area(radius: float) -> float:\n    """Area of a circle."""\n    return 3.14159 * radius ** 2\n'
 LIST = "1. Wash 200 g of rice.\n2. Boil 0.5 l of water.\n3. Add the rice; cook for 12 minutes.\n"
 
 

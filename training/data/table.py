@@ -24,7 +24,9 @@ SCHEMA = pa.schema(
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("system", pa.string(), nullable=False),
         pa.field("previous_prompt", pa.string(), nullable=False),
-        pa.field("answer_estimates", pa.list_(pa.int32()), nullable=False),  # of earlier answers, oldest first: mope.token_estimate
+        pa.field(
+            "answer_estimates", pa.list_(pa.int32()), nullable=False
+        ),  # of earlier answers, oldest first: mope.token_estimate
         pa.field("answer_tokens", pa.list_(pa.int32()), nullable=False),  # the same answers, label tokens
         pa.field("num_earlier_turns", pa.int32(), nullable=False),
         pa.field("target_llm", pa.string()),
@@ -98,4 +100,6 @@ class RowTable:
             ["prompt", "system", "previous_prompt", "answer_estimates", "num_earlier_turns", "target_llm",
              "max_tokens", "temperature", "tools", "response_format", "thinking"]
         )  # fmt: skip
-        return [Request(**{**row, "answer_estimates": tuple(row["answer_estimates"] or ())}) for row in columns.to_pylist()]
+        return [
+            Request(**{**row, "answer_estimates": tuple(row["answer_estimates"] or ())}) for row in columns.to_pylist()
+        ]
