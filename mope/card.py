@@ -21,6 +21,7 @@ PROMPT = "Explain TCP slow start."
 TAGS = ("llm-serving", "response-length-prediction", "scheduling", "mixture-of-experts", "calibration", "quantiles")
 PARTS = {"first_turn": "first turns", "all_turns": "all turns"}
 PREDICTORS = {
+    "single_head": "the single head of its kind and size",
     "single_expert": "the single expert of equal size",
     "ranker": "the ranker",
     "tfidf_ridge": "TF-IDF ridge",
@@ -30,7 +31,7 @@ PREDICTORS = {
     "prompt_length": "prompt length",
     "constant": "the constant",
 }
-FINE_TUNED = ("single_expert", "ranker")
+FINE_TUNED = ("single_head", "single_expert", "ranker")
 DESIGNS = {
     "shared": "one trunk, a gate and a head for each expert, trained together",
     "separate": "a gate network and a network for each expert, each expert trained on its own bucket and a margin",
@@ -240,9 +241,9 @@ def _reading(results: Facts, differences: Facts) -> Iterator[str]:
         yield _verdict(mope, rivals[best], words, differences.get(best, {}))
     if _is_number(taught := results.get("teacher", {}).get("mae")):
         yield f"The larger predictor that taught it has {_tokens(taught)} ({mope['mae'] / taught - 1:+.1%})."
-    if "single_expert" in rivals:
-        words = PREDICTORS["single_expert"]
-        yield _verdict(mope, rivals["single_expert"], words, differences.get("single_expert", {}))
+    for name in ("single_head", "single_expert"):
+        if name in rivals:
+            yield _verdict(mope, rivals[name], PREDICTORS[name], differences.get(name, {}))
     if _is_number(mope.get("kendall_tau")):
         yield f"Order of the answers: Kendall's tau {mope['kendall_tau']:.3f}."
         taus = {

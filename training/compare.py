@@ -13,9 +13,11 @@ import torch
 from sklearn.isotonic import IsotonicRegression
 
 from mope.backends.network import MopeNetwork, embed
+from mope.config import PredictorConfig
 from mope.console import console, progress
 from mope.features import RequestEncoder, pad
-from mope.grid import Array
+from mope.grid import Array, quantiles_at
+from mope.mixture import cumulative
 from mope.request import Request
 from mope.training.baselines import default_baselines, fit_and_predict
 from mope.training.batches import EncodedRows
@@ -67,10 +69,13 @@ def compare(
     logs: dict[str, Path] = {}
     for name in config.evaluation.fine_tuned:
         network, result, scale = train_baseline(name, prepared, source, config.fit, work, resume=resume)
-        score = first_output(network, rows.encoded, f"predicting with {name}")
-        if name == "ranker":
+        outputs_RN = head_outputs(network, rows.encoded, f"predicting with {name}")
+        score = outputs_RN[:, 0]
+        if name == "single_head":
+            predicted = medians_of(outputs_RN, prepared.config)
+        elif name == "ranker":
             known = ~prepared.validation.censored_R
-            seen = first_output(network, prepared.validation, f"predicting with {name}")
+            seen = head_outputs(network, prepared.validation, f"predicting with {name}")[:, 0]
             predicted = tokens_of_scores(seen[known], prepared.validation.tokens_R[known], score)
         else:
             predicted = np.maximum(score * scale, 1.0)
@@ -90,20 +95,30 @@ def tokens_of_scores(scores: Array, tokens: Array, wanted: Array) -> Array:
     return np.asarray(np.exp(fitted.predict(wanted)) + 1e-3 * (wanted - scores.mean()) / spread).clip(min=0.5)
 
 
+def medians_of(logits_RN: Array, config: PredictorConfig) -> Array:
+    """Median tokens of one head's distributions, shape (rows,)."""
+    alone = np.ones((len(logits_RN), 1))
+    cdf_RE = cumulative(logits_RN[:, None], alone, config.tail_shares, "mixture")
+    return quantiles_at(np.asarray(config.edges), cdf_RE, np.array([0.5]))[:, 0]
+
+
 @torch.inference_mode()
-def first_output(network: MopeNetwork, rows: EncodedRows, description: str) -> Array:
-    """The only output of a regression or ranking network for every row, shape (rows,), in float32."""
+def head_outputs(network: MopeNetwork, rows: EncodedRows, description: str) -> Array:
+    """The outputs of a network's only head for every row, shape (rows, outputs)."""
     network.eval()
-    output = np.empty(len(rows), dtype=np.float64)
+    found: list[Array] = []
+    order: list[Array] = []
     with progress(description, total=len(rows)) as advance:
         for chosen in rows.by_length(BATCH_ROWS):
             batch = rows.batch(chosen)
             _, heads, _ = network(
                 batch["input_ids_BS"], batch["attention_mask_BS"], batch["numbers_BF"], batch["llm_B"]
             )
-            output[chosen] = heads[:, 0, 0].numpy()
+            found.append(heads[:, 0].numpy())
+            order.append(chosen)
             advance(len(chosen))
-    return output
+    back = np.argsort(np.concatenate(order))
+    return np.concatenate(found).astype(np.float64)[back]
 
 
 def frozen_embeddings(source: Trunk, prepared: Prepared) -> Callable[[list[str]], Array]:

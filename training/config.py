@@ -15,7 +15,7 @@ from mope.config import Design, Frozen, RouterPart
 from mope.training.data.config import DataConfig
 
 Baseline = Literal["constant", "prompt_length", "previous_answers", "lexical_gbm", "tfidf_ridge", "embedding_gbm"]
-FineTunedBaseline = Literal["single_expert", "ranker"]
+FineTunedBaseline = Literal["single_head", "single_expert", "ranker"]
 
 
 class ModelConfig(Frozen):
@@ -124,7 +124,9 @@ class EvaluationConfig(Frozen):
         description="baselines without fine-tuning, trained on the same rows",
     )
     fine_tuned: tuple[FineTunedBaseline, ...] = Field(
-        ("single_expert", "ranker"), description="fine-tuned baselines of equal size and compute"
+        ("single_head", "single_expert", "ranker"),
+        description="fine-tuned baselines of equal size and compute: one head of MoPE's kind and size, one with L1 "
+        "loss, and a ranker",
     )
     bootstrap_samples: int = Field(1000, ge=10, description="bootstrap samples of the 95 % intervals")
 

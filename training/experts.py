@@ -5,6 +5,7 @@ Knows which rows and which loss each network gets; `fit` knows how to train one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -18,7 +19,7 @@ from mope.grid import Array
 from mope.training.batches import EncodedRows
 from mope.training.config import FitConfig
 from mope.training.encoders import Trunk
-from mope.training.fit import FitResult, fit
+from mope.training.fit import FitResult, Objective, fit
 from mope.training.objectives import DistillationObjective, MopeObjective, RankingObjective, RegressionObjective
 from mope.training.prepare import Prepared
 from mope.training.teacher import Teacher
@@ -76,16 +77,7 @@ def train_mope(
         DataError: an expert of the separate design has too few rows.
     """
     config = prepared.config
-    edges = list(config.edges[: config.num_body_bins + 1])
-    labels = MopeObjective(
-        edges,
-        list(config.boundaries),
-        overlap=settings.overlap,
-        crps_weight=settings.crps_weight,
-        expert_weight=settings.expert_weight,
-        gate_weight=settings.gate_weight,
-        tokens_scale=float(prepared.train.tokens_R.mean()),
-    )
+    labels = _label_loss(prepared, settings, config.boundaries)
     objective = labels if prepared.train.targets is None else DistillationObjective(labels, settings.teacher_weight)
     names = [name.removesuffix(".safetensors") for name in weight_files(config)]
     separate = range(config.num_experts) if config.design == "separate" else ()
@@ -135,21 +127,41 @@ def _own_rows(prepared: Prepared, settings: FitConfig, expert: int) -> list[Arra
     return own
 
 
+def _label_loss(prepared: Prepared, settings: FitConfig, boundaries: Sequence[float]) -> MopeObjective:
+    config = prepared.config
+    return MopeObjective(
+        list(config.edges[: config.num_body_bins + 1]),
+        list(boundaries),
+        overlap=settings.overlap,
+        crps_weight=settings.crps_weight,
+        expert_weight=settings.expert_weight,
+        gate_weight=settings.gate_weight,
+        tokens_scale=float(prepared.train.tokens_R.mean()),
+    )
+
+
 def train_baseline(
     name: str, prepared: Prepared, source: Trunk, settings: FitConfig, folder: Path, *, resume: bool
 ) -> tuple[MopeNetwork, FitResult, float]:
-    """Train `single_expert` (L1 regression, SSJF's recipe) or `ranker` (ListMLE, vLLM-LTR's idea).
+    """Train `single_head`, `single_expert` (L1 regression, SSJF's recipe) or `ranker` (ListMLE, vLLM-LTR's idea).
 
-    Same encoder, inputs, rows, steps and schedule as MoPE. The ranker's batches are not sorted by length:
-    it must learn to order any two requests.
+    Same encoder, inputs, rows, steps and schedule as MoPE. The single head is what MoPE would be without experts: one
+    ordinal head with as many hidden units as gate and heads together, and MoPE's own loss. The ranker's batches are not
+    sorted by length: it must learn to order any two requests.
 
     Returns:
-        The network, its fit, and the tokens that one unit of its output stands for.
+        The network, its fit, and the tokens that one unit of its output stands for, where it has one output.
     """
     config = prepared.config
     scale = float(prepared.train.tokens_R.mean())
-    network = new_network(source, config, settings, gate=False, num_heads=1, plain=True)
-    objective = RegressionObjective(scale) if name == "single_expert" else RankingObjective()
+    objective: Objective
+    if name == "single_head":
+        hidden = config.head_hidden * (config.num_experts + (config.num_experts > 1))
+        config = config.model_copy(update={"num_experts": 1, "boundaries": (), "head_hidden": hidden})
+        objective = _label_loss(prepared, settings, ())
+    else:
+        objective = RegressionObjective(scale) if name == "single_expert" else RankingObjective()
+    network = new_network(source, config, settings, gate=False, num_heads=1, plain=name != "single_head")
     result = fit(
         network,
         objective,
@@ -159,8 +171,8 @@ def train_baseline(
         folder / name,
         description=f"training {name}",
         resume=resume,
-        pool_batches=50 if name == "single_expert" else 1,
-        length_chunks=1 if name == "single_expert" else 4,
+        pool_batches=1 if name == "ranker" else 50,
+        length_chunks=4 if name == "ranker" else 1,
         target_llms=config.target_llms,
     )
     return network, result, scale

@@ -23,6 +23,7 @@ PREDICTORS = {
     "mope": "MoPE",
     "mope_oracle_routed": "oracle-routed (1)",
     "teacher": "its teacher",
+    "single_head": "single head",
     "single_expert": "single expert",
     "ranker": "ranker",
     "tfidf_ridge": "TF-IDF ridge",

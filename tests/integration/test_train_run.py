@@ -62,7 +62,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(folder: Path, tiny_encoder: Path) -> TrainConfig:
     config = settings(write_chats(folder / "chats.jsonl"), tiny_encoder, folder / "cache")
     return config.model_copy(
-        update={"evaluation": config.evaluation.model_copy(update={"fine_tuned": ("single_expert", "ranker")})}
+        update={
+            "evaluation": config.evaluation.model_copy(
+                update={"fine_tuned": ("single_head", "single_expert", "ranker")}
+            )
+        }
     )
 
 
@@ -76,7 +80,9 @@ def run(folder: Path, config: TrainConfig) -> RunResult:
 def test_a_run_learns_what_there_is_to_learn(run: RunResult) -> None:
     for part in ("first_turn", "all_turns"):
         found = run.metrics["test"][part]
-        assert set(found) == {"mope", "mope_oracle_routed", "constant", "previous_answers", "single_expert", "ranker"}
+        fine_tuned = {"single_head", "single_expert", "ranker"}
+        assert set(found) == {"mope", "mope_oracle_routed", "constant", "previous_answers", *fine_tuned}
+        assert found["single_head"]["mae"] < 0.7 * found["constant"]["mae"]
         assert found["mope"]["mae"] < 0.7 * found["constant"]["mae"]
         assert found["mope_oracle_routed"]["mae"] < found["mope"]["mae"]
         assert found["mope"]["kendall_tau"] > 0.5

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows import learnable
 
+from mope.backends.network import OrdinalHead
 from mope.backends.torch_backend import TorchBackend, empty_networks
 from mope.errors import DataError
 from mope.training import experts
@@ -129,6 +130,22 @@ def test_baselines_have_the_same_encoder_and_one_output(tiny_encoder, tmp_path, 
         )
         assert gate is None
         assert heads.shape == (3, 1, 1)
+
+
+def test_the_single_head_is_mope_s_kind_of_head_with_as_many_weights(tiny_encoder, tmp_path, fits):
+    rows, source = prepared(tiny_encoder)
+    networks, _ = train_mope(rows, source, SETTINGS, tmp_path, resume=False)
+    alone, _, _ = train_baseline("single_head", rows, source, SETTINGS, tmp_path, resume=False)
+    assert isinstance(fits[-1][1], MopeObjective)
+    assert alone.gate is None
+    (head,) = alone.heads
+    assert isinstance(head, OrdinalHead)
+
+    def size(*modules):
+        return sum(weights.numel() for module in modules for weights in module.parameters())
+
+    several = size(networks[0].gate, *networks[0].heads)
+    assert size(head) == pytest.approx(several, rel=0.25)  # the gate's last layer is narrower than a head's
 
 
 def test_networks_start_from_the_pretrained_weights(tiny_encoder, tmp_path, fits):

@@ -78,7 +78,8 @@ def test_lines_say_what_is_measured_and_what_is_not(plan: Plan) -> None:
 
 def test_times_follow_from_speed_rows_and_epochs(plan: Plan) -> None:
     names = [name for name, _ in plan.stages]
-    assert names[:3] == ["training model of MoPE", "training single_expert", "training ranker"]
+    fine_tuned = ("single_head", "single_expert", "ranker")
+    assert names[:4] == ["training model of MoPE", *(f"training {name}" for name in fine_tuned)]
     assert names[-1] == "embeddings for embedding_gbm"
     one_pass = plan.num_rows["train"] * plan.padded_tokens / plan.measured.tokens_per_s
     seconds = dict(plan.stages)
