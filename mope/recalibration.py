@@ -46,6 +46,7 @@ UNIT = 2**20  # predicted probabilities are summed as multiples of 1 / UNIT
 
 # scale of the shift's prior: for LLMs that the predictor was trained on, others, and around each factor that is given
 KNOWN_WIDTH, UNKNOWN_WIDTH, GIVEN_WIDTH = 0.15, 0.35, 0.15
+TRAINED_COUNT = 4.0  # what the training rows of a known LLM count beside what its relatives were seen to do
 MAX_RELATIVES = 12
 RELATIVE_COUNT = 10.0  # observations at which a relative counts half
 NUM_CODES = 2 * NUM_X * NUM_BINS
@@ -339,7 +340,7 @@ class Recalibrator:
         others = [
             (*_kinship(target, other), newest, other)
             for other, newest in self._epochs.newest().items()
-            if other != target
+            if other != target and _tells_of(other, target)
         ]
         nearest = heapq.nsmallest(MAX_RELATIVES, others, key=lambda one: (-one[0], -one[2], one[3]))
         found = []
@@ -367,14 +368,25 @@ class Recalibrator:
         pairs = pairs or [(1.0, 1.0)]
         total = sum(weight for _, weight in pairs)
         root = np.sum([weight / total * bump(log(factor), width) for factor, weight in pairs], axis=0)
+        root = root * (TRAINED_COUNT if target.known and target.llm else 1.0)
         weights = [weight for weight, _, _ in relatives]
         shifts = [weight * bump(profile.shift, width) for weight, width, profile in relatives]
         spread = sum(weight * profile.log_spread for weight, _, profile in relatives)
         return Prior(
-            np.sum([root, *shifts], axis=0) / (1.0 + sum(weights)),
+            np.sum([root, *shifts], axis=0) / (root.sum() + sum(weights)),
             (2.0 * SPREAD_PRIOR + spread) / (2.0 + sum(weights)),
             pooled_shape([profile.shape for _, _, profile in relatives], weights) if relatives else None,
         )
+
+
+def _tells_of(other: Target, target: Target) -> bool:
+    """Whether what another target does says anything of this one.
+
+    That the predictor is wrong about a stranger that it never learned says nothing of an LLM that it did learn;
+    of requests that name no LLM it does.
+    """
+    related = (target.llm and target.llm == other.llm) or (target.family and target.family == other.family)
+    return bool(other.known or related or not target.known or not target.llm)
 
 
 def _kinship(target: Target, other: Target) -> tuple[float, float]:

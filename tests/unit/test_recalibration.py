@@ -260,6 +260,32 @@ def test_one_answer_of_another_llm_teaches_a_little(target):
     assert 100 < quantile(recalibrator, A) < 150
 
 
+def test_a_stranger_s_answers_say_nothing_of_an_llm_that_the_predictor_knows():
+    known, stranger = Target("known", known=True), Target("stranger", known=False)
+    recalibrator = Recalibrator()
+    before = [quantile(recalibrator, known, level=level) for level in LEVELS]
+    serve(recalibrator, stranger, 8.0, 60)
+    recalibrator.to_json()  # all is worked out anew
+    assert [quantile(recalibrator, known, level=level) for level in LEVELS] == pytest.approx(before)
+    assert quantile(recalibrator, Target("other", known=False)) > 1.3 * 100  # of another stranger it does
+    cousin = Target("known-2", family="k", known=False)
+    serve(recalibrator, cousin, 3.0, 60)
+    recalibrator.to_json()
+    assert quantile(recalibrator, Target("known", family="k", known=True)) > 1.3 * 100  # and a relative of its own does
+
+
+def test_known_llms_move_another_when_they_agree():
+    known = Target("known", known=True)
+    one, many = Recalibrator(), Recalibrator()
+    serve(one, Target("k0", known=True), 3.0, 60)
+    for number in range(8):
+        serve(many, Target(f"k{number}", known=True), 3.0, 60, seed=number)
+    for recalibrator in (one, many):
+        recalibrator.to_json()
+    assert quantile(one, known) < 1.25 * 100
+    assert quantile(one, known) < quantile(many, known) / 1.3
+
+
 def test_an_llm_that_the_predictor_does_not_know_may_have_a_prior():
     recalibrator = Recalibrator({"": [(1.0, 0.7), (20.0, 0.3)], "thinking": [(20.0, 1.0)]})
     raw = lognormal(100)
