@@ -237,7 +237,7 @@ def on_grid(log_mix_RN: Array, own: Grid, other: Grid) -> Targets:
 
 
 def _log(probabilities: Array) -> Array:
-    """Logarithms in float16, the least of them that of what float16 can hold."""
+    """Logarithms in float16; what is below `LEAST` counts as that."""
     return np.log(np.maximum(probabilities, LEAST)).astype(np.float16)
 
 
