@@ -138,7 +138,8 @@ def find_encoder(name: str, *, revision: str | None = None, num_layers: int | No
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"encoder {name!r} can't be loaded: {reason} (offline, --encoder minilm works; where it is a teacher's, --teacher FOLDER names a trained one)"
+            f"encoder {name!r} can't be loaded: {reason} (offline, --encoder minilm works; where it is a teacher's, "
+            "--teacher FOLDER names a trained one)"
         ) from error
     if num_layers is not None and model_type not in ("bert", "roberta", "mpnet", "xlm-roberta", "electra"):
         raise ConfigError(f"--num-layers cuts BERT-like encoders; {name!r} is of type {model_type!r}")
