@@ -6,6 +6,7 @@
         ├── ConfigError(ValueError)     a recipe, flag or option that cannot be used
         ├── ArtifactError(ValueError)   a saved predictor that is damaged, foreign or of another format
         ├── ExportError(ValueError)     a graph that is not what its network is
+        ├── ProfileError(ValueError)    an engine's profile that is damaged, foreign or of another format
         └── MissingExtraError(ImportError)   an optional package that is not installed
 
 Every leaf is also the builtin error that a caller who does not know mope would catch. Anything that is not
@@ -37,6 +38,10 @@ class ArtifactError(UserError, ValueError):
 
 class ExportError(UserError, ValueError):
     """An exported graph that is not what its network is; nothing was written."""
+
+
+class ProfileError(UserError, ValueError):
+    """A profile of an engine that is damaged, foreign or of another format."""
 
 
 class MissingExtraError(UserError, ImportError):

@@ -1,0 +1,1 @@
+"""Fair scheduling by predicted length: pure Python, no engine, no clock, no randomness."""

@@ -1,0 +1,114 @@
+"""MoPE's metrics mapper: from predicted tokens to user-perceived latency, throughput and GPU utilisation.
+
+Knows how a request goes through an engine with continuous batching and chunked prefill; how long its steps take is
+what a profile says. Pure arithmetic: no clock, no randomness, the same bits in every process, some microseconds each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from mope.fairness.profiles import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the engine is doing when a request would be admitted, the request itself not counted.
+
+    Attributes:
+        num_running: requests that are decoding.
+        context_tokens: tokens of KV cache that they hold.
+        waiting_prompt_tokens: prompt tokens admitted before this request and not taken up yet; they go first.
+        prompt_tokens_per_step: prompt tokens of later arrivals that a step takes up beside the decodes, on average,
+            while this request decodes.
+    """
+
+    num_running: int = 0
+    context_tokens: int = 0
+    waiting_prompt_tokens: int = 0
+    prompt_tokens_per_step: float = 0.0
+
+
+IDLE = Load()
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceEstimate:
+    """What one request gets and takes.
+
+    Attributes:
+        latency_s: seconds from its admission to its last token, above 0. What it waited in the queue is not in it.
+        ttft_s: seconds from its admission to its first token.
+        tokens_per_s: prompt and response tokens by `latency_s`. Equinox's own formula was not available; VTC, whose
+            measures it extends, counts the throughput of both.
+        gpu_utilization: share, from 0 to 1, of the GPU's binding resource that this request takes over its life. By a
+            roofline, the resource is memory bandwidth or arithmetic as far as they can be had, and the batch shares
+            the reading of weights. By a fitted profile, it is the engine at its measured saturation. In a step, the
+            shares of all that run add up to at most 1.
+        kv_tokens: tokens of KV cache that it holds at its end.
+    """
+
+    latency_s: float
+    ttft_s: float
+    tokens_per_s: float
+    gpu_utilization: float
+    kv_tokens: int
+
+
+class MetricsMapper:
+    """Maps a request's tokens to the service that it would get and take, on an engine that a profile describes.
+
+    The load is taken to last: others that finish make room for others like them. The request's own context is taken at
+    its middle, which is exact where a step's time is linear in it. With n prompt and m response tokens, R running
+    requests of C tokens and w waiting prompt tokens:
+
+        ttft    = prefill(n) + w·prompt_token + (1 + (w + n)/chunk)·beside(R, C)      n without cached tokens
+        latency = ttft + (m - 1)·(step(R + 1, C + n + m/2) + prompt_tokens_per_step·prompt_token)
+
+    The first token comes from the prefill. Steps as in `mope.fairness.engine_costs`. This reconstructs what Equinox
+    (arXiv 2508.16646) names without a formula that was available.
+
+    Args:
+        profile: of the engine, from `mope.fairness.profiles.load_profile`.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self._costs = profile.costs()
+
+    def estimate(
+        self, prompt_tokens: int, response_tokens: float, load: Load = IDLE, *, cached_tokens: int = 0
+    ) -> ServiceEstimate:
+        """What a request would get and take, if it were admitted now. Costs a few microseconds.
+
+        Args:
+            prompt_tokens: tokens of its prompt, from 0 to 10 million.
+            response_tokens: tokens that it is predicted to answer, from 0 to 10 million. Below 1 counts as 1 in time.
+            load: what the engine is doing.
+            cached_tokens: tokens of the prompt that the prefix cache holds; they need no prefill. At most the prompt.
+        """
+        costs = self._costs
+        num_later = response_tokens - 1.0 if response_tokens > 1.0 else 0.0
+        waiting = load.waiting_prompt_tokens
+        new_tokens = prompt_tokens - cached_tokens
+        ttft_s = costs.prefill_s(new_tokens) + costs.prompt_token_s * waiting
+        if load.num_running:
+            num_chunks = 1.0 + (waiting + new_tokens) / costs.chunk_tokens
+            ttft_s += num_chunks * costs.beside_s(load.num_running, load.context_tokens)
+        latency_s = ttft_s
+        work_s = costs.prefill_work_s(new_tokens)
+        if num_later:
+            num_together = load.num_running + 1
+            own_context = prompt_tokens + 0.5 * response_tokens
+            context = load.context_tokens + own_context
+            step_s = costs.step_s(num_together, context) + costs.prompt_token_s * load.prompt_tokens_per_step
+            latency_s += num_later * step_s
+            work_s += num_later * costs.step_work_s(num_together, context, own_context)
+        return ServiceEstimate(
+            latency_s,
+            ttft_s,
+            (prompt_tokens + response_tokens) / latency_s,
+            min(work_s / latency_s, 1.0),
+            prompt_tokens + ceil(response_tokens),
+        )
