@@ -40,8 +40,9 @@ class ServiceEstimate:
     Attributes:
         latency_s: seconds from its admission to its last token, above 0. What it waited in the queue is not in it.
         ttft_s: seconds from its admission to its first token.
-        tokens_per_s: prompt and response tokens by `latency_s`. Equinox's own formula was not available; VTC, whose
-            measures it extends, counts the throughput of both.
+        tokens_per_s: response tokens by `latency_s`, what the user sees. Equinox's own formula was not available; with
+            prompt tokens counted too, a long prompt with an answer of one token would have a hundred times the
+            throughput of any long answer, and a counter made of it would punish short answers.
         gpu_utilization: share, from 0 to 1, of the GPU's binding resource that this request takes over its life. By a
             roofline, the resource is memory bandwidth or arithmetic as far as they can be had, and the batch shares
             the reading of weights. By a fitted profile, it is the engine at its measured saturation. In a step, the
@@ -108,7 +109,7 @@ class MetricsMapper:
         return ServiceEstimate(
             latency_s,
             ttft_s,
-            (prompt_tokens + response_tokens) / latency_s,
+            response_tokens / latency_s,
             min(work_s / latency_s, 1.0),
             prompt_tokens + ceil(response_tokens),
         )

@@ -1,0 +1,336 @@
+"""In which order waiting requests are admitted: by counters of clients, by a key of their own, or by turns.
+
+Each order holds the waiting requests and answers who is next; the policy around it charges and tells the ledger who
+waits. Knows no prices. All ties go to the earlier arrival. `simulate` says whom successive admissions would take
+without admitting anyone: a client's later requests stand behind what its earlier ones would have cost it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from abc import ABC, abstractmethod
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterator
+from operator import attrgetter
+
+from typing_extensions import override
+
+from mope.fairness.charges import UNIT
+from mope.fairness.ledger import Account, Ledger
+from mope.fairness.tickets import Ticket
+
+_SPARE_ENTRIES = 64
+_arrival = attrgetter("arrival")
+
+
+class Order(ABC):
+    """Waiting requests, and who of them is next."""
+
+    @abstractmethod
+    def add(self, ticket: Ticket) -> None:
+        """A request waits from now on."""
+
+    def restore(self, ticket: Ticket) -> None:
+        """A request that was taken waits again, at its old place."""
+        self.add(ticket)
+
+    @abstractmethod
+    def take(self, ticket: Ticket) -> None:
+        """A waiting request is admitted."""
+
+    @abstractmethod
+    def drop(self, ticket: Ticket) -> None:
+        """A waiting request goes away without having been admitted."""
+
+    @abstractmethod
+    def next(self, passed_over: Collection[Ticket] = ()) -> Ticket | None:
+        """Who is next; those that are passed over, who do not fit, stand aside."""
+
+    @abstractmethod
+    def simulate(self, limit: int | None = None) -> list[Ticket]:
+        """The first `limit` requests in the order in which they would be admitted, all of them if None."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Ticket]:
+        """Waiting requests in order of arrival."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    def correct(self, account: Account, amount: int) -> None:  # noqa: B027, most orders keep no accounts
+        """A client's admission turned out to cost `amount` millionths of HF more than it was charged."""
+
+
+class KeyedOrder(Order):
+    """By a number that each request has from its arrival on, smallest first.
+
+    Finding the next costs O(log n).
+    """
+
+    def __init__(self, key: Callable[[Ticket], float]) -> None:
+        self._key = key
+        self._waiting: dict[str, Ticket] = {}
+        self._heap: list[tuple[float, int, Ticket]] = []
+
+    @override
+    def add(self, ticket: Ticket) -> None:
+        self._waiting[ticket.request_id] = ticket
+        heapq.heappush(self._heap, (self._key(ticket), ticket.arrival, ticket))
+        if len(self._heap) > 2 * len(self._waiting) + _SPARE_ENTRIES:
+            self._heap = [(self._key(kept), kept.arrival, kept) for kept in self._waiting.values()]
+            heapq.heapify(self._heap)
+
+    @override
+    def take(self, ticket: Ticket) -> None:
+        del self._waiting[ticket.request_id]
+
+    drop = take
+
+    @override
+    def next(self, passed_over: Collection[Ticket] = ()) -> Ticket | None:
+        heap, aside, found = self._heap, [], None
+        while heap:
+            ticket = heap[0][2]
+            if self._waiting.get(ticket.request_id) is not ticket:
+                heapq.heappop(heap)
+            elif ticket in passed_over:
+                aside.append(heapq.heappop(heap))
+            else:
+                found = ticket
+                break
+        for entry in aside:
+            heapq.heappush(heap, entry)
+        return found
+
+    @override
+    def simulate(self, limit: int | None = None) -> list[Ticket]:
+        entries = ((self._key(ticket), ticket.arrival, ticket) for ticket in self._waiting.values())
+        found = sorted(entries) if limit is None else heapq.nsmallest(limit, entries)
+        return [ticket for _, _, ticket in found]
+
+    @override
+    def __iter__(self) -> Iterator[Ticket]:
+        return iter(sorted(self._waiting.values(), key=_arrival))
+
+    @override
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+
+class _ByClient(Order):
+    """Requests of each client in order of arrival."""
+
+    def __init__(self) -> None:
+        self._queues: dict[Account, OrderedDict[str, Ticket]] = {}
+        self._num_waiting = 0
+
+    @override
+    def add(self, ticket: Ticket) -> None:
+        queue = self._queues.get(ticket.account)
+        if queue is None:
+            queue = self._queues[ticket.account] = OrderedDict()
+        last = queue[next(reversed(queue))].arrival if queue else -1
+        queue[ticket.request_id] = ticket
+        if ticket.arrival < last:
+            for other in [other for other in queue.values() if other.arrival > ticket.arrival]:
+                queue.move_to_end(other.request_id)
+        self._num_waiting += 1
+
+    @override
+    def take(self, ticket: Ticket) -> None:
+        queue = self._queues[ticket.account]
+        del queue[ticket.request_id]
+        if not queue:
+            del self._queues[ticket.account]
+        self._num_waiting -= 1
+
+    @override
+    def drop(self, ticket: Ticket) -> None:
+        self.take(ticket)
+
+    def _first(self, account: Account) -> Ticket:
+        return next(iter(self._queues[account].values()))
+
+    @override
+    def __iter__(self) -> Iterator[Ticket]:
+        return iter(sorted((ticket for queue in self._queues.values() for ticket in queue.values()), key=_arrival))
+
+    @override
+    def __len__(self) -> int:
+        return self._num_waiting
+
+
+class CounterOrder(_ByClient):
+    """By the counters of the ledger: the group, and within it the client, that has had least.
+
+    Finding the next costs O(depth log n) for n waiting clients; `simulate` as much for each request.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+
+    @override
+    def next(self, passed_over: Collection[Ticket] = ()) -> Ticket | None:
+        if not passed_over:
+            account = self._ledger.next_client()
+        else:
+            account = self._ledger.next_client({ticket.account for ticket in passed_over})
+        return None if account is None else self._first(account)
+
+    @override
+    def simulate(self, limit: int | None = None) -> list[Ticket]:
+        limit = self._num_waiting if limit is None else min(limit, self._num_waiting)
+        root = self._ledger.root
+        heaps = {root: root.waiting_children()}  # of each group, its waiting children by what they would have had
+        left: dict[Account, Iterator[Ticket]] = {}
+        num_left: dict[Account, int] = {}
+        order: list[Ticket] = []
+        while len(order) < limit:
+            node, groups = root, []
+            while node.children:
+                groups.append(node)
+                if node not in heaps:
+                    heaps[node] = node.waiting_children()
+                node = heaps[node][0][2]
+            if node not in left:
+                queue = self._queues[node]
+                left[node], num_left[node] = iter(queue.values()), len(queue)
+            ticket = next(left[node])
+            order.append(ticket)
+            num_left[node] -= 1
+            empty = not num_left[node]
+            for group in reversed(groups):
+                heap = heaps[group]
+                if empty:
+                    heapq.heappop(heap)
+                else:
+                    counter, since, child = heap[0]
+                    heapq.heapreplace(heap, (counter + child.share(ticket.charge.hf), since, child))
+                empty = not heap
+        return order
+
+
+class RoundRobinOrder(_ByClient):
+    """Deficit round robin (Shreedhar and Varghese, SIGCOMM 1995): clients in turn, each for a quantum of HF.
+
+    In its turn a client may spend its quantum and what it did not spend before; what it has not spent when it has no
+    more requests is gone. A group's quantum is divided by its clients that wait, so inventing users gains nothing.
+    Finding the next costs O(1), amortised over quanta, and O(n) where all must save for several rounds.
+    """
+
+    def __init__(self, quantum: float) -> None:
+        """Takes turns.
+
+        Args:
+            quantum: HF, in weighted tokens, that a client of weight 1 may spend in a round.
+        """
+        super().__init__()
+        self._quantum = int(quantum * UNIT)
+        self._turns: deque[Account] = deque()
+        self._deficit: dict[Account, int] = {}
+        self._served: Account | None = None  # whose turn has begun: its quantum is granted
+        self._num_active: dict[Account, int] = {}  # clients that wait, by outermost group
+
+    @override
+    def add(self, ticket: Ticket) -> None:
+        if ticket.account not in self._deficit:
+            self._enter(ticket.account)
+        super().add(ticket)
+
+    def _enter(self, account: Account) -> None:
+        self._deficit[account] = 0
+        self._turns.append(account)
+        group = _outermost(account)
+        self._num_active[group] = self._num_active.get(group, 0) + 1
+
+    @override
+    def restore(self, ticket: Ticket) -> None:
+        account = ticket.account
+        if account not in self._deficit:
+            self._enter(account)
+            self._turns.rotate(1)
+            self._served = account
+        self._deficit[account] += ticket.charge.hf
+        super().add(ticket)
+
+    @override
+    def take(self, ticket: Ticket) -> None:
+        self._deficit[ticket.account] -= ticket.charge.hf
+        self.drop(ticket)
+
+    @override
+    def drop(self, ticket: Ticket) -> None:
+        super().take(ticket)
+        account = ticket.account
+        if account not in self._queues:
+            del self._deficit[account]
+            self._turns.remove(account)
+            self._served = None if self._served is account else self._served
+            group = _outermost(account)
+            self._num_active[group] -= 1
+            if not self._num_active[group]:
+                del self._num_active[group]
+
+    @override
+    def correct(self, account: Account, amount: int) -> None:
+        if account in self._deficit:
+            self._deficit[account] -= amount
+
+    @override
+    def next(self, passed_over: Collection[Ticket] = ()) -> Ticket | None:
+        standing = {ticket.account for ticket in passed_over}
+        if standing and all(account in standing for account in self._turns):
+            return None
+        turned = 0
+        while self._turns:
+            account = self._turns[0]
+            if account not in standing:
+                if self._served is not account:
+                    self._deficit[account] += self._grant(account)
+                    self._served = account
+                first = self._first(account)
+                if first.charge.hf <= self._deficit[account]:
+                    return first
+            self._turns.rotate(-1)
+            self._served = None
+            turned += 1
+            if turned >= len(self._turns):
+                self._save(standing)
+                turned = 0
+        return None
+
+    def _save(self, standing: Collection[Account]) -> None:
+        """Grants the rounds in which nobody could be served yet, all at once."""
+        waiting = [account for account in self._turns if account not in standing]
+        rounds = min(
+            -((self._deficit[account] - self._first(account).charge.hf) // self._grant(account)) for account in waiting
+        )
+        for account in waiting:
+            self._deficit[account] += max(0, rounds - 1) * self._grant(account)
+
+    def _grant(self, account: Account) -> int:
+        amount, node = self._quantum, account
+        while node.parent is not None:
+            amount = amount * node.weight.numerator // node.weight.denominator
+            node = node.parent
+        return max(1, amount // self._num_active[_outermost(account)])
+
+    @override
+    def simulate(self, limit: int | None = None) -> list[Ticket]:
+        ahead = RoundRobinOrder.__new__(RoundRobinOrder)
+        ahead._quantum, ahead._served, ahead._num_waiting = self._quantum, self._served, self._num_waiting
+        ahead._queues = {account: OrderedDict(queue) for account, queue in self._queues.items()}
+        ahead._turns, ahead._deficit = deque(self._turns), dict(self._deficit)
+        ahead._num_active = dict(self._num_active)
+        order: list[Ticket] = []
+        while (ticket := ahead.next()) is not None and (limit is None or len(order) < limit):
+            ahead.take(ticket)
+            order.append(ticket)
+        return order
+
+
+def _outermost(account: Account) -> Account:
+    while account.parent is not None and account.parent.parent is not None:
+        account = account.parent
+    return account

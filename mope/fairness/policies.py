@@ -1,0 +1,332 @@
+"""Who is admitted next, by name: one interface for six policies.
+
+    fcfs                  in order of arrival
+    vtc                   the client that has had the fewest weighted tokens, counted as they are delivered (Sheng et
+                          al., OSDI 2024, as published)
+    vtc-predicted         the same, charged with the predicted length at admission and corrected at the end (ibid.)
+    equinox               the client with the least HF, charged with the prediction, corrected at the end
+                          (arXiv 2508.16646; what is reconstructed is said in `mope.fairness.charges`)
+    shortest-predicted    shortest predicted answer first, held back by `ageing` tokens for each earlier arrival
+    deficit-round-robin   clients in turn, each for a quantum of HF
+
+A policy is an order (`mope.fairness.orders`), the books (`mope.fairness.ledger`) and prices (`mope.fairness.costs`).
+It follows a request from arrival to end; the engine's hook tells it what happens. Knows no engine, no clock and no
+randomness: the same calls give the same answers in every process, so tensor-parallel ranks agree.
+
+A request that was preempted goes to a lane in front of all others and is not charged a second time. One that does not
+fit may be passed by others, no more than `bypass` times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, SupportsFloat
+
+from mope.errors import ConfigError
+from mope.fairness.charges import NOTHING, Charge
+from mope.fairness.clients import client_path
+from mope.fairness.config import FairnessConfig
+from mope.fairness.costs import CostEstimator, Predicted
+from mope.fairness.ledger import Ledger
+from mope.fairness.mapper import IDLE, Load
+from mope.fairness.orders import CounterOrder, KeyedOrder, Order, RoundRobinOrder
+from mope.fairness.tickets import Ticket
+
+_TOKENS_ALONE: Mapping[str, Any] = {"alpha": 1.0, "beta": 0.0, "delta": 0.0, "ufc": "tokens"}
+
+
+class Policy:
+    """Waiting and running requests of one engine, and who is next.
+
+    Attributes:
+        config: its options.
+        ledger: its books.
+        estimator: its prices.
+        num_front: requests in the lane of those that were preempted.
+    """
+
+    def __init__(self, config: FairnessConfig | None = None, *, ledger: Ledger | None = None) -> None:
+        """An engine without requests.
+
+        Args:
+            config: the policy's name and its options.
+            ledger: books that go on, such as those restored from a snapshot; empty ones if None.
+
+        Raises:
+            ConfigError: the config names a profile that cannot be read.
+        """
+        self.config = config = config if config is not None else FairnessConfig()
+        if config.policy.startswith("vtc"):
+            config = config.model_copy(update=dict(_TOKENS_ALONE))
+        self.estimator = CostEstimator(config=config)
+        self.ledger = (
+            ledger
+            if ledger is not None
+            else Ledger(weights=config.weights, idle_clients=config.idle_clients, max_clients=config.max_clients)
+        )
+        self._ahead = config.policy != "vtc"  # whether an admission is charged what it is predicted to need
+        self._order = _order(config, self.ledger)
+        self._tickets: dict[str, Ticket] = {}
+        self._front: list[Ticket] = []
+        self._passed_over: list[Ticket] = []
+        self._num_arrivals = 0
+
+    # -- waiting
+
+    def enqueue(
+        self,
+        request_id: str,
+        client: str | Sequence[str] | None,
+        prompt_tokens: int,
+        prediction: Predicted | SupportsFloat | None = None,
+        *,
+        max_tokens: int | None = None,
+        load: Load = IDLE,
+    ) -> Ticket:
+        """A request arrives.
+
+        Args:
+            request_id: the engine's name for it.
+            client: who sent it, see `mope.fairness.clients.client_path`.
+            prompt_tokens: tokens of its prompt.
+            prediction: of its response tokens; `config.default_tokens` stand in for None and for what is not a number.
+            max_tokens: its cap, if it has one.
+            load: what the engine is doing, for the estimate of its latency.
+
+        Raises:
+            ConfigError: a request of this name is here already, or the client is not a name.
+        """
+        if request_id in self._tickets:
+            raise ConfigError(f"request {request_id[:80]!r} is here already")
+        account = self.ledger.account(client_path(client))
+        tokens = self.estimator.response_tokens(prediction, max_tokens)
+        ticket = Ticket(
+            request_id, account, self._num_arrivals, self.estimator.count(prompt_tokens), tokens, load, NOTHING
+        )
+        ticket.charge = self._price(ticket, 0)
+        self._num_arrivals += 1
+        self._tickets[request_id] = ticket
+        self._order.add(ticket)
+        self.ledger.join(account, ticket.arrival)
+        return ticket
+
+    def peek(self) -> Ticket | None:
+        """Who is next: the same until something changes. None if nobody waits or all who wait were blocked."""
+        if self._front:
+            return self._front[0]
+        if not self._passed_over:
+            return self._order.next()
+        patient = self._passed_over[0]
+        if patient.num_bypassed >= self.config.bypass:
+            return None
+        return self._order.next(self._passed_over)
+
+    def admit(self, ticket: Ticket | None = None) -> Ticket:
+        """Who is next, or the waiting request that is given, begins to run and is charged.
+
+        Raises:
+            ConfigError: nobody waits, or it does not wait.
+        """
+        if ticket is None:
+            ticket = self.peek()
+        if ticket is None:
+            raise ConfigError("no request waits that could be admitted")
+        if ticket.state == "preempted":
+            self._front.remove(ticket)
+            self.ledger.adjust(ticket.request_id, self._price(ticket, ticket.generated))
+        elif ticket.state == "waiting":
+            self._order.take(ticket)
+            self.ledger.leave(ticket.account)
+            self.ledger.open(ticket.request_id, ticket.account, ticket.charge)
+            for passed in self._passed_over:
+                passed.num_bypassed += passed is not ticket
+        else:
+            raise ConfigError(f"request {ticket.request_id[:80]!r} does not wait: it is {ticket.state}")
+        ticket.charged_tokens = max(ticket.predicted_tokens, ticket.generated) if self._ahead else ticket.generated
+        ticket.state = "running"
+        return ticket
+
+    def give_back(self, request_id: str) -> None:
+        """A request that was admitted did not run: it is refunded and waits where it waited."""
+        ticket = self._tickets[request_id]
+        if ticket.state != "running":
+            return
+        if ticket.generated or ticket.cached_tokens:
+            self.preempt(request_id, ticket.generated)
+            return
+        self.ledger.close(request_id, NOTHING)
+        ticket.state = "waiting"
+        self._order.restore(ticket)
+        self.ledger.join(ticket.account, ticket.arrival, lift=False)
+
+    def block(self, ticket: Ticket) -> None:
+        """A waiting request does not fit into memory now: `peek` offers others, until `unblock`.
+
+        Of its client, no other is offered where clients take turns. Once it let `config.bypass` others pass, nobody is.
+        """
+        if ticket.state == "waiting" and ticket not in self._passed_over:
+            self._passed_over.append(ticket)
+            self._passed_over.sort(key=lambda passed: -passed.num_bypassed)
+
+    def unblock(self) -> None:
+        """Memory may have become free: all who were blocked are offered again."""
+        self._passed_over.clear()
+
+    def simulate(self, limit: int | None = None) -> list[Ticket]:
+        """The first `limit` requests in the order of successive admissions, all of them if None; changes nothing."""
+        if not self._front:
+            return self._order.simulate(limit)
+        front = self._front[:limit]
+        return front + self._order.simulate(None if limit is None else limit - len(front))
+
+    def __iter__(self) -> Iterator[Ticket]:
+        """Waiting requests, those in front first, then in order of arrival."""
+        yield from self._front
+        yield from self._order
+
+    def __len__(self) -> int:
+        return len(self._front) + len(self._order)
+
+    @property
+    def num_front(self) -> int:
+        """Requests in the lane of those that were preempted."""
+        return len(self._front)
+
+    def find(self, request_id: str) -> Ticket | None:
+        """The ticket of a request that waits or runs."""
+        return self._tickets.get(request_id)
+
+    # -- running
+
+    def progress(self, request_id: str, generated: int) -> None:
+        """Tokens that a running request has generated in all; needed where they exceed `Ticket.charged_tokens`."""
+        ticket = self._tickets.get(request_id)
+        if ticket is None or ticket.state != "running":
+            return
+        ticket.generated = generated
+        if generated > ticket.charged_tokens:
+            ticket.charged_tokens = generated
+            self._adjust(ticket, self._price(ticket, generated))
+
+    def cached(self, request_id: str, cached_tokens: int) -> None:
+        """The prefix cache held so many tokens of a running request's prompt: the difference is refunded."""
+        ticket = self._tickets.get(request_id)
+        if ticket is None or ticket.state != "running" or cached_tokens == ticket.cached_tokens:
+            return
+        ticket.cached_tokens = self.estimator.count(cached_tokens)
+        self._adjust(ticket, self._price(ticket, ticket.generated))
+
+    def preempt(self, request_id: str, generated: int) -> None:
+        """A running request loses its place: it is charged what it was given, and goes to the front lane."""
+        ticket = self._tickets.get(request_id)
+        if ticket is None or ticket.state != "running":
+            return
+        ticket.generated = generated
+        ticket.state = "preempted"
+        self._adjust(ticket, self._given(ticket, generated))
+        self._front.append(ticket)
+        self._front.sort(key=lambda other: other.arrival)
+
+    def finish(self, request_id: str, response_tokens: int, *, latency_s: float | None = None) -> None:
+        """A request is complete: what it was charged becomes what it was given.
+
+        Args:
+            request_id: the engine's name for it; one that is not here is none of ours, and nothing happens.
+            response_tokens: tokens of the answer.
+            latency_s: seconds from admission to the end; None takes the mapper's figure, see `CostEstimator.measured`.
+        """
+        self._end(request_id, response_tokens, None, latency_s)
+
+    def abort(
+        self,
+        request_id: str,
+        generated: int = 0,
+        *,
+        computed_tokens: int | None = None,
+        latency_s: float | None = None,
+    ) -> None:
+        """A request is given up, waiting or running: it is charged what it was given until then.
+
+        Args:
+            request_id: the engine's name for it; one that is not here is none of ours, and nothing happens.
+            generated: tokens that were generated.
+            computed_tokens: tokens of its prompt that were read; all of them if None and it has begun to run.
+            latency_s: as in `finish`.
+        """
+        self._end(request_id, generated, computed_tokens, latency_s)
+
+    def victims(self, request_ids: Iterable[str]) -> list[str]:
+        """Running requests by who should be preempted first; those that are not here stay at the end.
+
+        By `config.victims`: most predicted remaining tokens first, or the client with the highest counter; then the
+        latest arrival. As given, from the last on, where the engine's own choice is asked for.
+        """
+        ids = list(request_ids)
+        if self.config.victims == "engine":
+            return ids[::-1]
+        known = [ticket for name in ids if (ticket := self._tickets.get(name)) is not None]
+        if self.config.victims == "remaining":
+            known.sort(key=lambda ticket: (-ticket.predicted_remaining, -ticket.arrival))
+        else:
+            known.sort(key=lambda ticket: (*(-counter for counter in _counters(ticket)), -ticket.arrival))
+        return [ticket.request_id for ticket in known] + [name for name in ids if name not in self._tickets]
+
+    # -- prices
+
+    def _price(self, ticket: Ticket, generated: int) -> Charge:
+        """What a running request is charged: ahead, as if it answered as predicted, or longer if it has."""
+        tokens = max(ticket.predicted_tokens, float(generated)) if self._ahead else float(generated)
+        return self._charge(ticket, tokens)
+
+    def _charge(self, ticket: Ticket, tokens: float) -> Charge:
+        return self.estimator.price(ticket.prompt_tokens, tokens, ticket.load, cached_tokens=ticket.cached_tokens)
+
+    def _given(
+        self, ticket: Ticket, generated: int, computed: int | None = None, latency_s: float | None = None
+    ) -> Charge:
+        prompt = ticket.prompt_tokens if computed is None else min(computed, ticket.prompt_tokens)
+        return self.estimator.measured(
+            prompt, generated, cached_tokens=ticket.cached_tokens, latency_s=latency_s, load=ticket.load
+        ).charge
+
+    def _adjust(self, ticket: Ticket, charge: Charge) -> None:
+        before = self.ledger.charged(ticket.request_id)
+        self.ledger.adjust(ticket.request_id, charge)
+        if before is not None:
+            self._order.correct(ticket.account, charge.hf - before.hf)
+
+    def _end(self, request_id: str, generated: int, computed: int | None, latency_s: float | None) -> None:
+        ticket = self._tickets.pop(request_id, None)
+        if ticket is None:
+            return
+        if ticket.state == "waiting":
+            self._order.drop(ticket)
+            self.ledger.leave(ticket.account)
+            if ticket in self._passed_over:
+                self._passed_over.remove(ticket)
+        else:
+            if ticket.state == "preempted":
+                self._front.remove(ticket)
+            self._adjust(ticket, self._given(ticket, generated, computed, latency_s))
+            self.ledger.close(request_id)
+        ticket.generated, ticket.state = generated, "gone"
+
+
+def _order(config: FairnessConfig, ledger: Ledger) -> Order:
+    match config.policy:
+        case "fcfs":
+            return KeyedOrder(lambda ticket: ticket.arrival)
+        case "shortest-predicted":
+            return KeyedOrder(lambda ticket: ticket.predicted_tokens + config.ageing * ticket.arrival)
+        case "deficit-round-robin":
+            return RoundRobinOrder(config.quantum)
+        case "vtc" | "vtc-predicted" | "equinox":
+            return CounterOrder(ledger)
+
+
+def _counters(ticket: Ticket) -> list[int]:
+    counters, node = [], ticket.account
+    while node.parent is not None:
+        counters.append(node.counter)
+        node = node.parent
+    return counters[::-1]
