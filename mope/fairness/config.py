@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import isfinite
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 PolicyName = Literal["fcfs", "vtc", "vtc-predicted", "equinox", "shortest-predicted", "deficit-round-robin"]
 UfcVariant = Literal["discount", "subtract", "slowdown", "tokens"]
@@ -70,6 +70,12 @@ class FairnessConfig(BaseModel):
     victims: VictimOrder = Field(
         "engine", description="whom to preempt first: the engine's choice, most predicted remaining, highest counter"
     )
+    predicted_admission: bool = Field(
+        False, description="whether a request waits until the KV cache that all are predicted to need has room for it"
+    )
+    kv_margin: float = Field(
+        1.1, ge=0.1, le=10, description="of predicted_admission: factor on predicted tokens, above 1 is cautious"
+    )
     idle_clients: int = Field(
         100_000, ge=0, description="clients without requests that are remembered though they have no debt"
     )
@@ -94,6 +100,6 @@ class FairnessConfig(BaseModel):
             )
         return self
 
-    def dump(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**self.model_dump(exclude={"weights"}), "weights": dict(self.weights)}
+    @field_serializer("weights")
+    def _plain_weights(self, weights: Mapping[str, float]) -> dict[str, float]:
+        return dict(weights)

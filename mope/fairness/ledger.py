@@ -40,101 +40,20 @@ heap whose entries are only mended when they come up.
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
-from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mope.errors import ConfigError
+from mope.fairness.accounts import Account, Group
 from mope.fairness.charges import NOTHING, Charge
 from mope.fairness.clients import Path
 
 VERSION = 1
 _COUNTS = ("num_accounts", "num_forgotten", "num_debts_forgotten", "num_lifts")
-_SPARE_ENTRIES = 64  # a heap is rebuilt when it holds twice as many entries as needed, and these
+_SPARE_ENTRIES = 64  # the list of the idle is rebuilt when it holds twice as many entries as needed, and these
 
-
-class Account:
-    """A client, or a group of clients: a node of the tree.
-
-    Attributes:
-        name: the last part of its path.
-        parent: the group that it belongs to; None at the root.
-        counter: charges over weight, plus lifts: what the order goes by.
-        charged: all charges of this account and those below it, after corrections; not kept at the root.
-        num_waiting: waiting requests of this account and those below it.
-        num_open: requests of this account and those below it that were charged and are not closed.
-        since: arrival number since when it has had waiting requests; None if it has none.
-        children: accounts below it, by name; empty for a client.
-    """
-
-    __slots__ = (
-        "_divisor",
-        "_factor",
-        "charged",
-        "children",
-        "counter",
-        "forgotten",
-        "heap",
-        "last",
-        "name",
-        "num_children_waiting",
-        "num_open",
-        "num_waiting",
-        "parent",
-        "since",
-    )
-
-    def __init__(self, name: str, parent: Account | None, weight: float = 1.0) -> None:
-        exact = Fraction(str(weight))
-        self.name, self.parent = name, parent
-        self._factor, self._divisor = exact.denominator, exact.numerator
-        self.counter = 0
-        self.charged = NOTHING
-        self.num_waiting = self.num_open = self.num_children_waiting = 0
-        self.since: int | None = None
-        self.children: dict[str, Account] | None = None
-        self.heap: list[tuple[int, int, Account]] | None = None
-        self.last: Account | None = None  # the child that was last to have waiting requests, now that none has
-        self.forgotten = 0  # the highest counter of a child that was forgotten: strangers start there
-
-    @property
-    def path(self) -> Path:
-        """Names from the outermost group to this account."""
-        above = self.parent.path if self.parent is not None else ()
-        return (*above, self.name) if self.parent is not None else ()
-
-    @property
-    def weight(self) -> Fraction:
-        """Its entitlement in proportion to 1."""
-        return Fraction(self._divisor, self._factor)
-
-    def share(self, amount: int) -> int:
-        """`amount` over this account's weight, rounded down."""
-        return amount if self._factor == self._divisor else amount * self._factor // self._divisor
-
-    def next_child(self) -> Account | None:
-        """The child whose turn it is, None where no child has waiting requests."""
-        heap = self.heap
-        while heap:
-            counter, since, child = heap[0]
-            if child.since != since or child.counter < counter:
-                heapq.heappop(heap)  # gone, or listed again further up
-            elif child.counter > counter:
-                heapq.heapreplace(heap, (child.counter, since, child))
-            else:
-                return child
-        return None
-
-    def waiting_children(self) -> list[tuple[int, int, Account]]:
-        """Those with waiting requests as `(counter, since, account)`, a heap of the caller's own."""
-        found = {id(child): child for _, since, child in self.heap or () if child.since == since}
-        entries = [(child.counter, child.since, child) for child in found.values() if child.since is not None]
-        heapq.heapify(entries)
-        return entries
-
-    def __repr__(self) -> str:
-        return f"Account({'/'.join(self.path)!r}, counter={self.counter}, waiting={self.num_waiting})"
+A = TypeVar("A", bound=Account)
 
 
 class OpenCharge(NamedTuple):
@@ -148,7 +67,8 @@ class Ledger:
     """The books.
 
     A request is charged by its id: `open` when it is admitted, `adjust` to another amount as more becomes known,
-    `close` with what it was worth. Each names the whole amount, never a difference, so nothing is charged twice.
+    `close` with what it was worth. Each names the whole amount, never a difference, so nothing is charged twice. An
+    `Account` is to be held on to only while it has waiting or open requests: once idle, it may be forgotten.
     """
 
     def __init__(
@@ -163,9 +83,10 @@ class Ledger:
         """
         self._weights = dict(weights or {})
         self._idle_clients, self._max_clients = idle_clients, max_clients
-        self.root = Account("", None)
+        self.root = Group("", None)
         self._open: dict[str, OpenCharge] = {}
-        self._idle: OrderedDict[Account, None] = OrderedDict()
+        self._idle: deque[Account] = deque()  # those idle longest first; with some that no longer are, or twice
+        self._num_idle = 0
         self._touched: dict[Account, None] = {}
         self.follow_touched = False  # whether a store asks for them
         self.num_accounts = 0
@@ -178,62 +99,59 @@ class Ledger:
 
     def account(self, path: Path) -> Account:
         """The account of a client, opened if it is new."""
-        node = self.root
+        group = self.root
         for depth, name in enumerate(path, 1):
-            if node.children is None:
-                node.children, node.heap = {}, []
-            child = node.children.get(name)
+            child = group.children.get(name)
+            if depth == len(path):
+                break
             if child is None:
-                weight = self._weights.get("/".join(path[:depth]), 1.0) if self._weights else 1.0
-                child = node.children[name] = self._opened(name, node, weight)
-            elif depth < len(path) and child.children is None:
+                child = self._opened(Group, name, group, path[:depth])
+            elif not isinstance(child, Group):
                 child = self._made_group(child)
-            node = child
-        return self.account((*path, "")) if node.children is not None else node
+            group = child
+        if child is None:
+            child = self._opened(Account, name, group, path)
+        return self.account((*path, "")) if isinstance(child, Group) else child
 
-    def _opened(self, name: str, parent: Account, weight: float = 1.0) -> Account:
-        account = Account(name, parent, weight)
+    def _opened(self, kind: type[A], name: str, parent: Group, path: Path) -> A:
+        account = kind(name, parent, self._weights.get("/".join(path), 1.0) if self._weights else 1.0)
         account.counter = parent.forgotten
+        parent.children[name] = account
         self.num_accounts += 1
-        self._idle[account] = None
+        self._list_idle(account)
         return account
 
-    def _made_group(self, client: Account) -> Account:
+    def _made_group(self, client: Account) -> Group:
         """A client that turns out to be a group of others: it becomes the one of its users who gives no name."""
         parent = client.parent
-        if parent is None or parent.children is None:
+        if parent is None:
             raise ConfigError("the root is a group already")
-        group = parent.children[client.name] = self._opened(client.name, parent, float(client.weight))
+        group = self._opened(Group, client.name, parent, client.path)
         group.counter, group.charged, group.since = client.counter, client.charged, client.since
         group.num_waiting, group.num_open = client.num_waiting, client.num_open
-        group.children, group.heap = {"": client}, []
-        client.name, client.parent, client.counter = "", group, 0
-        client._factor = client._divisor = 1
         if parent.last is client:
             parent.last = group
         if group.num_waiting or group.num_open:
-            self._idle.pop(group, None)
+            self._wake(group)
+        parent.heap = [entry for entry in parent.heap if entry[2] is not client]
+        heapq.heapify(parent.heap)
+        parent.list_waiting(group)
+        client.become_child(group)
         if client.since is not None:
             group.num_children_waiting = 1
-            self._push(client, group)
-            client_since, client.since = client.since, None  # its entries at the parent now count as gone
-            self._push(group, parent)
-            if parent.heap is not None:
-                parent.heap[:] = [entry for entry in parent.heap if entry[2] is not client]
-                heapq.heapify(parent.heap)
-            client.since = client_since
+            group.list_waiting(client)
         return group
 
     def find(self, path: Path) -> Account | None:
         """The account of a client; None if it has none."""
         node: Account | None = self.root
         for name in path:
-            node = (node.children or {}).get(name) if node is not None else None
+            node = node.children.get(name) if isinstance(node, Group) else None
         return node
 
     def clients(self) -> Iterator[Account]:
         """Accounts without others below them, in the order in which they were opened."""
-        return (account for account in self._all_accounts() if account.children is None and account is not self.root)
+        return (account for account in self._all_accounts() if not isinstance(account, Group))
 
     # -- who waits
 
@@ -253,10 +171,10 @@ class Ledger:
                 if lift:
                     self._lift(node, parent)
                 if not node.num_open:
-                    self._idle.pop(node, None)
+                    self._wake(node)
                 node.since = arrival
-                self._push(node, parent)
                 parent.num_children_waiting += 1
+                parent.list_waiting(node)
             node = parent
         node.num_waiting += 1
 
@@ -280,14 +198,14 @@ class Ledger:
         if passed_over:
             return self._next_but(self.root, passed_over)
         node: Account | None = self.root
-        while node is not None and node.children:
+        while isinstance(node, Group):
             node = node.next_child()
-        return node if node is not self.root else None
+        return node
 
     def _next_but(self, node: Account, passed_over: Collection[Account]) -> Account | None:
-        if not node.children:
-            return None if node in passed_over or node is self.root else node
-        heap, aside, found = node.heap or [], [], None
+        if not isinstance(node, Group):
+            return None if node in passed_over else node
+        heap, aside, found = node.heap, [], None
         while found is None and (child := node.next_child()) is not None:
             found = self._next_but(child, passed_over)
             if found is None:
@@ -296,22 +214,13 @@ class Ledger:
             heapq.heappush(heap, entry)
         return found
 
-    def _lift(self, node: Account, parent: Account) -> None:
+    def _lift(self, node: Account, parent: Group) -> None:
         least = parent.next_child()
         if least is None:
             least = parent.last
         if least is not None and least.counter > node.counter:
             node.counter = least.counter
             self.num_lifts += 1
-
-    @staticmethod
-    def _push(node: Account, parent: Account) -> None:
-        heap = parent.heap
-        if heap is None or node.since is None:
-            return
-        heapq.heappush(heap, (node.counter, node.since, node))
-        if len(heap) > 2 * parent.num_children_waiting + _SPARE_ENTRIES:
-            heap[:] = parent.waiting_children()
 
     # -- what is charged
 
@@ -328,7 +237,7 @@ class Ledger:
         while node.parent is not None:
             node.num_open += 1
             if node.num_open == 1 and not node.num_waiting:
-                self._idle.pop(node, None)
+                self._wake(node)
             node = node.parent
         self._book(account, NOTHING, charge)
 
@@ -365,7 +274,7 @@ class Ledger:
     @property
     def total(self) -> Charge:
         """All that was ever charged, after corrections, to accounts that were forgotten, too."""
-        kept = (child.charged for child in (self.root.children or {}).values())
+        kept = (child.charged for child in self.root.children.values())
         return Charge(*map(sum, zip(self.forgotten, *kept, strict=True)))
 
     @property
@@ -387,23 +296,24 @@ class Ledger:
             was = node.charged
             node.charged = Charge(was[0] + service, was[1] + ufc, was[2] + rfc, was[3] + hf)
             # the difference of two shares, not the share of the difference: rounding cancels when all is closed
-            self._move(node, parent, hf if node._factor == node._divisor else node.share(new[3]) - node.share(old[3]))
+            self._move(node, parent, hf if node.is_plain else node.share(new[3]) - node.share(old[3]))
             node, parent = parent, parent.parent
         if self.follow_touched:
             self._touched[account] = None
 
-    def _move(self, node: Account, parent: Account, amount: int) -> None:
+    @staticmethod
+    def _move(node: Account, parent: Group, amount: int) -> None:
         node.counter += amount
-        if amount < 0 and node.since is not None:
-            self._push(node, parent)
+        if amount < 0:
+            parent.list_waiting(node)
 
     # -- keeping and restoring
 
     def snapshot(self) -> dict[str, Any]:
         """The books as plain JSON values; waiting requests, which are the engine's, are not in them.
 
-        A ledger that is restored from it and told again who waits (`join` with `lift=False`) goes on exactly as this
-        one would.
+        A ledger that is restored from it and told again who waits (`join` with `lift=False`, in order of arrival) has
+        the same books to the last digit. Whoever had waited longest without a break among equals is not remembered.
         """
         accounts = list(self._all_accounts())
         number = {account: position for position, account in enumerate(accounts)}
@@ -415,13 +325,18 @@ class Ledger:
                     "parent": number[account.parent] if account.parent is not None else None,
                     "counter": account.counter,
                     "charged": list(account.charged),
-                    "forgotten": account.forgotten,
-                    "last": number[account.last] if account.last is not None else None,
-                    "group": account.children is not None,
+                    **(
+                        {
+                            "forgotten": account.forgotten,
+                            "last": number[account.last] if account.last is not None else None,
+                        }
+                        if isinstance(account, Group)
+                        else {}
+                    ),
                 }
                 for account in accounts
             ],
-            "idle": [number[account] for account in self._idle],
+            "idle": [number[account] for account in dict.fromkeys(self._idle) if account.idle],
             "open": [[name, number[found.account], list(found.charge)] for name, found in self._open.items()],
             "forgotten": list(self.forgotten),
             "counts": {name: getattr(self, name) for name in _COUNTS},
@@ -449,22 +364,26 @@ class Ledger:
         accounts: list[Account] = []
         for kept in snapshot["accounts"]:
             if kept["parent"] is None:
-                account = self.root
+                account: Account = self.root
             else:
                 parent = accounts[kept["parent"]]
-                path = (*parent.path, kept["name"])
-                account = self._opened(kept["name"], parent, self._weights.get("/".join(path), 1.0))
-                if parent.children is None:
+                if not isinstance(parent, Group):
                     raise ValueError(f"{kept['name'][:80]!r} lies below a client")
-                parent.children[kept["name"]] = account
-            if kept["group"]:
-                account.children, account.heap = {}, []
-            account.counter, account.forgotten = int(kept["counter"]), int(kept["forgotten"])
+                path = (*parent.path, kept["name"])
+                account = self._opened(Group if "forgotten" in kept else Account, kept["name"], parent, path)
+            account.counter = int(kept["counter"])
             account.charged = Charge(*map(int, kept["charged"]))
             accounts.append(account)
         for account, kept in zip(accounts, snapshot["accounts"], strict=True):
-            account.last = accounts[kept["last"]] if kept["last"] is not None else None
-        self._idle = OrderedDict.fromkeys(accounts[position] for position in snapshot["idle"])
+            if isinstance(account, Group):
+                account.forgotten = int(kept["forgotten"])
+                account.last = accounts[kept["last"]] if kept["last"] is not None else None
+        for account in accounts:
+            account.idle = False
+        self._idle.clear()
+        self._num_idle = 0
+        for position in snapshot["idle"]:
+            self._list_idle(accounts[position])
         for name, position, charge in snapshot["open"]:
             self._open[name] = OpenCharge(accounts[position], Charge(*map(int, charge)))
             node = accounts[position]
@@ -473,34 +392,48 @@ class Ledger:
                 node = node.parent
         for account in accounts[1:]:  # whoever only waited is idle until it is told again who waits
             if not account.num_open:
-                self._idle.setdefault(account)
+                self._list_idle(account)
         self.forgotten = Charge(*map(int, snapshot["forgotten"]))
         for name in _COUNTS:
             setattr(self, name, int(snapshot["counts"][name]))
 
     def _all_accounts(self) -> Iterator[Account]:
-        stack = [self.root]
+        stack: list[Account] = [self.root]
         while stack:
             account = stack.pop()
             yield account
-            stack.extend(reversed((account.children or {}).values()))
+            if isinstance(account, Group):
+                stack.extend(reversed(account.children.values()))
 
     # -- who is forgotten
 
     def _rest(self, account: Account) -> None:
-        self._idle[account] = None
+        self._list_idle(account)
+        idle = self._idle
         for _ in range(2):
-            if len(self._idle) <= self._idle_clients and self.num_accounts <= self._max_clients:
+            if not idle or (self._num_idle <= self._idle_clients and self.num_accounts <= self._max_clients):
                 return
-            if not self._idle:
-                return
-            oldest = next(iter(self._idle))
-            if not self._forget(oldest):
-                self._idle.move_to_end(oldest)
+            oldest = idle.popleft()
+            if oldest.idle and not self._forget(oldest):
+                idle.append(oldest)
+
+    def _list_idle(self, account: Account) -> None:
+        if account.idle:
+            return
+        account.idle = True
+        self._num_idle += 1
+        self._idle.append(account)
+        if len(self._idle) > 2 * self._num_idle + _SPARE_ENTRIES:
+            self._idle = deque(dict.fromkeys(account for account in self._idle if account.idle))
+
+    def _wake(self, account: Account) -> None:
+        if account.idle:
+            account.idle = False
+            self._num_idle -= 1
 
     def _forget(self, account: Account) -> bool:
         parent = account.parent
-        if parent is None or parent.children is None or account.children or parent.last is account:
+        if parent is None or parent.last is account or (isinstance(account, Group) and account.children):
             return False
         least = parent.next_child() or parent.last
         in_debt = account.counter > max(parent.forgotten, least.counter if least is not None else 0)
@@ -511,7 +444,7 @@ class Ledger:
         else:
             parent.forgotten = max(parent.forgotten, account.counter)
         del parent.children[account.name]
-        del self._idle[account]
+        self._wake(account)
         self._touched.pop(account, None)
         self.num_accounts -= 1
         self.num_forgotten += 1

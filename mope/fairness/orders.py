@@ -11,12 +11,14 @@ import heapq
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
+from fractions import Fraction
 from operator import attrgetter
 
 from typing_extensions import override
 
+from mope.fairness.accounts import Account, Group
 from mope.fairness.charges import UNIT
-from mope.fairness.ledger import Account, Ledger
+from mope.fairness.ledger import Ledger
 from mope.fairness.tickets import Ticket
 
 _SPARE_ENTRIES = 64
@@ -182,13 +184,16 @@ class CounterOrder(_ByClient):
     def simulate(self, limit: int | None = None) -> list[Ticket]:
         limit = self._num_waiting if limit is None else min(limit, self._num_waiting)
         root = self._ledger.root
-        heaps = {root: root.waiting_children()}  # of each group, its waiting children by what they would have had
+        heaps: dict[
+            Group, list[tuple[int, int, Account]]
+        ] = {}  # of each group, its waiting children by what they would have had
         left: dict[Account, Iterator[Ticket]] = {}
         num_left: dict[Account, int] = {}
         order: list[Ticket] = []
         while len(order) < limit:
-            node, groups = root, []
-            while node.children:
+            node: Account = root
+            groups: list[Group] = []
+            while isinstance(node, Group):
                 groups.append(node)
                 if node not in heaps:
                     heaps[node] = node.waiting_children()
@@ -215,7 +220,8 @@ class RoundRobinOrder(_ByClient):
     """Deficit round robin (Shreedhar and Varghese, SIGCOMM 1995): clients in turn, each for a quantum of HF.
 
     In its turn a client may spend its quantum and what it did not spend before; what it has not spent when it has no
-    more requests is gone. A group's quantum is divided by its clients that wait, so inventing users gains nothing.
+    more requests is gone. A group's quantum is divided among its clients that wait, by their weights within it, so
+    inventing users gains nothing.
     Finding the next costs O(1), amortised over quanta, and O(n) where all must save for several rounds.
     """
 
@@ -230,7 +236,8 @@ class RoundRobinOrder(_ByClient):
         self._turns: deque[Account] = deque()
         self._deficit: dict[Account, int] = {}
         self._served: Account | None = None  # whose turn has begun: its quantum is granted
-        self._num_active: dict[Account, int] = {}  # clients that wait, by outermost group
+        self._standing: dict[Account, tuple[Account, int]] = {}  # a client's outermost group, its weight within it
+        self._weights: dict[Account, int] = {}  # of each outermost group, those of its clients that wait, added up
 
     @override
     def add(self, ticket: Ticket) -> None:
@@ -241,8 +248,8 @@ class RoundRobinOrder(_ByClient):
     def _enter(self, account: Account) -> None:
         self._deficit[account] = 0
         self._turns.append(account)
-        group = _outermost(account)
-        self._num_active[group] = self._num_active.get(group, 0) + 1
+        group, weight = self._standing[account] = _standing(account)
+        self._weights[group] = self._weights.get(group, 0) + weight
 
     @override
     def restore(self, ticket: Ticket) -> None:
@@ -267,10 +274,10 @@ class RoundRobinOrder(_ByClient):
             del self._deficit[account]
             self._turns.remove(account)
             self._served = None if self._served is account else self._served
-            group = _outermost(account)
-            self._num_active[group] -= 1
-            if not self._num_active[group]:
-                del self._num_active[group]
+            group, weight = self._standing.pop(account)
+            self._weights[group] -= weight
+            if not self._weights[group]:
+                del self._weights[group]
 
     @override
     def correct(self, account: Account, amount: int) -> None:
@@ -310,11 +317,8 @@ class RoundRobinOrder(_ByClient):
             self._deficit[account] += max(0, rounds - 1) * self._grant(account)
 
     def _grant(self, account: Account) -> int:
-        amount, node = self._quantum, account
-        while node.parent is not None:
-            amount = amount * node.weight.numerator // node.weight.denominator
-            node = node.parent
-        return max(1, amount // self._num_active[_outermost(account)])
+        group, weight = self._standing[account]
+        return group.share_of(self._quantum * weight) // self._weights[group] or 1
 
     @override
     def simulate(self, limit: int | None = None) -> list[Ticket]:
@@ -322,7 +326,7 @@ class RoundRobinOrder(_ByClient):
         ahead._quantum, ahead._served, ahead._num_waiting = self._quantum, self._served, self._num_waiting
         ahead._queues = {account: OrderedDict(queue) for account, queue in self._queues.items()}
         ahead._turns, ahead._deficit = deque(self._turns), dict(self._deficit)
-        ahead._num_active = dict(self._num_active)
+        ahead._weights, ahead._standing = dict(self._weights), dict(self._standing)
         order: list[Ticket] = []
         while (ticket := ahead.next()) is not None and (limit is None or len(order) < limit):
             ahead.take(ticket)
@@ -330,7 +334,10 @@ class RoundRobinOrder(_ByClient):
         return order
 
 
-def _outermost(account: Account) -> Account:
+def _standing(account: Account) -> tuple[Account, int]:
+    """A client's outermost group, and its weight within that in millionths."""
+    weight = Fraction(UNIT)
     while account.parent is not None and account.parent.parent is not None:
+        weight *= account.weight
         account = account.parent
-    return account
+    return account, max(1, int(weight))

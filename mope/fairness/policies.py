@@ -133,11 +133,11 @@ class Policy:
             raise ConfigError("no request waits that could be admitted")
         if ticket.state == "preempted":
             self._front.remove(ticket)
-            self.ledger.adjust(ticket.request_id, self._price(ticket, ticket.generated))
+            self._adjust(ticket, self._price(ticket, ticket.generated))
         elif ticket.state == "waiting":
             self._order.take(ticket)
-            self.ledger.leave(ticket.account)
             self.ledger.open(ticket.request_id, ticket.account, ticket.charge)
+            self.ledger.leave(ticket.account)
             for passed in self._passed_over:
                 passed.num_bypassed += passed is not ticket
         else:
@@ -154,10 +154,10 @@ class Policy:
         if ticket.generated or ticket.cached_tokens:
             self.preempt(request_id, ticket.generated)
             return
-        self.ledger.close(request_id, NOTHING)
         ticket.state = "waiting"
         self._order.restore(ticket)
         self.ledger.join(ticket.account, ticket.arrival, lift=False)
+        self.ledger.close(request_id, NOTHING)
 
     def block(self, ticket: Ticket) -> None:
         """A waiting request does not fit into memory now: `peek` offers others, until `unblock`.
@@ -177,7 +177,13 @@ class Policy:
         if not self._front:
             return self._order.simulate(limit)
         front = self._front[:limit]
-        return front + self._order.simulate(None if limit is None else limit - len(front))
+        charged = {ticket: self.ledger.charged(ticket.request_id) for ticket in front}
+        for ticket in front:
+            self._adjust(ticket, self._price(ticket, ticket.generated))
+        rest = self._order.simulate(None if limit is None else limit - len(front))
+        for ticket, charge in charged.items():
+            self._adjust(ticket, charge if charge is not None else NOTHING)
+        return front + rest
 
     def __iter__(self) -> Iterator[Ticket]:
         """Waiting requests, those in front first, then in order of arrival."""
@@ -206,7 +212,9 @@ class Policy:
         ticket.generated = generated
         if generated > ticket.charged_tokens:
             ticket.charged_tokens = generated
-            self._adjust(ticket, self._price(ticket, generated))
+            charge, before = self._price(ticket, generated), self.ledger.charged(request_id)
+            if before is None or charge.hf > before.hf:  # whoever runs longer never pays less before the end
+                self._adjust(ticket, charge)
 
     def cached(self, request_id: str, cached_tokens: int) -> None:
         """The prefix cache held so many tokens of a running request's prompt: the difference is refunded."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from mope.fairness.accounts import Account
 from mope.fairness.charges import Charge
-from mope.fairness.ledger import Account
 from mope.fairness.mapper import Load
 
 State = Literal["waiting", "preempted", "running", "gone"]
