@@ -1,0 +1,94 @@
+"""Options of the hooks: those of the fairness core, and how clients are told apart, lengths predicted, things shown.
+
+One field is one key of the engine's JSON, `--additional-config '{"mope": {...}}'` for vLLM. Knows no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from mope.errors import ConfigError
+from mope.fairness import FairnessConfig
+
+Identity = Literal["api-key", "header", "user", "none"]
+
+
+class HookOptions(FairnessConfig):
+    """What an operator may choose. Frozen; unknown keys are an error that names the nearest known one."""
+
+    identity: Identity = Field(
+        "api-key",
+        description="what says who a client is: the key that it authenticates with; a header or the body's `user`, if a "
+        "gateway in front sets it and callers cannot; `none` for one client",
+    )
+    client_header: str = Field(
+        "x-client-id", pattern=r"^[A-Za-z0-9-]+$", description="of identity `header`: its name; lower or upper case"
+    )
+    api_keys: Path | None = Field(
+        None,
+        description="JSON file that maps an API key, or the `sha256:` of one, to a client such as `acme/alice`; a key "
+        "that is not in it is a client of its own, named by a part of its hash",
+    )
+    predictor: str = Field(
+        "chat-small", description="packaged predictor, folder or Hub id that predicts lengths; `none` for no prediction"
+    )
+    target_llm: str | None = Field(None, description="name of the LLM for the predictor; by default what the server says")
+    deadline_ms: float = Field(
+        30, gt=0, le=60_000, description="how long a request waits for its prediction before it goes on without"
+    )
+    recalibrate: bool = Field(True, description="whether predictions are corrected by finished requests")
+    state: Path | None = Field(
+        None, description="file that keeps counters and what was learned over restarts; written every minute"
+    )
+    on_mismatch: Literal["arrival-order", "refuse"] = Field(
+        "arrival-order",
+        description="what to do when the engine is not as this hook expects: serve in its own order, or do not start",
+    )
+    metrics_port: int | None = Field(
+        None, ge=0, le=65_535, description="port for Prometheus metrics by client; none by default, 0 takes a free one"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address that the metrics are served at")
+    metrics_clients: int = Field(
+        200, ge=1, le=100_000, description="clients with metrics of their own; all others are counted as `(others)`"
+    )
+    summary_s: float = Field(60, ge=0, le=86_400, description="seconds between lines in the log; 0 for none")
+    store: str | None = Field(
+        None, description="address of a Redis where replicas share counters, such as redis://127.0.0.1:6379/0"
+    )
+    namespace: str = Field("mope", description="of `store`: replicas that share counters use the same")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, options: Any) -> Any:
+        if isinstance(options, Mapping):
+            from difflib import get_close_matches
+
+            for name in options:
+                if name not in cls.model_fields:
+                    near = get_close_matches(str(name), list(cls.model_fields), 1)
+                    raise ValueError(f"no option {str(name)[:80]!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+        return options
+
+    @classmethod
+    def read(cls, options: Any, where: str) -> HookOptions:
+        """Options from an engine's JSON.
+
+        Args:
+            options: what was given; None for all defaults.
+            where: where it was given, for the message.
+
+        Raises:
+            ConfigError: an unknown option, or a value that cannot be used.
+        """
+        try:
+            return cls.model_validate(options if options is not None else {})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            said = first["msg"].removeprefix("Value error, ")
+            got = "" if not name else f": {name} is {first['input']!r:.80}"
+            raise ConfigError(f"{where}{got}: {said}; see `mope doctor` for all options") from error
