@@ -1,13 +1,15 @@
 """What the front end tells the scheduler of a request: its client, and how long its answer is predicted to be.
 
 Engines carry a small mapping of strings and numbers with each request from HTTP to the scheduler (vLLM's `vllm_xargs`,
-SGLang's `custom_params`). Only the front end may write our keys: it removes whatever a caller put there. Knows no engine.
+SGLang's `custom_params`). Only the front end may write our keys: it removes whatever a caller put there. Knows no
+engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
+from operator import le
 from typing import Any, NamedTuple
 
 PREFIX = "mope_"
@@ -73,5 +75,4 @@ def _quantiles(text: Any) -> tuple[float, ...]:
 
 
 def _usable(quantiles: Sequence[float]) -> bool:
-    pairs = zip(quantiles, quantiles[1:], strict=False)
-    return all(isfinite(one) and one >= 0 for one in quantiles) and all(low <= high for low, high in pairs)
+    return all(isfinite(one) and one >= 0 for one in quantiles) and all(map(le, quantiles, quantiles[1:]))

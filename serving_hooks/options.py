@@ -22,8 +22,8 @@ class HookOptions(FairnessConfig):
 
     identity: Identity = Field(
         "api-key",
-        description="what says who a client is: the key that it authenticates with; a header or the body's `user`, if a "
-        "gateway in front sets it and callers cannot; `none` for one client",
+        description="what says who a client is: the key that it authenticates with; a header or the body's `user`, if "
+        "a gateway in front sets it and callers cannot; `none` for one client",
     )
     client_header: str = Field(
         "x-client-id", pattern=r"^[A-Za-z0-9-]+$", description="of identity `header`: its name; lower or upper case"
@@ -36,7 +36,9 @@ class HookOptions(FairnessConfig):
     predictor: str = Field(
         "chat-small", description="packaged predictor, folder or Hub id that predicts lengths; `none` for no prediction"
     )
-    target_llm: str | None = Field(None, description="name of the LLM for the predictor; by default what the server says")
+    target_llm: str | None = Field(
+        None, description="name of the LLM for the predictor; by default what the server says"
+    )
     deadline_ms: float = Field(
         30, gt=0, le=60_000, description="how long a request waits for its prediction before it goes on without"
     )

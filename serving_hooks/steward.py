@@ -1,0 +1,251 @@
+"""What a hook does at each event of a request's life, whatever the engine: predict, queue, charge, count, learn, keep.
+
+The engine's hook says what happens; the steward keeps the policy, the lengths and the tallies in step. Reads the clock
+that it is given; knows no engine, and does not guard itself: `Guard` is the hook's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mope.errors import UserError
+from mope.fairness import IDLE, Ledger, Load, Policy, Ticket
+from mope.serving_hooks.carried import Carried
+from mope.serving_hooks.lengths import Lengths
+from mope.serving_hooks.options import HookOptions
+from mope.serving_hooks.tallies import Tallies, Tally
+
+_SAVE_EVERY_S = 60.0
+_SMALL = 20_000  # accounts up to which a snapshot is taken between two steps of the engine
+
+logger = logging.getLogger("mope")
+
+
+class Held:
+    """What the steward remembers of a request beside its ticket."""
+
+    __slots__ = ("admitted_s", "arrived_s", "carried", "client", "first_token_s", "nine_tenths", "ticket")
+
+    def __init__(
+        self, ticket: Ticket, carried: Carried, client: str, nine_tenths: float | None, arrived_s: float
+    ) -> None:
+        self.ticket, self.carried, self.client, self.arrived_s = ticket, carried, client, arrived_s
+        self.nine_tenths = nine_tenths
+        self.admitted_s: float | None = None
+        self.first_token_s: float | None = None
+
+
+class Steward:
+    """Serves the hook of one scheduler.
+
+    Attributes:
+        options: what the operator chose.
+        policy: who is next, and the books.
+        lengths: what is expected, and learned.
+        tallies: what happened, by client.
+        held: requests that wait or run, by id.
+    """
+
+    def __init__(self, options: HookOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        """Takes up its work, with the books and lessons of an earlier run if there are any.
+
+        Args:
+            options: what the operator chose.
+            clock: seconds, only for latencies; where ranks must agree, see `exact`.
+
+        Raises:
+            ConfigError: the options name a profile that cannot be read.
+        """
+        self.options = options
+        self.clock = clock
+        self.exact = False  # whether measured latencies may not change what is charged, because ranks must agree
+        ledger = Ledger(weights=options.weights, idle_clients=options.idle_clients, max_clients=options.max_clients)
+        self.policy = Policy(options, ledger=ledger)
+        self.lengths = Lengths(recalibrate=options.recalibrate)
+        self.tallies = Tallies(options.metrics_clients)
+        self.held: dict[str, Held] = {}
+        self.num_invalid = 0  # requests whose client or size could not be used as it came
+        self._saved_s = self._told_s = clock()
+        self._saving: threading.Thread | None = None
+        if options.state is not None:
+            self._restore(options.state)
+
+    # -- a request's life
+
+    def arrive(
+        self,
+        request_id: str,
+        carried: Carried,
+        prompt_tokens: int,
+        *,
+        max_tokens: int | None = None,
+        fallback_client: str | None = None,
+        load: Load = IDLE,
+    ) -> Ticket:
+        """A request begins to wait.
+
+        Args:
+            request_id: the engine's name for it.
+            carried: what the front end said of it.
+            prompt_tokens: tokens of its prompt.
+            max_tokens: its cap.
+            fallback_client: who it is from where the front end did not say, such as a LoRA adapter.
+            load: what the engine is doing.
+        """
+        said = carried.client if carried.client is not None else fallback_client
+        client = said or "(anonymous)"
+        expected = self.lengths.expected(carried, client)
+        ticket = self.policy.enqueue(request_id, said, prompt_tokens, expected.tokens, max_tokens=max_tokens, load=load)
+        self.held[request_id] = Held(ticket, carried, client, expected.nine_tenths, self.clock())
+        tally = self.tallies.of(client)
+        tally.num_arrived += 1
+        tally.num_predicted += carried.tokens is not None
+        return ticket
+
+    def admitted(self, request_id: str) -> None:
+        """A request has begun to run."""
+        held = self.held.get(request_id)
+        if held is not None and held.admitted_s is None:
+            held.admitted_s = self.clock()
+            self.tallies.of(held.client).queue_s.add(held.admitted_s - held.arrived_s)
+
+    def cached(self, request_id: str, cached_tokens: int) -> None:
+        """The prefix cache held so many tokens of its prompt."""
+        held = self.held.get(request_id)
+        if held is not None and cached_tokens > 0:
+            self.policy.cached(request_id, cached_tokens)
+            self.tallies.of(held.client).cached_tokens += cached_tokens
+
+    def first_token(self, request_id: str) -> None:
+        """Its first token is out."""
+        held = self.held.get(request_id)
+        if held is not None and held.first_token_s is None:
+            held.first_token_s = self.clock()
+            self.tallies.of(held.client).ttft_s.add(held.first_token_s - held.arrived_s)
+
+    def preempted(self, request_id: str, generated: int) -> None:
+        """It lost its place, and waits in front of all others."""
+        held = self.held.get(request_id)
+        if held is not None and held.ticket.state == "running":
+            self.policy.preempt(request_id, generated)
+            self.tallies.of(held.client).num_preempted += 1
+
+    def ended(
+        self, request_id: str, generated: int, *, aborted: bool, capped: bool = False, computed: int | None = None
+    ) -> None:
+        """It is over, waiting or running.
+
+        Args:
+            request_id: the engine's name for it; one that is not here is none of ours.
+            generated: tokens that were generated.
+            aborted: it was given up.
+            capped: it ended because it reached its cap.
+            computed: tokens of its prompt that were read, if it was aborted before all were.
+        """
+        held = self.held.pop(request_id, None)
+        if held is None:
+            return
+        now = self.clock()
+        ticket, tally = held.ticket, self.tallies.of(held.client)
+        begun = held.admitted_s is not None
+        latency_s = now - held.admitted_s if held.admitted_s is not None and not self.exact else None
+        if aborted:
+            self.policy.abort(request_id, generated, computed_tokens=computed, latency_s=latency_s)
+            tally.num_aborted += 1
+        else:
+            self.policy.finish(request_id, generated, latency_s=latency_s)
+            self._count_finished(tally, held, generated, now)
+        if begun:
+            tally.prompt_tokens += ticket.prompt_tokens if computed is None else min(computed, ticket.prompt_tokens)
+            tally.response_tokens += generated
+            self.lengths.observe(held.carried, held.client, generated, censored=aborted or capped)
+
+    @staticmethod
+    def _count_finished(tally: Tally, held: Held, generated: int, now: float) -> None:
+        tally.num_finished += 1
+        tally.e2e_s.add(now - held.arrived_s)
+        predicted = held.ticket.predicted_tokens
+        tally.predicted_tokens += predicted
+        if held.carried.tokens is not None:
+            tally.ratio.add(generated / predicted)
+        if held.nine_tenths is not None:
+            tally.num_covered += 1
+            tally.num_within += generated <= held.nine_tenths
+
+    # -- now and then
+
+    def between_steps(self) -> None:
+        """Cheap work that is due now and then: the line in the log, and keeping the state."""
+        now = self.clock()
+        if self.options.summary_s and now - self._told_s >= self.options.summary_s:
+            self._told_s = now
+            logger.info("mope: %s", self.summary())
+        if self.options.state is not None and now - self._saved_s >= _SAVE_EVERY_S:
+            self._saved_s = now
+            if self.policy.ledger.num_accounts <= _SMALL and not (self._saving and self._saving.is_alive()):
+                kept = self.snapshot()
+                path = self.options.state
+                self._saving = threading.Thread(target=_write, args=(path, kept), name="mope-saving", daemon=True)
+                self._saving.start()
+
+    def summary(self) -> str:
+        """One line on what goes on."""
+        tallies = self.tallies.items()
+        finished = sum(tally.num_finished for _, tally in tallies)
+        waiting = len(self.policy)
+        text = (
+            f"{self.options.policy}: {len(self.held) - waiting} running, {waiting} waiting of {len(tallies)} clients, "
+        )
+        text += f"{finished} finished"
+        covered = sum(tally.num_covered for _, tally in tallies)
+        if covered:
+            within = sum(tally.num_within for _, tally in tallies)
+            text += f", {100 * within / covered:.0f} % of answers within their predicted 90 %"
+        busiest = sorted(tallies, key=lambda item: -item[1].response_tokens)[:3]
+        if busiest:
+            text += "; most tokens: " + ", ".join(f"{name[:40]} {tally.response_tokens}" for name, tally in busiest)
+        return text
+
+    def snapshot(self) -> dict[str, Any]:
+        """Books and lessons as plain JSON values."""
+        return {"version": 1, "ledger": self.policy.ledger.snapshot(), "lengths": self.lengths.to_json()}
+
+    def close(self) -> None:
+        """Stops its threads and keeps the state."""
+        self.lengths.close()
+        if self.options.state is not None:
+            if self._saving is not None:
+                self._saving.join(5.0)
+            _write(self.options.state, self.snapshot())
+
+    def _restore(self, path: Path) -> None:
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            self.policy.ledger.restore(kept["ledger"])
+            for request_id in self.policy.ledger.open_requests:  # of an engine that is gone: charged as they were
+                self.policy.ledger.close(request_id)
+            self.lengths.restore(kept["lengths"])
+        except FileNotFoundError:
+            logger.info("mope: no state in %s yet", path)
+        except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+            logger.warning("mope starts with empty books: %s cannot be read (%s)", path, error)
+        else:
+            logger.info("mope: went on with the state in %s", path)
+
+
+def _write(path: Path, kept: dict[str, Any]) -> None:
+    """Writes beside the file and renames, so that there is always a whole one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        beside.write_text(json.dumps(kept), encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        logger.warning("mope cannot keep its state in %s: %s", path, error)

@@ -1,0 +1,200 @@
+"""vLLM's waiting queue, ordered by a policy of ours.
+
+Stands where `Scheduler.waiting` stood. vLLM peeks, then pops what it admits; or pops what it cannot run now and
+prepends it after the step; or stops at the head if there is no memory. So a charge is made at `pop_request` and given
+back when the same request is prepended without having run. Whatever goes wrong, the guard turns this into a plain queue
+in order of arrival. Knows `RequestQueue`; not the rest of the scheduler.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.sched.request_queue import RequestQueue
+from vllm.v1.request import RequestStatus
+
+from mope.fairness import Load, Ticket
+from mope.serving_hooks.carried import Carried
+from mope.serving_hooks.guard import Guard
+from mope.serving_hooks.steward import Steward
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+class FairQueue(RequestQueue):
+    """Waiting requests by the policy; those that were preempted in front.
+
+    Attributes:
+        requests: every request that is in here, by id, in order of arrival; those preempted may stand anywhere.
+        head: the ticket that was peeked at last and not popped since.
+    """
+
+    def __init__(
+        self, steward: Steward, guard: Guard, load: Callable[[], Load], room: Callable[[Ticket], bool]
+    ) -> None:
+        """An empty queue.
+
+        Args:
+            steward: keeps the policy and its books.
+            guard: of the scheduler.
+            load: what the engine is doing now.
+            room: whether there is room for a request by what is predicted of all.
+        """
+        self._steward, self._guard, self._load, self._room = steward, guard, load, room
+        self.requests: dict[str, Request] = {}
+        self._plain: deque[Request] | None = None  # once something went wrong: all requests, in order
+        self.head: Ticket | None = None
+
+    def give_up(self) -> None:
+        """From now on a plain queue: those preempted first, then by arrival."""
+        if self._plain is None:
+            preempted = [one for one in self.requests.values() if one.status == RequestStatus.PREEMPTED]
+            others = [one for one in self.requests.values() if one.status != RequestStatus.PREEMPTED]
+            self._plain = deque(sorted(preempted, key=_arrival) + sorted(others, key=_arrival))
+
+    # -- what vLLM calls
+
+    def add_request(self, request: Request) -> None:
+        """A request arrives, or a session goes on with more input."""
+        self.requests[request.request_id] = request
+        if self._plain is not None:
+            self._plain.append(request)
+            return
+        self._guard.run(lambda: self._add(request), None, "adding a request")
+
+    def pop_request(self) -> Request:
+        """Takes the request that `peek_request` shows; it is charged."""
+        if self._plain is None:
+            found = self._guard.run(self._pop, None, "taking a request")
+            if found is not None:
+                return found
+        if self._plain is None:
+            raise IndexError("pop from an empty queue")
+        request = self._plain.popleft()
+        self.requests.pop(request.request_id, None)
+        return request
+
+    def peek_request(self) -> Request:
+        """Who is next; the same until it is popped or something changes."""
+        if self._plain is None:
+            ticket = self._guard.run(self._peek, None, "choosing a request")
+            if ticket is not None:
+                return self.requests[ticket.request_id]
+        if not self._plain:
+            raise IndexError("peek from an empty queue")
+        return self._plain[0]
+
+    def prepend_request(self, request: Request) -> None:
+        """A request was preempted, or was popped and not run."""
+        self.requests[request.request_id] = request
+        if self._plain is not None:
+            self._plain.appendleft(request)
+            return
+        self._guard.run(lambda: self._return(request), None, "taking a request back")
+
+    def prepend_requests(self, requests: Iterable[Request]) -> None:
+        """Several requests were popped and not run; the last of them is then the first, as in a deque."""
+        for request in list(requests):
+            self.prepend_request(request)
+
+    def remove_request(self, request: Request) -> None:
+        """A waiting request is given up."""
+        self.remove_requests([request])
+
+    def remove_requests(self, requests: Iterable[Request]) -> None:
+        """Waiting requests are given up; those that are not here are in another queue of vLLM's."""
+        gone = [request for request in requests if self.requests.pop(request.request_id, None) is not None]
+        if self._plain is not None:
+            if gone:
+                ids = {request.request_id for request in gone}
+                self._plain = deque(request for request in self._plain if request.request_id not in ids)
+            return
+        for request in gone:
+            self._guard.run(partial(self._drop, request), None, "giving up a request")
+
+    def __bool__(self) -> bool:
+        """Whether somebody may be admitted: not where all who wait were found not to fit."""
+        if self._plain is None:
+            return self._guard.run(self._anyone, bool(self.requests), "looking who waits")
+        return bool(self._plain)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        if self._plain is not None:
+            return iter(list(self._plain))
+        return iter(sorted(self.requests.values(), key=_arrival))
+
+    def __reversed__(self) -> Iterator[Request]:
+        return iter(list(self)[::-1])
+
+    # -- what may go wrong
+
+    def announce(self, request: Request) -> None:
+        """Tells the policy of a request that begins to wait, here or in another of vLLM's queues."""
+        steward = self._steward
+        if request.request_id in steward.held:  # a session's next input: what it had until now is settled
+            steward.ended(request.request_id, request.num_output_tokens, aborted=False)
+        parameters = request.sampling_params
+        carried = Carried.read(getattr(parameters, "extra_args", None) if parameters is not None else None)
+        adapter = getattr(request, "lora_request", None)
+        steward.arrive(
+            request.request_id,
+            carried if parameters is not None else carried._replace(tokens=1.0),  # pooling answers nothing
+            max(0, request.num_tokens - request.num_computed_tokens),
+            max_tokens=getattr(request, "max_tokens", None),
+            fallback_client=f"lora/{adapter.lora_name}" if adapter is not None else None,
+            load=self._load(),
+        )
+
+    def _add(self, request: Request) -> None:
+        self.head = None
+        self.announce(request)
+
+    def _peek(self) -> Ticket:
+        if self.head is None or self.head.state not in ("waiting", "preempted"):
+            self.head = self._steward.policy.peek()
+        if self.head is None:
+            raise IndexError("peek from an empty queue")
+        return self.head
+
+    def _pop(self) -> Request:
+        ticket = self._peek()
+        self.head = None
+        self._steward.policy.admit(ticket)
+        return self.requests.pop(ticket.request_id)
+
+    def _return(self, request: Request) -> None:
+        self.head = None
+        request_id = request.request_id
+        ticket = self._steward.policy.find(request_id)
+        if ticket is None:
+            self._add(request)
+        elif request.status == RequestStatus.PREEMPTED or request.num_output_tokens:
+            self._steward.preempted(request_id, request.num_output_tokens)
+        else:
+            self._steward.policy.give_back(request_id)
+
+    def _drop(self, request: Request) -> None:
+        self.head = None
+        self._steward.ended(
+            request.request_id,
+            request.num_output_tokens,
+            aborted=not request.is_finished() or request.status == RequestStatus.FINISHED_ABORTED,
+            capped=request.status == RequestStatus.FINISHED_LENGTH_CAPPED,
+        )
+
+    def _anyone(self) -> bool:
+        if not self.requests:
+            return False
+        ticket = self._steward.policy.peek() if self.head is None else self.head
+        return ticket is not None and self._room(ticket)
+
+
+def _arrival(request: Request) -> float:
+    return float(request.arrival_time)

@@ -1,0 +1,300 @@
+"""The scheduler half of the vLLM hook: `--scheduler-cls mope.serving_hooks.vllm.make_scheduler`.
+
+In English: every request that waits is offered in the order of the policy, and otherwise vLLM schedules as it always
+does. The hook replaces the waiting queue (`queue.FairQueue`), may reorder running requests so that vLLM preempts the
+one that the policy names, and watches what starts and what ends. No line of vLLM's `schedule` is copied: a mixin over
+whichever class the server would have used, which calls it and looks at the outcome. If anything of ours fails, one line
+says so, and vLLM goes on in its own order.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from mope.errors import ConfigError, UserError
+from mope.fairness import IDLE, Load, Ticket
+from mope.fairness.admission import fits
+from mope.serving_hooks.guard import Guard
+from mope.serving_hooks.options import HookOptions
+from mope.serving_hooks.steward import Steward
+from mope.serving_hooks.vllm import compat
+from mope.serving_hooks.vllm.queue import FairQueue
+
+try:
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+except ImportError:  # where there is none yet, nobody asks for it
+    AsyncScheduler = Scheduler
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    _Base: Any = object
+else:
+    _Base = object
+
+logger = logging.getLogger("vllm.mope")  # below vLLM's own, so that its settings print it
+
+
+class FairMixin(_Base):
+    """Fair, length-aware scheduling over a vLLM scheduler."""
+
+    waiting: Any
+    running: list[Request]
+    requests: dict[str, Request]
+    finished_req_ids: set[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mope: Steward | None = None
+        self.mope_guard = Guard(logger, self._give_up)
+        options = read_options(self.vllm_config)
+        wrong = compat.mismatches(self)
+        if wrong:
+            told = f"mope does not fit this vLLM ({compat.installed()}): {'; '.join(wrong)}"
+            if options.on_mismatch == "refuse":
+                raise ConfigError(told)
+            logger.error("%s. Requests are served in vLLM's own order.", told)
+            return
+        try:
+            self.mope = Steward(options)
+        except UserError:
+            raise
+        except Exception as error:
+            self.mope_guard.fail(error, "starting")
+            return
+        self._queue = self.waiting = FairQueue(self.mope, self.mope_guard, self._load, self._has_room)
+        self._step = self._looked = 0
+        self._due: dict[int, list[str]] = {}  # step of the engine -> requests to look at then
+        self._begun: dict[str, Request] = {}  # requests that have run, until they end
+        self._tokens_a_step = 1 + int(getattr(self, "num_spec_tokens", 0) or 0)
+        self._capacity = self._capacity_tokens()
+        self._scheduling = False
+        atexit.register(self._close)
+        release = compat.installed()
+        if compat.standing(release) != "tested":
+            logger.warning("mope: vLLM %s is %s (%s)", release, compat.standing(release), ", ".join(compat.TESTED))
+        logger.info(
+            "mope is on: policy %s over %s, clients by %s, predictor %s, recalibration %s, predicted admission %s, "
+            "victims by %s",
+            options.policy,
+            type(self).__mro__[2].__name__,
+            options.identity,
+            options.predictor,
+            "on" if options.recalibrate else "off",
+            "on" if options.predicted_admission else "off",
+            options.victims,
+        )
+
+    # -- what vLLM calls
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM does, with our queue in place of its own."""
+        if self.mope is None or not self.mope_guard.ok:
+            return super().schedule(*args, **kwargs)
+        self.mope_guard.run(self._before_step, None, "preparing a step")
+        self._scheduling = True
+        try:
+            output = super().schedule(*args, **kwargs)
+        finally:
+            self._scheduling = False
+        self.mope_guard.run(lambda: self._after_schedule(output), None, "looking at a step")
+        return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM does; then what began and what ended is booked."""
+        outputs = super().update_from_output(*args, **kwargs)
+        if self.mope is not None:
+            self.mope_guard.run(self._after_output, None, "booking a step")
+        return outputs
+
+    def finish_requests(self, request_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM does; then what was given up is booked."""
+        if request_ids is not None and not isinstance(request_ids, str):
+            request_ids = list(request_ids)
+        result = super().finish_requests(request_ids, *args, **kwargs)
+        if self.mope is not None:
+            self.mope_guard.run(self._book_ended, None, "booking requests that were given up")
+        return result
+
+    def shutdown(self, *args: Any, **kwargs: Any) -> Any:
+        """Keeps the state, then as vLLM does."""
+        self._close()
+        parent = getattr(super(), "shutdown", None)
+        return parent(*args, **kwargs) if parent is not None else None
+
+    # -- around a step
+
+    def _before_step(self) -> None:
+        steward = self.mope
+        if steward is None:
+            return
+        self._step += 1
+        steward.between_steps()
+        if steward.options.victims != "engine" and len(self.running) > 1:
+            self._order_victims(steward)
+
+    def _order_victims(self, steward: Steward) -> None:
+        """vLLM preempts whoever runs last in its list."""
+        first_to_go = steward.policy.victims(request.request_id for request in self.running)
+        place = {request_id: -position for position, request_id in enumerate(first_to_go)}
+        self.running.sort(key=lambda request: place[request.request_id])
+
+    def _after_schedule(self, output: Any) -> None:
+        steward, queue = self.mope, self._queue
+        if steward is None:
+            return
+        policy = steward.policy
+        for started in output.scheduled_new_reqs:
+            request_id = started.req_id
+            request = self.requests.get(request_id)
+            if request is None:
+                continue
+            if request_id not in steward.held:  # it came by another of vLLM's queues
+                queue.announce(request)
+                policy.admit(policy.find(request_id))
+            if request_id not in self._begun:
+                self._begun[request_id] = request
+                steward.admitted(request_id)
+                steward.cached(request_id, started.num_computed_tokens)
+                self._look_in(request_id, 1)
+        self._mind_the_head(output)
+
+    def _mind_the_head(self, output: Any) -> None:
+        """A head that found no memory lets another client's head try in the next step, then comes first again."""
+        queue, policy = self._queue, self.mope.policy if self.mope is not None else None
+        if policy is None:
+            return
+        policy.unblock()
+        head, queue.head = queue.head, None
+        if head is None or head.state != "waiting" or not self.running:
+            return
+        config = self.scheduler_config
+        has_slot = len(self.running) < config.max_num_seqs
+        has_budget = output.total_num_scheduled_tokens < config.max_num_batched_tokens
+        preempted = any(request.status == RequestStatus.PREEMPTED for request in queue.requests.values())
+        if has_slot and has_budget and not preempted and self._step % 2:
+            policy.block(head)
+
+    def _after_output(self) -> None:
+        self._book_ended()
+        for step in range(self._looked + 1, self._step + 1):
+            for request_id in self._due.pop(step, ()):
+                self._look_at(request_id)
+        self._looked = self._step
+
+    def _look_at(self, request_id: str) -> None:
+        """Whether its first token is out, and whether it has outgrown what it was charged."""
+        steward, request = self.mope, self._begun.get(request_id)
+        if steward is None or request is None:
+            return
+        ticket = steward.policy.find(request_id)
+        if ticket is None:
+            return
+        generated = request.num_output_tokens
+        ticket.generated = generated
+        if generated:
+            steward.first_token(request_id)
+        if generated > ticket.charged_tokens and ticket.state == "running":
+            steward.policy.progress(request_id, generated)
+        if not generated or steward.options.policy == "vtc":
+            self._look_in(request_id, 1)
+        else:
+            left = ticket.charged_tokens - generated
+            self._look_in(request_id, max(1, min(256, int(left) // self._tokens_a_step)))
+
+    def _look_in(self, request_id: str, steps: int) -> None:
+        self._due.setdefault(self._step + steps, []).append(request_id)
+
+    def _book_ended(self) -> None:
+        """vLLM lists what ended since its last step: by itself, or given up."""
+        steward = self.mope
+        if steward is None:
+            return
+        for request_id in self.finished_req_ids:
+            request = self._begun.pop(request_id, None)
+            if request_id in steward.held:
+                if request is None:  # it never ran
+                    steward.ended(request_id, 0, aborted=True, computed=0)
+                    continue
+                computed = min(request.num_computed_tokens, request.num_prompt_tokens)
+                steward.ended(
+                    request_id,
+                    request.num_output_tokens,
+                    aborted=request.status == RequestStatus.FINISHED_ABORTED,
+                    capped=request.status == RequestStatus.FINISHED_LENGTH_CAPPED,
+                    computed=computed if not request.num_output_tokens else None,
+                )
+
+    # -- what the engine is doing
+
+    def _load(self) -> Load:
+        usage = getattr(self.kv_cache_manager, "usage", 0.0)
+        num_running = len(self.running)
+        if not num_running:
+            return IDLE
+        return Load(num_running=num_running, context_tokens=int(usage * self._capacity))
+
+    def _capacity_tokens(self) -> int:
+        config = self.cache_config
+        return int(config.num_gpu_blocks or 0) * int(getattr(self, "block_size", None) or config.block_size)
+
+    def _has_room(self, candidate: Ticket) -> bool:
+        """Whether all who run and this one will fit, as far as predictions go."""
+        steward = self.mope
+        if steward is None or not self._scheduling or not steward.options.predicted_admission:
+            return True
+        running = []
+        for request in self.running:
+            ticket = steward.policy.find(request.request_id)
+            if ticket is not None:
+                ticket.generated = request.num_output_tokens
+                running.append((request.num_tokens, ticket.predicted_remaining))
+        need = (candidate.prompt_tokens + candidate.generated, candidate.predicted_remaining)
+        return fits(need, running, self._capacity, margin=steward.options.kv_margin)
+
+    # -- the end
+
+    def _give_up(self) -> None:
+        queue = getattr(self, "_queue", None)
+        if queue is not None:
+            queue.give_up()
+
+    def _close(self) -> None:
+        if self.mope is not None and self.mope_guard.ok:
+            atexit.unregister(self._close)
+            self.mope_guard.run(self.mope.close, None, "keeping the state")
+
+
+class FairScheduler(FairMixin, Scheduler):
+    """Over vLLM's scheduler for one batch at a time."""
+
+
+class FairAsyncScheduler(FairMixin, AsyncScheduler):
+    """Over vLLM's scheduler for batches in flight."""
+
+
+def read_options(vllm_config: Any) -> HookOptions:
+    """Options from `--additional-config '{"mope": {...}}'`.
+
+    Raises:
+        ConfigError: an unknown option, or a value that cannot be used.
+    """
+    given = getattr(vllm_config, "additional_config", None)
+    options = given.get("mope") if isinstance(given, dict) else None
+    return HookOptions.read(options, "--additional-config: mope")
+
+
+def make_scheduler(*args: Any, **kwargs: Any) -> Any:
+    """The fair scheduler over the class that this server would use: what `--scheduler-cls` names.
+
+    Raises:
+        ConfigError: an option that cannot be used, or a mismatch where `on_mismatch` is `refuse`.
+    """
+    vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    overlapped = bool(getattr(vllm_config.scheduler_config, "async_scheduling", False))
+    return (FairAsyncScheduler if overlapped else FairScheduler)(*args, **kwargs)
