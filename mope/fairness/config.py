@@ -74,7 +74,7 @@ class FairnessConfig(BaseModel):
         False, description="whether a request waits until the KV cache that all are predicted to need has room for it"
     )
     kv_margin: float = Field(
-        1.1, ge=0.1, le=10, description="of predicted_admission: factor on predicted tokens, above 1 is cautious"
+        1.0, ge=0.1, le=10, description="of predicted_admission: factor on predicted tokens, above 1 is cautious"
     )
     idle_clients: int = Field(
         100_000, ge=0, description="clients without requests that are remembered though they have no debt"

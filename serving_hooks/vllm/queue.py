@@ -193,7 +193,10 @@ class FairQueue(RequestQueue):
         if not self.requests:
             return False
         ticket = self._steward.policy.peek() if self.head is None else self.head
-        return ticket is not None and self._room(ticket)
+        if ticket is not None and not self._room(ticket):
+            self.head = ticket
+            return False
+        return ticket is not None
 
 
 def _arrival(request: Request) -> float:

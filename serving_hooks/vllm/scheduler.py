@@ -72,7 +72,8 @@ class FairMixin(_Base):
         self._due: dict[int, list[str]] = {}  # step of the engine -> requests to look at then
         self._begun: dict[str, Request] = {}  # requests that have run, until they end
         self._tokens_a_step = 1 + int(getattr(self, "num_spec_tokens", 0) or 0)
-        self._capacity = self._capacity_tokens()
+        self._block_size = int(getattr(self, "block_size", None) or self.cache_config.block_size)
+        self._capacity = int(self.cache_config.num_gpu_blocks or 0) * self._block_size  # tokens of KV cache
         self._scheduling = False
         atexit.register(self._close)
         release = compat.installed()
@@ -239,22 +240,18 @@ class FairMixin(_Base):
             return IDLE
         return Load(num_running=num_running, context_tokens=int(usage * self._capacity))
 
-    def _capacity_tokens(self) -> int:
-        config = self.cache_config
-        return int(config.num_gpu_blocks or 0) * int(getattr(self, "block_size", None) or config.block_size)
-
     def _has_room(self, candidate: Ticket) -> bool:
         """Whether all who run and this one will fit, as far as predictions go."""
         steward = self.mope
         if steward is None or not self._scheduling or not steward.options.predicted_admission:
             return True
-        running = []
+        running, rounding = [], self._block_size - 1  # the last block of each is not full
         for request in self.running:
             ticket = steward.policy.find(request.request_id)
             if ticket is not None:
                 ticket.generated = request.num_output_tokens
-                running.append((request.num_tokens, ticket.predicted_remaining))
-        need = (candidate.prompt_tokens + candidate.generated, candidate.predicted_remaining)
+                running.append((request.num_tokens + rounding, ticket.predicted_remaining))
+        need = (candidate.prompt_tokens + candidate.generated + rounding, candidate.predicted_remaining)
         return fits(need, running, self._capacity, margin=steward.options.kv_margin)
 
     # -- the end
