@@ -245,14 +245,19 @@ class FairMixin(_Base):
         steward = self.mope
         if steward is None or not self._scheduling or not steward.options.predicted_admission:
             return True
-        running, rounding = [], self._block_size - 1  # the last block of each is not full
+        running = []
         for request in self.running:
             ticket = steward.policy.find(request.request_id)
             if ticket is not None:
                 ticket.generated = request.num_output_tokens
-                running.append((request.num_tokens + rounding, ticket.predicted_remaining))
-        need = (candidate.prompt_tokens + candidate.generated + rounding, candidate.predicted_remaining)
+                running.append(self._in_blocks(request.num_tokens, ticket.predicted_remaining))
+        need = self._in_blocks(candidate.prompt_tokens + candidate.generated, candidate.predicted_remaining)
         return fits(need, running, self._capacity, margin=steward.options.kv_margin)
+
+    def _in_blocks(self, context: int, remaining: float) -> tuple[int, float]:
+        """What a request holds and adds, the part of its last block that stays empty counted as held."""
+        more = int(remaining)
+        return context - (context + more) % -self._block_size, remaining
 
     # -- the end
 
