@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 from collections import OrderedDict
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +24,9 @@ from mope.serving_hooks.carried import LEVELS, Carried
 
 _MAX_CLIENTS = 10_000  # with a running mean of their own
 _MAX_WAITING = 10_000  # finished requests that wait to be learned from; more are dropped
-_CUMULATIVE = np.array([0.0, *LEVELS, 1.0])
-_TAIL = 4.0  # the last edge is so many times the highest quantile
+_SCORES = np.array([NormalDist().inv_cdf(level) for level in LEVELS])
+_FINE_SCORES = np.linspace(-4.0, 4.5, 69)  # of the grid on which predictions are corrected
+_CUMULATIVE = np.array([0.0, *(NormalDist().cdf(score) for score in _FINE_SCORES), 1.0])
 _SHARE = 0.2  # of the newest answer in a running mean
 
 logger = logging.getLogger("mope")
@@ -143,7 +145,11 @@ def _target(text: str | None) -> Target:
 
 
 def _edges(quantiles: tuple[float, ...]) -> Array:
-    """Edges that rise: quantiles of a narrow prediction may be equal."""
-    edges = np.array([0.5, *quantiles, _TAIL * max(quantiles[-1], 1.0)])
-    rising: Array = np.maximum.accumulate(np.maximum(edges, 0.5)) + np.arange(len(edges)) * 1e-6
-    return rising
+    """A grid with `_CUMULATIVE`: between quantiles and beyond them straight on, log tokens over the normal's scores."""
+    logs = np.log(np.maximum(quantiles, 0.5))
+    fine = np.interp(_FINE_SCORES, _SCORES, logs)
+    low, high = _SCORES[0] > _FINE_SCORES, _SCORES[-1] < _FINE_SCORES
+    fine[low] = logs[0] + (logs[2] - logs[0]) / (_SCORES[2] - _SCORES[0]) * (_FINE_SCORES[low] - _SCORES[0])
+    fine[high] = logs[-1] + (logs[-1] - logs[-3]) / (_SCORES[-1] - _SCORES[-3]) * (_FINE_SCORES[high] - _SCORES[-1])
+    rising: Array = np.exp(np.concatenate([[min(fine[0], 0.0) - 0.1], fine, [fine[-1] + 0.1]]))
+    return rising + np.arange(len(rising)) * 1e-6  # quantiles of a narrow prediction may be equal

@@ -1,0 +1,303 @@
+"""What every hook shares: options, what is carried, the guard, lengths that learn, tallies, and the steward."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mope.errors import ConfigError, UserError
+from mope.serving_hooks.carried import LEVELS, Carried, without_ours
+from mope.serving_hooks.guard import Guard
+from mope.serving_hooks.lengths import Lengths
+from mope.serving_hooks.options import HookOptions
+from mope.serving_hooks.steward import Steward
+from mope.serving_hooks.tallies import OTHERS, Histogram, Tallies
+
+QUANTILES = tuple(20.0 * (number + 1) for number in range(len(LEVELS)))
+PREDICTED = Carried("acme/alice", 150.0, QUANTILES, "llama-3-8b|llama|")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# -- options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"polcy": "vtc"}, "here: no option 'polcy'; did you mean 'policy'?"),
+        ({"xyzzy": 1}, "no option 'xyzzy'; see"),
+        ({"policy": "fair"}, "policy is 'fair'"),
+        ({"deadline_ms": -1}, "deadline_ms is -1"),
+        ({"weights": {"a": 0}}, "weight of 'a' is 0"),
+        ([], "here"),
+        ({"identity": "magic"}, "identity is 'magic'"),
+        ({"client_header": "a b"}, "client_header"),
+    ],
+)
+def test_a_mistake_in_the_options_is_one_clear_line(options, message):
+    with pytest.raises(ConfigError, match="here") as caught:
+        HookOptions.read(options, "here")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_option_says_what_it_is_for():
+    for name, field in HookOptions.model_fields.items():
+        assert field.description, name
+    assert HookOptions.read(None, "here") == HookOptions()
+    read = HookOptions.read({"policy": "vtc", "weights": {"a": 2}, "state": "x.json"}, "here")
+    assert HookOptions.read(json.loads(read.model_dump_json()), "here") == read
+
+
+# -- carried
+
+
+@given(
+    st.one_of(st.none(), st.text(max_size=20)),
+    st.one_of(st.none(), st.floats(0, 1e6)),
+    st.booleans(),
+    st.one_of(st.none(), st.text(max_size=20)),
+)
+def test_what_is_carried_arrives(client, tokens, with_quantiles, target):
+    sent = Carried(client, tokens, QUANTILES if with_quantiles else (), target)
+    written = json.loads(json.dumps(sent.write()))
+    assert all(isinstance(value, (str, int, float)) for value in written.values())  # engines carry no more
+    assert Carried.read(written) == sent
+
+
+@given(st.dictionaries(st.text(max_size=8).map(lambda name: f"mope_{name}"), st.recursive(
+    st.one_of(st.none(), st.booleans(), st.floats(), st.text(max_size=5)), lambda inner: st.lists(inner, max_size=3)
+)))  # fmt: skip
+def test_anything_may_be_carried_and_nothing_raises(rubbish):
+    Carried.read({**rubbish, "mope_quantiles": rubbish.get("mope_quantiles", "1,2,x")})
+    assert without_ours({**rubbish, "own": 1}) == {"own": 1}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1,2", ",".join(["nan"] * 14), ",".join(["5"] * 13 + ["4"]), "1" * 10_000, None, 7]
+)
+def test_quantiles_that_are_none_are_none(text):
+    assert Carried.read({"mope_quantiles": text}).quantiles == ()
+
+
+# -- the guard
+
+
+def test_after_the_first_failure_nothing_of_ours_runs(caplog):
+    tidied = []
+    guard = Guard(logging.getLogger("mope"), lambda: tidied.append(1))
+    assert guard.run(lambda: 5, 0, "counting") == 5
+    with caplog.at_level(logging.ERROR):
+        assert guard.run(lambda: 1 // 0, 7, "dividing") == 7
+        assert guard.run(lambda: 5, 0, "counting") == 0
+    assert tidied == [1]
+    assert guard.failure == "ZeroDivisionError while dividing: integer division or modulo by zero"
+    assert len(caplog.records) == 1
+    assert "test_steward" in caplog.text  # the traceback
+
+
+def test_a_guard_survives_its_own_tidying(caplog):
+    guard = Guard(logging.getLogger("mope"), lambda: 1 // 0)
+    with caplog.at_level(logging.ERROR):
+        assert guard.run(lambda: [][1], None, "indexing") is None
+    assert not guard.ok
+
+
+# -- lengths
+
+
+def test_predictions_are_corrected_by_what_was_seen():
+    lengths = Lengths()
+    before = lengths.expected(PREDICTED, "a")
+    assert before.tokens == pytest.approx(140, rel=0.25)
+    assert before.nine_tenths == pytest.approx(QUANTILES[LEVELS.index(0.9)], rel=0.02)
+    for _ in range(100):
+        lengths.observe(PREDICTED, "a", 420, censored=False)
+    lengths.close()
+    assert lengths.num_observed == 100
+    after = lengths.expected(PREDICTED, "b")
+    assert after.tokens == pytest.approx(420, rel=0.15)
+    other = lengths.expected(PREDICTED._replace(target="gpt-4|gpt|"), "b")
+    assert abs(other.tokens - before.tokens) < abs(after.tokens - before.tokens)
+
+
+def test_without_prediction_a_client_is_expected_to_go_on_as_before():
+    lengths = Lengths()
+    assert lengths.expected(Carried(), "a").tokens is None
+    for tokens in (100, 200):
+        lengths.observe(Carried(), "a", tokens, censored=False)
+    assert lengths.expected(Carried(), "a").tokens == (4 * 100 + 200) / 5
+    lengths.observe(Carried(), "a", 5, censored=True)  # cut: says nothing
+    lengths.observe(Carried(), "a", 0, censored=False)
+    assert lengths.expected(Carried(), "a").tokens == 120
+    assert lengths.expected(Carried(tokens=7.0), "a").tokens == 7
+    assert lengths.expected(Carried(), "b").tokens is None
+
+
+def test_means_of_clients_are_bounded(monkeypatch):
+    monkeypatch.setattr("mope.serving_hooks.lengths._MAX_CLIENTS", 5)
+    lengths = Lengths()
+    for number in range(20):
+        lengths.observe(Carried(), f"c{number}", 10, censored=False)
+    assert lengths.to_json()["means"].keys() == {f"c{number}" for number in range(15, 20)}
+
+
+def test_lessons_are_restored_exactly():
+    lengths = Lengths()
+    for number in range(50):
+        lengths.observe(PREDICTED, "a", 300 + number, censored=number % 7 == 0)
+    lengths.close()
+    again = Lengths()
+    again.restore(json.loads(json.dumps(lengths.to_json())))
+    assert again.to_json() == lengths.to_json()
+    for rubbish in (None, [], {"means": 5}, {}):
+        with pytest.raises(UserError):
+            Lengths().restore(rubbish)
+
+
+def test_learning_that_fails_stops_and_predictions_go_on(monkeypatch, caplog):
+    lengths = Lengths()
+    monkeypatch.setattr(lengths.recalibrator, "observe", lambda *_: 1 // 0)
+    with caplog.at_level(logging.ERROR, logger="mope"):
+        lengths.observe(PREDICTED, "a", 10, censored=False)
+        end = time.monotonic() + 5
+        while lengths.recalibrator is not None and time.monotonic() < end:
+            time.sleep(0.01)
+    assert "stops learning" in caplog.text
+    assert lengths.expected(PREDICTED, "a").tokens == 150
+
+
+@pytest.mark.parametrize("quantiles", [(0.0,) * 14, (5.0,) * 14, tuple(float(n) for n in range(14))])
+def test_narrow_predictions_can_be_corrected(quantiles):
+    lengths = Lengths()
+    carried = Carried("a", 5.0, quantiles, "||")
+    for _ in range(30):
+        lengths.observe(carried, "a", 9, censored=False)
+    lengths.close()
+    assert lengths.recalibrator is not None
+    assert lengths.expected(carried, "a").tokens > 0
+
+
+# -- tallies
+
+
+def test_histogram():
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 2.0, 9.0):
+        histogram.add(value)
+    assert histogram.counts == [2, 2, 1]
+    assert (histogram.num, histogram.mean) == (5, 2.8)
+    assert Histogram((1.0,)).mean == 0
+
+
+def test_clients_beyond_the_limit_are_others():
+    tallies = Tallies(2)
+    for client in ("a", "b", "c", "d", "a"):
+        tallies.of(client).num_arrived += 1
+    assert {client: tally.num_arrived for client, tally in tallies.items()} == {"a": 2, "b": 1, OTHERS: 2}
+
+
+# -- the steward
+
+
+def test_a_request_from_arrival_to_end():
+    clock = Clock()
+    steward = Steward(HookOptions(policy="vtc-predicted", recalibrate=False), clock)
+    ticket = steward.arrive("r", PREDICTED, 100, max_tokens=500)
+    assert ticket.account.path == ("acme", "alice")
+    assert ticket.predicted_tokens == 150
+    clock.now += 2
+    steward.policy.admit(ticket)
+    steward.admitted("r")
+    steward.cached("r", 40)
+    clock.now += 1
+    steward.first_token("r")
+    clock.now += 7
+    steward.ended("r", 120, aborted=False)
+    steward.ended("r", 120, aborted=False)
+    tally = dict(steward.tallies.items())["acme/alice"]
+    assert (tally.num_arrived, tally.num_finished, tally.num_aborted, tally.num_predicted) == (1, 1, 0, 1)
+    assert (tally.prompt_tokens, tally.cached_tokens, tally.response_tokens) == (100, 40, 120)
+    assert (tally.queue_s.total, tally.ttft_s.total, tally.e2e_s.total) == (2, 3, 10)
+    assert (tally.num_within, tally.num_covered) == (1, 1)
+    assert steward.policy.ledger.find(("acme", "alice")).charged.service == (60 + 240) * 10**6
+    assert not steward.held
+    assert "1 finished" in steward.summary()
+    assert "100 % of answers within" in steward.summary()
+
+
+def test_what_ends_before_it_began_costs_nothing():
+    steward = Steward(HookOptions(), Clock())
+    steward.arrive("r", Carried(), 100, fallback_client="lora/french")
+    steward.ended("r", 0, aborted=True)
+    steward.ended("stranger", 5, aborted=True)
+    assert steward.policy.ledger.total.service == 0
+    assert dict(steward.tallies.items())["lora/french"].num_aborted == 1
+
+
+def test_measured_latency_changes_charges_only_where_no_other_rank_must_agree():
+    charged = {}
+    for exact in (False, True):
+        for waited in (1.0, 50.0):
+            clock = Clock()
+            steward = Steward(HookOptions(recalibrate=False), clock)
+            steward.exact = exact
+            steward.policy.admit(steward.arrive("r", PREDICTED, 100))
+            steward.admitted("r")
+            clock.now += waited
+            steward.ended("r", 100, aborted=False)
+            charged[exact, waited] = steward.policy.ledger.total
+    assert charged[True, 1.0] == charged[True, 50.0]
+    assert charged[False, 1.0].ufc > charged[False, 50.0].ufc
+
+
+def test_state_is_kept_now_and_then_and_restored(tmp_path, caplog):
+    clock, state = Clock(), tmp_path / "deep" / "state.json"
+    steward = Steward(HookOptions(state=state), clock)
+    steward.policy.admit(steward.arrive("r", PREDICTED, 100))
+    steward.between_steps()
+    assert not state.exists()
+    clock.now += 61
+    steward.between_steps()
+    steward._saving.join(5)
+    assert json.loads(state.read_text())["ledger"]["open"][0][0] == "r"
+    again = Steward(HookOptions(state=state), clock)
+    assert again.policy.ledger.open_requests == ()  # the engine that ran it is gone
+    assert again.policy.ledger.total == steward.policy.ledger.total
+    for damage in ("", "{}", '{"ledger": {"version": 1}, "lengths": {}}', "\x00"):
+        state.write_text(damage)
+        with caplog.at_level(logging.WARNING, logger="mope"):
+            assert Steward(HookOptions(state=state), clock).policy.ledger.total.service == 0
+        assert "cannot be read" in caplog.text
+        caplog.clear()
+
+
+def test_a_state_that_cannot_be_written_is_told(tmp_path, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    steward = Steward(HookOptions(state=blocked / "state.json"), Clock())
+    with caplog.at_level(logging.WARNING, logger="mope"):
+        steward.close()
+    assert "cannot keep its state" in caplog.text
+
+
+def test_the_log_has_a_line_now_and_then(caplog):
+    clock = Clock()
+    steward = Steward(HookOptions(summary_s=10), clock)
+    with caplog.at_level(logging.INFO, logger="mope"):
+        for _ in range(25):
+            clock.now += 1
+            steward.between_steps()
+    assert caplog.text.count("equinox: 0 running") == 2
