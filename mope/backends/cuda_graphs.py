@@ -3,8 +3,9 @@
 A small encoder is some hundred kernels of few microseconds, and starting them one by one from Python takes longer than
 running them. Knows PyTorch and one network; which shapes there are, padding and threads are in `buckets`.
 
-Needs transformers 5, whose attention masks never wait for the GPU while a graph is recorded. Its tests passed on an
-H200 with PyTorch 2.11; graphs were not timed yet.
+Needs transformers 5, whose attention masks never wait for the GPU while a graph is recorded; for MPNet 5.20, before
+which masks and positions are made on the host, and a recording can't copy them. Its tests passed on an H200 with
+PyTorch 2.11; graphs were not timed yet.
 """
 
 from __future__ import annotations

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from encoded import random_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mope import artifact
 from mope.backends import RunNetwork
 from mope.backends.buckets import Bucket, BucketRunner, grid, pad_to
-from mope.backends.torch_backend import TorchBackend
+from mope.backends.torch_backend import TorchBackend, empty_networks
 from mope.config import PredictorConfig
 from mope.errors import ConfigError
 from mope.grid import Array
@@ -156,6 +159,46 @@ def test_the_network_never_looks_at_values_while_it_is_recorded(
     assert (gate.shape, heads.shape[:2], embedding.shape[0]) == ((2, 3), (2, 3), 2)
 
 
+class HostTensors(TorchDispatchMode):
+    """Notes every operation that reads or makes a tensor with values on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.device.type == "cpu" for tensor in tensors):
+            self.found.add(str(func))
+        return result
+
+
+def as_mpnet(config: PredictorConfig) -> PredictorConfig:
+    """The same predictor on a trunk of the kind that `chat-base` has."""
+    sizes = {name: config.encoder_config[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64}
+    return config.model_copy(update={"encoder_config": {"model_type": "mpnet", **sizes}})
+
+
+@pytest.mark.parametrize("trunk", ["bert", "mpnet"])
+def test_no_tensor_is_made_on_the_host_while_it_is_recorded(
+    config: PredictorConfig, trunk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on the host can't be copied to the GPU then. The meta device stands for the GPU."""
+    if trunk == "mpnet" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 20):
+        pytest.skip("transformers before 5.20 makes MPNet's mask and positions on the host")
+    (network,) = empty_networks(as_mpnet(config) if trunk == "mpnet" else config)
+    network = network.eval().to("meta")
+    inputs = [torch.from_numpy(array).to("meta") for array in random_inputs(config, [5, 9])]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with torch.inference_mode(), HostTensors() as host:
+        network(*inputs)
+        assert host.found == set()
+        torch.ones(1).to("meta")  # what would be noted
+    assert host.found
+
+
 def test_a_trunk_in_half_precision(tiny: Path, config: PredictorConfig, tmp_path: Path) -> None:
     (network,) = TorchBackend.load(tiny, config, precision="fp16").networks
     assert {p.dtype for p in network.encoder.parameters()} == {torch.float16}
@@ -195,6 +238,21 @@ def test_graphs_on_a_gpu_say_what_the_cpu_says(
 ) -> None:
     (plain,) = TorchBackend.load(tiny, config)._runners
     (graphs,) = TorchBackend.load(tiny, config, "cuda", precision)._runners
+    for lengths in ([1], [20], [7, 3, 9], [4] * 40):
+        inputs = random_inputs(config, lengths)
+        for expected, found in zip(plain(*inputs), graphs(*inputs), strict=True):
+            np.testing.assert_allclose(expected, found, atol=tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs: needs an NVIDIA GPU")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 2e-2)])
+def test_graphs_of_mpnet_on_a_gpu_say_what_the_cpu_says(
+    config: PredictorConfig, precision: str, tolerance: float, tmp_path: Path
+) -> None:
+    mpnet = as_mpnet(config)
+    TorchBackend(empty_networks(mpnet), mpnet).save(tmp_path)
+    (plain,) = TorchBackend.load(tmp_path, mpnet)._runners
+    (graphs,) = TorchBackend.load(tmp_path, mpnet, "cuda", precision)._runners
     for lengths in ([1], [20], [7, 3, 9], [4] * 40):
         inputs = random_inputs(config, lengths)
         for expected, found in zip(plain(*inputs), graphs(*inputs), strict=True):
