@@ -38,6 +38,7 @@ EXAMPLE = """\
 mope profile --url http://127.0.0.1:8000 --output profile.json
 mope profile --url http://10.0.0.5:8000 --output a100.json --model llama-3.1-8b --machine "one A100 80 GB"
 mope profile --url http://127.0.0.1:8000 --output quick.json --rounds 1 --max-seconds 60 --json"""
+MAX_MEDIAN_ERROR = 0.15  # beyond, the profile is called doubtful
 UNITS = {"step_fixed_s": 1e3, "step_request_s": 1e6, "step_context_s": 1e9}
 UNITS |= {"prefill_fixed_s": 1e3, "prefill_token_s": 1e6, "prefill_square_s": 1e9}
 UNIT_NAMES = {1e3: "ms", 1e6: "µs", 1e9: "ns"}
@@ -76,6 +77,7 @@ def main(argv: list[str]) -> int:
     latency_errors, checked_N = checked(profile, found.checks)
     measured = profile.measured.model_copy(update={"latency_errors": latency_errors})
     profile = profile.model_copy(update={"measured": measured})
+    found.notes.extend(_doubts(profile))
     save_profile(profile, arguments.output)
     from mope.profiling.plots import fit_plot, residual_plot
 
@@ -121,6 +123,7 @@ async def _measured(
     """Measure, with a bar that shows how far it is; what was measured is in `found`, however it ends."""
     async with connected(url, model=model, api_key=api_key, timeout_s=config.timeout_s, seed=config.seed) as server:
         plan = planned(config, server.facts.max_model_len, server.facts.capacity_tokens)
+        await server.get_ready()
         found.notes.extend([*server.notes, *plan.notes])
         total = plan.num_settings * config.rounds + config.num_checks
         with terminal.progress(f"measuring {server.facts.llm}", total) as advance:
@@ -167,6 +170,22 @@ def _profile(
             step_errors=step.errors,
         ),
     )
+
+
+def _doubts(profile: FittedProfile) -> list[str]:
+    """What a reader should know before relying on a profile."""
+    measured = profile.measured
+    doubts = [f"{MEANING[name]}: could not be told from 0" for name in UNITS if getattr(profile, name) == 0]
+    named = {"first tokens": measured.prefill_errors, "decode steps": measured.step_errors}
+    if measured.latency_errors:
+        named["latencies"] = measured.latency_errors
+    for what, errors in named.items():
+        if errors.median > MAX_MEDIAN_ERROR:
+            doubts.append(
+                f"half of the {what} are more than {errors.median:.0%} off; measure while the server and this machine "
+                "do nothing else, or with more --rounds"
+            )
+    return doubts
 
 
 def _kept(found: Measurements, output: Path) -> Sequence[str]:

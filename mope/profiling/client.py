@@ -115,7 +115,7 @@ class ServerFacts:
 
 
 class Server:
-    """A server that is asked; made by `connected`.
+    """A server that is asked; made by `connected`, and ready once `get_ready` was awaited.
 
     Args:
         http: the HTTP client, its base address set.
@@ -211,9 +211,10 @@ class Server:
             self.notes.append("the server can't be told to ignore the end, so that answers may be shorter than asked")
         if "stream_options" not in wishes:
             self.notes.append("the server sends no usage with streams: tokens of prompts are estimated")
-        counted = [await self._counted(num_words) for num_words in (20, 220)]
-        self._tokens_per_word = max((counted[1] - counted[0]) / 200, 0.1)
-        self._overhead_tokens = max(counted[0] - 20 * self._tokens_per_word, 0.0)
+        few, many = 10, max(11, min(210, (self.facts.max_model_len or 10**6) // 10))
+        counted_few, counted_many = await self._counted(few), await self._counted(many)
+        self._tokens_per_word = max((counted_many - counted_few) / (many - few), 0.1)
+        self._overhead_tokens = max(counted_few - few * self._tokens_per_word, 0.0)
 
     async def _counted(self, num_words: int) -> int:
         """Prompt tokens that the server counts in a prompt of so many words."""
@@ -237,7 +238,7 @@ class Server:
 async def connected(
     url: str, *, model: str | None, api_key: str | None, timeout_s: float, seed: int
 ) -> AsyncIterator[Server]:
-    """A server that was found to answer, and that can be measured.
+    """A server that was found to answer, and that serves the LLM; `Server.get_ready` comes next.
 
     Args:
         url: its address, with or without /v1.
@@ -247,7 +248,7 @@ async def connected(
         seed: of the random numbers that prompts are made of.
 
     Raises:
-        ServerError: nobody answers, the key is wrong, there is no such LLM, or it can't be measured.
+        ServerError: nobody answers, the key is wrong, or there is no such LLM.
     """
     httpx = require("httpx2", "mope profile")
     root = url.rstrip("/").removesuffix("/v1")
@@ -258,9 +259,7 @@ async def connected(
     async with httpx.AsyncClient(
         base_url=f"{root}/v1/", headers=headers, limits=limits, timeout=httpx.Timeout(timeout_s)
     ) as http:
-        server = Server(http, await _facts(http, root, model), seed)
-        await server.get_ready()
-        yield server
+        yield Server(http, await _facts(http, root, model), seed)
 
 
 async def _facts(http: Any, root: str, model: str | None) -> ServerFacts:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mope.errors import DataError
 from mope.extras import require
 from mope.fairness.mapper import Load, MetricsMapper
-from mope.fairness.profiles import Errors, FittedProfile
+from mope.fairness.profiles import MIN_TIME_S, Errors, FittedProfile
 from mope.profiling.sweep import Check, Prefill, Steps
 
 FloatArray = npt.NDArray[np.float64]
@@ -96,6 +96,11 @@ def _fit(names: tuple[str, ...], terms_NT: FloatArray, found: Sequence[Prefill |
         held_out_N = np.array([one == setting for one in settings])
         unseen_N[held_out_N] = terms_NT[held_out_N] @ nonnegative(terms_NT[~held_out_N], measured_N[~held_out_N])
     coefficients_T = nonnegative(terms_NT, measured_N)
+    if coefficients_T[0] < MIN_TIME_S:
+        raise DataError(
+            f"{names[0]} came out as 0 s from {len(found)} measurements, which no server can do: they are too noisy. "
+            "Measure while the server and this machine do nothing else, or with more --rounds"
+        )
     return Fit(
         dict(zip(names, coefficients_T.tolist(), strict=True)),
         relative_errors(unseen_N, measured_N),
