@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from mope.fairness.profiles import Errors, FittedProfile
 from mope.figures import MOPE_BLUE, OTHERS, figure_to
@@ -55,6 +55,7 @@ def fit_plot(profile: FittedProfile, prefills: Sequence[Prefill], steps: Sequenc
             right.plot(
                 [1, most], [1e3 * costs.step_s(num, num * each) for num in (1, most)], color=colour, linewidth=1.2
             )
+        right.set_xticks(sorted({one.num_running for one in steps}))
         right.set(
             xlabel="requests that decode together", ylabel="milliseconds", ylim=(0, None),
             title="Time of a decode step (lines: fit)",
@@ -111,6 +112,7 @@ def _residuals(axes: Any, fit: Fit, title: str) -> None:
 
 
 def _milliseconds(axis: Any) -> None:
+    axis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -21,6 +21,7 @@ from mope.profiling.config import ProfilingConfig
 
 MIN_STEPS = 4  # of a measurement of decoding; of fewer, the first and the last weigh too much
 SEGMENT_STEPS = 16  # a run of decode steps is cut into pieces of about so many, whose contexts differ
+PROMPTS = 3  # of a length in each round: they cost little beside decoding, and one alone says little
 MARGIN_TOKENS = 16  # left of the longest context, because words are not tokens
 CHECK_TOKENS = (8, 128)  # shortest and longest answer of a check
 POLL_S = 0.01
@@ -220,9 +221,10 @@ class _Sweep:
         await asyncio.gather(*(self._server.answer(self._server.prompt(size), MIN_STEPS) for _ in range(most)))
 
     async def prefill(self, size: int) -> None:
-        """The first token of a prompt that nobody asked before."""
-        answer = await self._server.answer(self._server.prompt(size), 1)
-        self._found.prefills.append(Prefill(answer.prompt_tokens, answer.ttft_s, size))
+        """First tokens of prompts that nobody asked before, one after the other."""
+        for _ in range(PROMPTS):
+            answer = await self._server.answer(self._server.prompt(size), 1)
+            self._found.prefills.append(Prefill(answer.prompt_tokens, answer.ttft_s, size))
 
     async def decode(self, num_running: int, size: int) -> None:
         """Requests of one length that decode together."""

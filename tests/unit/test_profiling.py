@@ -104,7 +104,7 @@ def test_the_mapper_predicts_that_servers_latency(load: Load, profiled: Profiled
 def test_the_profile_says_how_good_it_is(profiled: Profiled) -> None:
     measured = profiled.profile.measured
     assert measured.complete
-    assert (measured.num_prefills, measured.prefill_errors.num_measurements) == (10, 10)
+    assert (measured.num_prefills, measured.prefill_errors.num_measurements) == (30, 30)
     assert measured.num_steps == measured.step_errors.num_measurements >= 2 * 4 * 2
     assert measured.step_errors.median < 0.05
     assert measured.latency_errors is not None
@@ -139,7 +139,7 @@ def test_measurements_and_pictures_lie_beside_the_profile(profiled: Profiled) ->
         assert (profiled.folder / name).read_bytes().startswith(b"\x89PNG")
     lines = (profiled.folder / "toy-measurements.csv").read_text(encoding="utf-8").splitlines()
     kinds = [line.partition(",")[0] for line in lines[1:]]
-    assert [kinds.count(kind) for kind in ("prefill", "check")] == [10, 4]
+    assert [kinds.count(kind) for kind in ("prefill", "check")] == [30, 4]
     assert kinds.count("step") == profiled.profile.measured.num_steps
 
 
@@ -240,7 +240,7 @@ def test_a_server_that_dies_leaves_what_was_measured(tmp_path: Path, capsys: pyt
 def test_a_server_that_dies_late_still_gives_a_profile_that_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    in_a_round = 3 + 4 + 2 * (1 + 2) + 5  # getting ready, prompts, decoding, warm-up; the second round is cut short
+    in_a_round = 3 + 3 * 4 + 2 * (1 + 2) + 5  # getting ready, prompts, decoding, warm-up; the second round is cut short
     with serving(Behaviour(dies_after=in_a_round + 2)) as server:
         assert run(server.url, tmp_path, "--rounds", "2") == 0
     assert "note: the server failed 3 times in a row" in capsys.readouterr().err
