@@ -7,6 +7,7 @@
         ├── ArtifactError(ValueError)   a saved predictor that is damaged, foreign or of another format
         ├── ExportError(ValueError)     a graph that is not what its network is
         ├── ProfileError(ValueError)    an engine's profile that is damaged, foreign or of another format
+        ├── ServerError(ConnectionError)  an LLM server that does not answer, or not as expected
         └── MissingExtraError(ImportError)   an optional package that is not installed
 
 Every leaf is also the builtin error that a caller who does not know mope would catch. Anything that is not
@@ -42,6 +43,16 @@ class ExportError(UserError, ValueError):
 
 class ProfileError(UserError, ValueError):
     """A profile of an engine that is damaged, foreign or of another format."""
+
+
+class ServerError(UserError, ConnectionError):
+    """An LLM server that does not answer, or not as expected.
+
+    Attributes:
+        status: the HTTP status that it answered with, if that was the matter.
+    """
+
+    status: int | None = None
 
 
 class MissingExtraError(UserError, ImportError):

@@ -19,6 +19,7 @@ EXTRAS = {
     "cuda": "tensorrt",
     "onnx": "export",
     "onnxscript": "export",
+    "httpx2": "profile",
     "lightning": "train",
     "datasets": "train",
     "sklearn": "train",

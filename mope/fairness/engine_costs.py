@@ -54,7 +54,7 @@ class RooflineCosts:
     all of them per GPU:
 
         step(B, C)  = max(w(B)/M + k·C/M,  2·N·B/F + a·C/F) + h(B) + o
-        prefill(n)  = max(w(n)/M + k·n/M,  2·N·n/F + a·n²/(2·F)) + h(n) + o·(1 + n/chunk)
+        prefill(n)  = max(w(n)/M + k·n/M,  2·N·n/F + a·n²/(2·F)) + h(n) + o·max(1, 1/2 + n/chunk)
 
     Args:
         weights_s: seconds to read the weights that 0, 1, 2, ... tokens touch; the last entry holds for all above.
@@ -106,7 +106,7 @@ class RooflineCosts:
 
     def prefill_s(self, prompt_tokens: float) -> float:
         """See `EngineCosts`."""
-        waits_s = self._fixed_s * (1.0 + prompt_tokens / self.chunk_tokens)
+        waits_s = self._fixed_s * max(1.0, 0.5 + prompt_tokens / self.chunk_tokens)
         return self.prefill_work_s(prompt_tokens) + self._allreduce_token_s * prompt_tokens + waits_s
 
     def beside_s(self, num_running: int, context_tokens: float) -> float:

@@ -64,11 +64,13 @@ class MetricsMapper:
     its middle, which is exact where a step's time is linear in it. With n prompt and m response tokens, R running
     requests of C tokens and w waiting prompt tokens:
 
-        ttft    = prefill(n) + w·prompt_token + (1 + (w + n)/chunk)·beside(R, C)      n without cached tokens
+        ttft    = prefill(n) + w·prompt_token + chunks·beside(R, C)      chunks = max(1, 1/2 + (w + n)/chunk)
         latency = ttft + (m - 1)·(step(R + 1, C + n + m/2) + prompt_tokens_per_step·prompt_token)
 
-    The first token comes from the prefill. Steps as in `mope.fairness.engine_costs`. This reconstructs what Equinox
-    (arXiv 2508.16646) names without a formula that was available.
+    Of the prompt, only what the prefix cache does not hold is prefilled. The first token comes from the prefill; chunks
+    are the steps that it takes on average, wherever it begins in the first. Times of steps as in
+    `mope.fairness.engine_costs`. This reconstructs what Equinox (arXiv 2508.16646) names without a formula that was
+    available.
 
     Args:
         profile: of the engine, from `mope.fairness.profiles.load_profile`.
@@ -95,7 +97,7 @@ class MetricsMapper:
         new_tokens = prompt_tokens - cached_tokens
         ttft_s = costs.prefill_s(new_tokens) + costs.prompt_token_s * waiting
         if load.num_running:
-            num_chunks = 1.0 + (waiting + new_tokens) / costs.chunk_tokens
+            num_chunks = max(1.0, 0.5 + (waiting + new_tokens) / costs.chunk_tokens)
             ttft_s += num_chunks * costs.beside_s(load.num_running, load.context_tokens)
         latency_s = ttft_s
         work_s = costs.prefill_work_s(new_tokens)

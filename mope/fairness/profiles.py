@@ -169,12 +169,15 @@ class Measured(Frozen):
     machine: str = Field(description="processor or GPU that served, as far as the one who measured says")
     complete: bool = Field(description="whether every planned measurement was made")
     num_prefills: Count = Field(description="measured first tokens")
-    num_steps: Count = Field(description="measured runs of decode steps")
+    num_steps: Count = Field(description="measured pieces of runs of decode steps")
     prompt_tokens: tuple[int, int] = Field(description="shortest and longest prompt")
     num_running: tuple[int, int] = Field(description="fewest and most requests that decoded together")
     context_tokens: tuple[int, int] = Field(description="least and most tokens of context of a step, all requests'")
-    prefill_errors: Errors = Field(description="of times to the first token")
-    step_errors: Errors = Field(description="of times of a step")
+    prefill_errors: Errors = Field(description="of times to the first token, each length held out in turn")
+    step_errors: Errors = Field(description="of times of a step, each concurrency and context held out in turn")
+    latency_errors: Errors | None = Field(
+        None, description="of the mapper's latency, on requests beside others that were not fitted; none if not checked"
+    )
 
 
 class FittedProfile(Frozen):

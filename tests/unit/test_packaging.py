@@ -28,6 +28,7 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
 PREDICTORS = ROOT / "mope" / "predictors"
+PROFILES = ROOT / "mope" / "fairness" / "profiles"
 DATA_SUFFIXES = {".yaml", ".gz", ".typed"}
 
 
@@ -76,7 +77,9 @@ def test_the_wheel_holds_every_source_and_data_file_and_nothing_else(wheel: zipf
     expected = {f"{package_of(file.parent).replace('.', '/')}/{file.name}" for file in shipped_files()}
     predictors = {file.relative_to(ROOT).as_posix() for file in PREDICTORS.rglob("*") if file.is_file()}
     assert any(name.endswith(".onnx") for name in predictors)
-    expected |= predictors
+    profiles = {file.relative_to(ROOT).as_posix() for file in PROFILES.glob("*.json")}
+    assert len(profiles) == 2
+    expected |= predictors | profiles
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert found == expected
     assert "mope/py.typed" in found
@@ -115,7 +118,13 @@ def test_every_dependency_is_pinned_once_for_every_python() -> None:
         if line and not line.startswith("#"):
             pin = Requirement(line)
             pins.setdefault(canonicalize_name(pin.name), []).append(pin)
-    installed = [*PYPROJECT["project"]["dependencies"], *EXTRAS["train"], *EXTRAS["demo"], *EXTRAS["dev"]]
+    installed = [
+        *PYPROJECT["project"]["dependencies"],
+        *EXTRAS["train"],
+        *EXTRAS["demo"],
+        *EXTRAS["profile"],
+        *EXTRAS["dev"],
+    ]
     for wanted in map(Requirement, installed):
         if wanted.marker:
             continue
