@@ -48,7 +48,7 @@ def test_an_estimate_stays_in_its_ranges(profile: Profile, prompt: int, answer: 
     for value in (found.latency_s, found.ttft_s, found.tokens_per_s, found.gpu_utilization):
         assert isfinite(value)
     assert 0 < found.ttft_s <= found.latency_s
-    assert found.tokens_per_s * found.latency_s == pytest.approx(prompt + answer)
+    assert found.tokens_per_s * found.latency_s == pytest.approx(answer)
     assert 0 <= found.gpu_utilization <= 1
     assert found.kv_tokens == prompt + ceil(answer)
 
@@ -163,7 +163,8 @@ def test_equal_tokens_are_served_differently() -> None:
     reads, writes = mapper.estimate(900, 100), mapper.estimate(100, 900)
     assert reads.kv_tokens == writes.kv_tokens
     assert writes.latency_s > 5 * reads.latency_s
-    assert reads.tokens_per_s > 5 * writes.tokens_per_s
+    assert reads.tokens_per_s == pytest.approx(writes.tokens_per_s, rel=0.2)  # as the user sees it
+    assert (reads.kv_tokens / reads.latency_s) > 5 * (writes.kv_tokens / writes.latency_s)
 
 
 @given(profiles, st.integers(0, 5000), st.integers(1, 50_000))
