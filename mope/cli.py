@@ -148,7 +148,7 @@ def _prompts(typed: Sequence[str]) -> list[str]:
 def _load(arguments: Namespace) -> LengthPredictor:
     from mope.predictor import LengthPredictor
 
-    if arguments.backend == "torch" or (arguments.backend is None and find_spec("torch")):
+    if arguments.backend in (None, "torch") and find_spec("torch"):
         _check_device(arguments.device or "cpu")
     return LengthPredictor.from_pretrained(
         arguments.artifact, backend=arguments.backend, device=arguments.device, precision=arguments.precision

@@ -273,6 +273,16 @@ def test_a_gpu_that_is_not_there_is_a_mistake(run: Run, tiny: Path, monkeypatch:
     assert "type --device cpu" in mistake(run("predict", tiny, "x", "--device", "cuda:0"))
 
 
+def test_that_a_packaged_predictor_has_no_weights_is_said_before_that_torch_is_missing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mope.cli.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    line = mistake(run("predict", "chat-small", "x", "--backend", "torch"))
+    assert "chat-small was exported for serving and has no PyTorch weights" in line
+    assert "install" not in line
+
+
 # --- mope-train, mope train ---
 
 

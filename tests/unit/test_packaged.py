@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from mope import LengthPredictor, packaged
-from mope.errors import ArtifactError
+from mope.errors import ArtifactError, MissingExtraError
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("chat-micro", "chat-small")
@@ -115,7 +116,69 @@ def test_a_name_is_located_and_shown_again(tmp_path):
     assert packaged.located("nothing-here") == Path("nothing-here")
 
 
-def test_a_name_that_is_none_says_which_there_are(tmp_path, monkeypatch):
+PACKAGED = "packaged are chat-micro and chat-small"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("chat-smal", f"{PACKAGED}; did you mean chat-small?"),
+        ("Chat_Micro", f"{PACKAGED}; did you mean chat-micro?"),
+        ("chat-base", f"it is a recipe: mope-train --recipe chat-base --output DIR makes it; {PACKAGED}"),
+        ("chat-bse", f"{PACKAGED}; did you mean chat-base? mope-train --recipe chat-base --output DIR makes it"),
+        ("elsewhere", f"mope-train DATA --output elsewhere makes one; {PACKAGED}"),
+    ],
+)
+def test_a_name_that_is_none_says_which_there_are_and_what_it_may_have_meant(name, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ArtifactError, match=r"no saved predictor at chat-smal; .*chat-micro and chat-small come"):
-        LengthPredictor.from_pretrained("chat-smal")
+    with pytest.raises(ArtifactError, match=re.escape(f"no saved predictor at {name}; {said}") + "$"):
+        LengthPredictor.from_pretrained(name)
+
+
+def test_recipes_are_found_without_training():
+    from mope.training.recipe import recipe_names
+
+    assert packaged.recipes() == recipe_names()
+    code = "import sys; from mope import packaged; packaged.recipes(); assert 'mope.training' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+NO_WEIGHTS = (
+    r"^chat-small was exported for serving and has no PyTorch weights \(model\.safetensors\); {} needs them: "
+    "mope-train --recipe chat-small --output DIR makes such"
+)
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_that_it_has_no_weights_is_said_before_what_is_not_installed(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ArtifactError, match=NO_WEIGHTS.format("the torch backend") + ", or let the onnx backend run"):
+        LengthPredictor.from_pretrained("chat-small", backend="torch")
+
+
+def test_without_any_engine_the_one_that_it_needs_is_named(monkeypatch):
+    for module in ("torch", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=r"'onnxruntime', .* pip install 'mope-llm\[onnx\]'"):
+        LengthPredictor.from_pretrained("chat-small")
+
+
+def test_it_is_no_predictor_to_export_and_that_is_one_line(tmp_path, monkeypatch, capsys):
+    from mope import console
+    from mope.export.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    console.console.cache_clear()
+    assert main(["chat-small", "--to", "onnx-int8"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(NO_WEIGHTS.format("mope-export") + "$", line.removeprefix("error: "))
+
+
+def test_a_copy_of_it_says_the_same_under_its_own_name(tmp_path):
+    copy = Path(shutil.copytree(packaged.PREDICTORS / "chat-micro", tmp_path / "mine"))
+    said = (
+        f"{re.escape(str(copy))} was exported for serving and .*: they are in the folder that it was exported from, or "
+    )
+    with pytest.raises(ArtifactError, match=said + "mope-train --recipe chat-micro --output DIR makes such, or let"):
+        LengthPredictor.from_pretrained(copy, backend="torch")
