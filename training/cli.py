@@ -73,13 +73,13 @@ def parser(prog: str) -> Parser:
 
 
 def _train(argv: list[str], prog: str) -> int:
-    _check_installed(prog)
-    from mope.training.recipe import dump, load_recipe
-
     arguments = parser(prog).parse_args(argv)
     if arguments.list_recipes:
         _list_recipes()
         return 0
+    _check_installed(prog)
+    from mope.training.recipe import dump, load_recipe
+
     overrides: dict[str, Any] = {**given(arguments)}
     if arguments.data is not None:
         overrides.setdefault("data", {})["source"] = arguments.data

@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from mope.errors import ConfigError
+from mope.extras import require
 from mope.flags import flag_name, validated
 from mope.training.config import RECIPES, EvaluationConfig, FitConfig, ModelConfig, TrainConfig
 from mope.training.data.config import DataConfig
@@ -92,7 +92,9 @@ def load_recipe(name_or_path: str | Path | None, overrides: Mapping[str, Any] | 
 
 def dump(config: TrainConfig) -> str:
     """A config as YAML that `load_recipe` reads back; the same bytes for the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=False), sort_keys=False, allow_unicode=True)
+    yaml = _yaml()
+    text: str = yaml.safe_dump(config.model_dump(mode="json", exclude_none=False), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _read(name_or_path: str | Path) -> tuple[str, dict[str, dict[str, Any]], list[dict[str, Any]]]:
@@ -105,7 +107,7 @@ def _read(name_or_path: str | Path) -> tuple[str, dict[str, dict[str, Any]], lis
             f"no recipe {str(name_or_path)!r}{_nearest(str(name_or_path), recipe_names())}; built in are "
             f"{', '.join(recipe_names())}, or give a YAML file"
         )
-    origin = f"recipe {name_or_path}"
+    origin, yaml = f"recipe {name_or_path}", _yaml()
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -125,6 +127,10 @@ def _read(name_or_path: str | Path) -> tuple[str, dict[str, dict[str, Any]], lis
         for field in fields or ():
             _check_known(f"{origin}: {section}", field, SECTIONS[section].model_fields, "key")
     return origin, {section: fields or {} for section, fields in content.items()}, also
+
+
+def _yaml() -> Any:
+    return require("yaml", "a recipe")
 
 
 def _check_known(where: str, key: Any, known: Collection[str], what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -62,6 +63,32 @@ def test_every_command_explains_itself_with_an_example(arguments: list[str], run
     usage = " ".join(["mope", *arguments[:-1]])
     assert text.startswith(f"usage: {usage}")
     assert f"  {usage} " in text.partition("example:\n")[2]
+
+
+WITHOUT_EXTRAS = """
+import sys
+from mope.extras import EXTRAS
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in EXTRAS:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [*(f"mope.cli {name} --help" for name in COMMANDS), "mope.training.cli --help", "mope.training.cli --list-recipes",
+     "mope.export.cli --help"],
+)  # fmt: skip
+def test_help_needs_no_extras(arguments: str) -> None:
+    module, *words = arguments.split()
+    code = f"{WITHOUT_EXTRAS}\nfrom {module} import main\nsys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "example:" in done.stdout or "--list-recipes" in words
 
 
 def test_help_lists_the_commands(run: Run, capsys: Any) -> None:
