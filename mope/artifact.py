@@ -139,7 +139,7 @@ def check_weights(folder: Path, config: PredictorConfig, who: str, instead: str 
     if not missing:
         return
     recipe = recipe_of(folder)
-    where = [] if folder.parent == packaged.PREDICTORS else ["they are in the folder that it was exported from"]
+    where = [] if packaged.is_packaged(folder) else ["they are in the folder that it was exported from"]
     where += [f"mope-train --recipe {recipe} --output DIR makes such"] if recipe else []
     raise ArtifactError(
         f"{packaged.shown(folder)} was exported for serving and has no PyTorch weights ({', '.join(missing)}); {who} "

@@ -35,9 +35,14 @@ def located(name_or_path: str | Path) -> Path:
     return path if path.exists() else folder_of(str(name_or_path)) or path
 
 
+def is_packaged(folder: Path) -> bool:
+    """Whether a folder is that of a packaged predictor, by whatever path."""
+    return folder.resolve().parent == PREDICTORS.resolve()
+
+
 def shown(folder: Path) -> str:
     """What a user types for a folder: the name of a packaged predictor, else its path."""
-    return folder.name if folder.parent == PREDICTORS else str(folder)
+    return folder.name if is_packaged(folder) else str(folder)
 
 
 def not_found(name: str) -> str:

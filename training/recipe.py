@@ -104,7 +104,7 @@ def _read(name_or_path: str | Path) -> tuple[str, dict[str, dict[str, Any]], lis
         path = RECIPES / f"{name_or_path}.yaml"
     elif not path.is_file():
         raise ConfigError(
-            f"no recipe {str(name_or_path)!r}{_nearest(str(name_or_path), recipe_names())}; built in are "
+            f"no recipe {str(name_or_path)!r}{nearest(str(name_or_path), recipe_names())}; built in are "
             f"{', '.join(recipe_names())}, or give a YAML file"
         )
     origin, yaml = f"recipe {name_or_path}", _yaml()
@@ -135,11 +135,12 @@ def _yaml() -> Any:
 
 def _check_known(where: str, key: Any, known: Collection[str], what: str) -> None:
     if key not in known:
-        hint = _nearest(str(key), known) or f"; known are {', '.join(known)}"
+        hint = nearest(str(key), known) or f"; known are {', '.join(known)}"
         raise ConfigError(f"{where} has an unknown {what} {str(key)!r}{hint}")
 
 
-def _nearest(word: str, known: Collection[str]) -> str:
+def nearest(word: str, known: Collection[str]) -> str:
+    """A hint at the known word that another one resembles, in brackets; empty if there is none."""
     near = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from mope import console as terminal
+from mope import packaged
 from mope.cli import COMMANDS, LEVELS, main
 from mope.errors import DataError
 from mope.predictor import LengthPredictor
@@ -427,6 +428,33 @@ def test_a_dry_run_prints_a_recipe_on_stdout_and_the_plan_on_stderr(
     assert yaml.safe_load(out)["fit"]["seed"] == 3
     (tmp_path / "mine.yaml").write_text(out)
     assert load_recipe(tmp_path / "mine.yaml") == load_recipe("demo", {"fit": {"seed": 3}})
+    assert begun == []
+
+
+NO_TEACHER = "no folder there and no recipe of that name"
+SERVING_ONLY = (
+    "chat-small was exported for serving and has no PyTorch weights (model.safetensors); a teacher needs them: "
+    "mope-train --recipe chat-small --output DIR makes such, or type {} chat-small for the recipe"
+)
+
+
+@pytest.mark.parametrize("ending", [["--dry-run"], ["--output", "x"]], ids=["dry run", "run"])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--co-teachers", "demo"], "--co-teachers teach beside a --teacher; got demo and no teacher"),
+        (["--teacher", "nowhere"], f"--teacher nowhere: {NO_TEACHER}; expected the folder"),
+        (["--teacher", "chat-smal"], f"--teacher chat-smal: {NO_TEACHER} (did you mean 'chat-small'?)"),
+        (["--teacher", "demo", "--co-teachers", "dem,x"], f"--co-teachers dem: {NO_TEACHER} (did you mean 'demo'?)"),
+        (["--teacher", "{packaged}/chat-small"], SERVING_ONLY.format("--teacher")),
+        (["--teacher", "demo", "--co-teachers", "{packaged}/chat-small"], SERVING_ONLY.format("--co-teachers")),
+    ],
+)
+def test_teachers_that_can_t_teach_are_told_at_once(
+    run: Run, begun: list[SimpleNamespace], flags: list[str], said: str, ending: list[str]
+) -> None:
+    flags = [flag.format(packaged=packaged.PREDICTORS) for flag in flags]
+    assert said in mistake(run("--recipe", "demo", *flags, *ending, program=training_cli.main))
     assert begun == []
 
 

@@ -1,6 +1,7 @@
 """The predictors that come with the package: whole, small, offline, and honest about what they do not know."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -112,6 +113,7 @@ def test_a_name_is_located_and_shown_again(tmp_path):
     assert (folder / "files.json").is_file()
     assert packaged.shown(folder) == "chat-small"
     assert packaged.located(tmp_path) == tmp_path
+    assert packaged.shown(Path(os.path.relpath(folder))) == "chat-small"
     assert packaged.shown(tmp_path / "mine") == str(tmp_path / "mine")
     assert packaged.located("nothing-here") == Path("nothing-here")
 
