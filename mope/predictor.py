@@ -335,6 +335,10 @@ class LengthPredictor:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the predictor, with all that `observe` taught it, into a folder. Whole or not at all.
 
+        What is loaded from there predicts bit for bit what this predictor does from now on. Beside what it predicted
+        until now, that may differ a little: `observe` puts off working out corrections anew (of an LLM's answers until
+        an eighth more are there, 50 at most; of its relatives' longer), and here all of them are.
+
         Raises:
             ArtifactError: the folder exists and is not a saved predictor.
         """
