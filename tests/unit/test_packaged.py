@@ -74,6 +74,15 @@ def test_longer_answers_are_expected_where_more_is_asked_for(predictor):
     assert max(medians[:3]) < 0.6 * min(medians[3:])
 
 
+def test_the_readme_counts_the_llms_that_it_knows(predictor):
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    counted = re.search(
+        r"They know (\d+) names: (\d+) LLMs that have 50 training rows or more, and (\d+) families", readme
+    )
+    names, llms, families = map(int, counted.groups())
+    assert len(predictor.config.target_llms) == names == llms + families
+
+
 def test_it_knows_llms_that_say_more_than_others(predictor):
     def typical(llm):
         return np.exp(np.mean([np.log(predictor.predict(prompt, target_llm=llm).median) for prompt in PROMPTS[3:]]))
