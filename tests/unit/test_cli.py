@@ -206,7 +206,8 @@ def test_lines_are_predicted_in_their_order(
     assert (status, out) == (0, "")
     assert "predicting: 23/23 (100%)" in err
     answers = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [answer["id"] for answer in answers] == [request["id"] for request in REQUESTS]
+    assert [answer["id"] for answer in answers] == ["a", "b", "line 3", *range(20)]
+    assert "warning" not in err
     predictor = LengthPredictor.from_pretrained(tiny)
     for answer, request in zip(answers, REQUESTS, strict=True):
         wanted = predictor.predict_batch([{name: value for name, value in request.items() if value is not None}])[0]
@@ -221,7 +222,7 @@ def test_a_line_overrides_what_was_typed_for_all(run: Run, tiny: Path, tmp_path:
     status, out, _ = run("predict", tiny, "--input", source, "--max-tokens", "4")
     assert status == 0
     answers = [json.loads(line) for line in out.splitlines()]
-    assert [answer["id"] for answer in answers] == [1, 3]  # an empty line is passed over
+    assert [answer["id"] for answer in answers] == ["line 1", "line 3"]  # an empty line is passed over
     assert 4 < answers[0]["quantiles"]["0.99"] <= 9
     assert answers[1]["quantiles"]["0.99"] == 4
 
@@ -231,20 +232,45 @@ def test_bad_lines_are_answered_counted_and_do_not_stop_the_others(run: Run, tin
     lines = [
         b'{"id": 1, "prompt": "Thanks!"}', b"not json", b'{"id": "c", "prompt": 3}', b"[1]",
         b'{"id": "e", "promt": "x"}', b'{"id": "\xff"}', b'{"id": "g", "prompt": "x", "max_tokens": 0}',
-        b'{"id": 8, "prompt": "Thanks!"}',
+        b'{"id": 8, "prompt": "Thanks!"}', b'{"id": NaN, "prompt": "x"}', b'{"id": [3], "prompt": "x"}',
+        b'{"id": false, "prompt": "x"}',
     ]  # fmt: skip
     source.write_bytes(b"\n".join(lines))
     status, out, err = run("predict", tiny, "--input", source)
     assert status == 0
     answers = [json.loads(line) for line in out.splitlines()]
-    assert [answer["id"] for answer in answers] == [1, 2, "c", 4, "e", 6, "g", 8]
-    assert [number for number, answer in enumerate(answers, start=1) if "error" in answer] == [2, 3, 4, 5, 6, 7]
+    assert [answer["id"] for answer in answers] == [
+        1, "line 2", "c", "line 4", "e", "line 6", "g", 8, "line 9", "line 10", "line 11",
+    ]  # fmt: skip
+    assert [number for number, answer in enumerate(answers, start=1) if "error" in answer] == [
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        9,
+        10,
+        11,
+    ]
+    assert answers[8]["error"] == "line 9: id is float; expected a text or a number"
     for number, answer in enumerate(answers, start=1):
         if "error" in answer:
             assert set(answer) == {"id", "error"}
             assert answer["error"].startswith(f"line {number}: ")
-    assert "6 of 8 lines are no requests" in err
+    assert "9 of 11 lines are no requests" in err
     assert "the first: line 2: not JSON" in err
+
+
+def test_ids_are_those_given_or_the_line_and_repeated_ones_are_told(run: Run, tiny: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    ids = [2, None, "2", 2.0, "a", "\ud800", "a", "line 2", "\ud800"]
+    source.write_text("".join(json.dumps({"id": one, "prompt": "x"}) + "\n" for one in ids))
+    status, _, err = run("predict", tiny, "--input", source, "--output", target, "--batch-size", "1")
+    assert status == 0
+    written = [json.loads(line)["id"] for line in target.read_text().splitlines()]
+    assert json.dumps(written) == json.dumps([2, "line 2", *ids[2:]])
+    assert 'warning: 3 of 9 lines have an id that a line before them has; the first: line 7 has the id "a", as' in err
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "prompt,id\n1,2\n"])
