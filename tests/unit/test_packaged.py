@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mope import LengthPredictor, packaged
+from mope.card import render_card
 from mope.errors import ArtifactError, MissingExtraError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +68,22 @@ def test_its_card_and_record_are_kept_and_name_no_folder_of_one_machine(name):
     record = (folder / "provenance.json").read_text(encoding="utf-8")
     assert not re.search(r"\"/(home|root|tmp|work|Users)", record)
     assert json.loads(record)["config"]["model"]["preset"] == name.removeprefix("chat-")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_card_says_how_it_is_used_and_lists_every_llm_that_it_knows(name):
+    """As `mope.card` would say it now: who changes that renders the section of the committed cards anew."""
+    folder = packaged.PREDICTORS / name
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found, expected = (
+        re.search(r"^## Use$.*?(?=^## )", text, flags=re.MULTILINE | re.DOTALL).group()
+        for text in (
+            (folder / "README.md").read_text(encoding="utf-8"),
+            render_card(config, {}, {}, [], name=name, tables=""),
+        )
+    )
+    assert found == expected
+    assert all(f"`{llm}`" in found for llm in config["target_llms"])
 
 
 def test_longer_answers_are_expected_where_more_is_asked_for(predictor):
