@@ -10,6 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from mope import artifact, packaged
 from mope import console as terminal
 from mope.backends.onnx_backend import ONNX_FOLDER, PRECISIONS, Precision, export_target
 from mope.errors import ConfigError
@@ -87,6 +88,9 @@ def _export(argv: list[str], prog: str) -> int:
     if arguments.max_test_rows < 2:
         raise ConfigError(f"--max-test-rows: got {arguments.max_test_rows}; expected at least 2")
 
+    arguments.artifact = packaged.located(arguments.artifact)
+    if arguments.to != TENSORRT:
+        artifact.check_weights(arguments.artifact, artifact.check(arguments.artifact), prog)
     require("torch", "mope-export")
     if arguments.to == TENSORRT:
         return _export_engines(arguments)

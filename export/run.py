@@ -84,6 +84,7 @@ def export_onnx(
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "mope-export")
     config = artifact.check(folder)
+    artifact.check_weights(folder, config, "an export")
     reference = LengthPredictor.from_pretrained(folder, backend="torch")
     exported_from = {name: file_sha256(folder / name) for name in weight_files(config)}
     with _adding(folder) if output is None else _lean_copy(folder, config, output) as temporary:

@@ -21,15 +21,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
-from mope import packaged as packaged_predictors
+from mope import packaged
 from mope.calibration import Calibration
-from mope.config import FORMAT_VERSION, PredictorConfig
+from mope.config import FORMAT_VERSION, PredictorConfig, network_names
 from mope.errors import ArtifactError
 from mope.grid import Array
 from mope.provenance import file_sha256
@@ -94,9 +95,7 @@ def check(folder: Path) -> PredictorConfig:
         ArtifactError: not a saved predictor, a missing or changed file, or an unknown format version.
     """
     if not folder.is_dir():
-        packaged = packaged_predictors.names()
-        others = f"; {' and '.join(packaged)} come with mope" if packaged else ""
-        raise ArtifactError(f"no saved predictor at {folder}; mope-train --output {folder} makes one{others}")
+        raise ArtifactError(packaged.not_found(str(folder)))
     if not (folder / "files.json").exists():
         raise ArtifactError(f"{folder} has no files.json: not a predictor saved by mope, or an unfinished copy")
     listed = read_json(folder / "files.json")
@@ -122,6 +121,38 @@ def check(folder: Path) -> PredictorConfig:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ArtifactError(f"{folder / 'config.json'}: {where}: {first['msg']}") from error
+
+
+def check_weights(folder: Path, config: PredictorConfig, who: str, instead: str = "") -> None:
+    """Refuse a copy for serving, which has ONNX graphs alone, where the weights of its networks are needed.
+
+    Args:
+        folder: of the artifact.
+        config: of the artifact.
+        who: what needs the weights, in words that complete "... needs them".
+        instead: what else could be done, a clause of its own.
+
+    Raises:
+        ArtifactError: it has none. Says where they are, or which recipe makes them.
+    """
+    missing = [name for name in map("{}.safetensors".format, network_names(config)) if not (folder / name).exists()]
+    if not missing:
+        return
+    recipe = recipe_of(folder)
+    where = [] if packaged.is_packaged(folder) else ["they are in the folder that it was exported from"]
+    where += [f"mope-train --recipe {recipe} --output DIR makes such"] if recipe else []
+    raise ArtifactError(
+        f"{packaged.shown(folder)} was exported for serving and has no PyTorch weights ({', '.join(missing)}); {who} "
+        f"needs them: {', or '.join([*where, *([instead] if instead else [])])}"
+    )
+
+
+def recipe_of(folder: Path) -> str | None:
+    """The built-in recipe that a predictor was trained by, as far as its provenance says so."""
+    path = folder / "provenance.json"
+    command = read_json(path).get("command") if path.exists() else None
+    named = [after for flag, after in pairwise(command or ()) if flag == "--recipe"]
+    return next((name for name in named if name in packaged.recipes()), None)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -15,10 +15,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mope.target_llm import describe
+
 Facts = Mapping[str, Any]
 
 PROMPT = "Explain TCP slow start."
 TAGS = ("llm-serving", "response-length-prediction", "scheduling", "mixture-of-experts", "calibration", "quantiles")
+INLINE_NAMES = 12  # names of LLMs that are listed in a sentence, at most
 PARTS = {"first_turn": "first turns", "all_turns": "all turns"}
 PREDICTORS = {
     "single_head": "the single head of its kind and size",
@@ -191,11 +194,13 @@ def _introduction(config: Facts) -> str:
 
 def _use(config: Facts, name: str) -> str:
     shell = f'mope predict {shlex.quote(name)} "{PROMPT}"'
-    known = _some(config["target_llms"])
+    names = config["target_llms"]
+    are_few = len(names) <= INLINE_NAMES
+    known = ", ".join(map(_code, names)) if are_few else f"any of {len(names)} names, listed below by their families"
     llms = (
         f"`target_llm` can be {known}. Of any other name the nearest relative among them is taken; its quantiles are "
         "wide until some of its answers were observed. "
-        if known
+        if names
         else ""
     )
     return (
@@ -203,6 +208,19 @@ def _use(config: Facts, name: str) -> str:
         f"Lengths are counted in tokens of {_code(config['label_tokenizer'])}. Give `history`, `max_tokens` and the "
         f"other flags of a request where you know them. {llms}Give true lengths back with "
         "`predictor.observe(prediction, actual_tokens=...)`: it then corrects itself for each target LLM."
+        f"{'' if are_few else _by_family(names)}"
+    )
+
+
+def _by_family(names: Sequence[str]) -> str:
+    """All names of LLMs that a predictor knows, one line per family, folded up."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(describe(name).family or name, []).append(name)
+    lines = (f"**{_plain(family)}**: {', '.join(map(_code, families[family]))}" for family in sorted(families))
+    return (
+        f"\n\n<details>\n<summary>The {len(names)} names of LLMs and families that it knows</summary>\n\n"
+        f"{_list(lines)}\n\n</details>"
     )
 
 
@@ -478,11 +496,6 @@ def _licence(config: Facts, provenance: Facts, licences: Sequence[str]) -> str:
 
 def _list(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _some(names: Sequence[str], most: int = 30) -> str:
-    """The first names as code; an ellipsis says that there are more."""
-    return ", ".join(map(_code, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def _words(value: Any) -> str:

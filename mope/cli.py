@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 from mope import console as terminal
 from mope.errors import ConfigError, DataError
 from mope.flags import Parser, add_flags, given, validated
-from mope.jsonl import STDIN, read_request, reading
+from mope.jsonl import STDIN, Ids, json_line, read_request, reading
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -41,8 +41,8 @@ Predict how many tokens an LLM will answer.
 With --input, each line is a JSON object {"id", "prompt" or "messages", "history"?, "target_llm"?, "max_tokens"?, ...},
 and each becomes one line {"id", "median", "mean", "quantiles": {"0.1", "0.5", "0.9", "0.99"}, "expert", "source"}, in
 the same order. A line that is no such request becomes {"id", "error"}: it is counted on stderr, the others are
-predicted, and the exit status is 0. If no line is a request, the status is 2 and no --output appears. A request
-without an id gets its line number."""
+predicted, and the exit status is 0. If no line is a request, the status is 2 and no --output appears. An id is a text
+or a number; line 7 gets the id "line 7" if it has none. Ids that several lines have are counted on stderr."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,7 +148,7 @@ def _prompts(typed: Sequence[str]) -> list[str]:
 def _load(arguments: Namespace) -> LengthPredictor:
     from mope.predictor import LengthPredictor
 
-    if arguments.backend == "torch" or (arguments.backend is None and find_spec("torch")):
+    if arguments.backend in (None, "torch") and find_spec("torch"):
         _check_device(arguments.device or "cpu")
     return LengthPredictor.from_pretrained(
         arguments.artifact, backend=arguments.backend, device=arguments.device, precision=arguments.precision
@@ -211,30 +211,40 @@ def _predict_lines(arguments: Namespace) -> int:
     from rich.markup import escape
 
     num_lines = num_bad = 0
-    first_error = ""
+    first_error, ids = "", Ids()
     with reading(arguments.input, "--input") as (lines, total):
         predictor = _load(arguments)
         numbered = enumerate(lines, start=1)
         with _writing(arguments.output) as output, terminal.progress("predicting", total) as advance:
             while window := list(islice(numbered, WINDOW_BATCHES * arguments.batch_size)):
-                known = [read_request(number, line, _defaults(arguments)) for number, line in window if line.strip()]
+                num_read = len(window)
+                window = [(number, line) for number, line in window if line.strip()]
+                known = [read_request(number, line, _defaults(arguments)) for number, line in window]
+                for (number, _), (request_id, _) in zip(window, known, strict=True):
+                    ids.add(number, request_id)
                 for answer in _answers(predictor, known, arguments.batch_size):
                     num_lines += 1
                     if "error" in answer:
                         num_bad += 1
                         first_error = first_error or answer["error"]
-                    output.write(json.dumps(answer, ensure_ascii=False) + "\n")
-                advance(len(window))
+                    output.write(json_line(answer))
+                advance(num_read)
             if num_bad == num_lines:
                 reason = f"the first: {first_error}" if num_lines else "it is empty"
                 raise DataError(f"{arguments.input}: none of {num_lines:,} lines is a request; {reason}")
+    warnings = []
     if num_bad:
-        terminal.console().print(
-            f"[yellow]warning:[/] {num_bad:,} of {num_lines:,} lines are no requests and have an error instead of a "
-            f"prediction; the first: {escape(first_error)}",
-            highlight=False,
-            soft_wrap=True,
+        warnings.append(
+            f"{num_bad:,} of {num_lines:,} lines are no requests and have an error instead of a prediction; the first: "
+            f"{first_error}"
         )
+    if ids.num_repeated:
+        warnings.append(
+            f"{ids.num_repeated:,} of {num_lines:,} lines have an id that a line before them has; the first: "
+            f"{ids.first_repeated}; what is written is in the order of the lines"
+        )
+    for warning in warnings:
+        terminal.console().print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -9,6 +9,8 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import blake2b
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from mope.errors import ConfigError, DataError, UserError
@@ -23,25 +25,65 @@ def read_request(number: int, line: str | bytes, defaults: Mapping[str, Any]) ->
     """Id and request of a line, or its id and what is wrong with it.
 
     Args:
-        number: of the line; the id of a request that has none.
+        number: of the line; the id of a request that has none is `"line <number>"`, which no number is.
         line: a JSON object with `prompt` or `messages`.
         defaults: fields of requests that don't name them.
     """
     from mope.inputs import as_request
 
-    request_id: Any = number
+    request_id: Any = f"line {number}"
     try:
         fields = json.loads(line)
         if not isinstance(fields, dict):
             raise DataError(f"got a JSON {type(fields).__name__}; expected an object with prompt")
-        request_id = fields.get("id", number)
-        return request_id, as_request(
-            {**defaults, **{name: value for name, value in fields.items() if value is not None}}
-        )
+        given = {name: value for name, value in fields.items() if value is not None}
+        if "id" in given:
+            if not _is_id(given["id"]):
+                raise DataError(f"id is {type(given['id']).__name__}; expected a text or a number")
+            request_id = given["id"]
+        return request_id, as_request({**defaults, **given})
     except UserError as error:
         return request_id, f"line {number}: {error}"
     except (ValueError, RecursionError) as error:
         return request_id, f"line {number}: not JSON: {error}"
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) or (type(value) in (int, float) and isfinite(value))
+
+
+class Ids:
+    """Tells ids that came before. Keeps about 150 bytes of each, however long it is."""
+
+    def __init__(self) -> None:
+        self.num_repeated = 0
+        self.first_repeated = ""
+        self._line_of: dict[bytes, int] = {}
+
+    def add(self, number: int, request_id: str | float) -> None:
+        """Count an id that a line before has, too.
+
+        Args:
+            number: of the line.
+            request_id: its id.
+        """
+        written = json.dumps(request_id)
+        before = self._line_of.setdefault(blake2b(written.encode(), digest_size=16).digest(), number)
+        if before == number:
+            return
+        if not self.num_repeated:
+            self.first_repeated = f"line {number} has the id {written[:80]}, as line {before} does"
+        self.num_repeated += 1
+
+
+def json_line(content: Mapping[str, Any]) -> str:
+    """One line of JSON that can be written as UTF-8: halves of surrogate pairs, which an id may hold, are escaped."""
+    line = json.dumps(content, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(content)
+    return line + "\n"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from numbers import Integral
 from pathlib import Path
 from threading import Lock
@@ -41,6 +42,7 @@ _logger = logging.getLogger("mope")
 
 
 CACHE_SIZE = 4096
+MAX_STRANGE_FAMILIES = 100  # families that are not known and that are spoken of
 
 
 class _Raw(NamedTuple):
@@ -94,6 +96,7 @@ class LengthPredictor:
         self._fallback = np.array(fallback, dtype=np.float64)
         self._fallback.flags.writeable = False
         self._edges = np.asarray(config.edges, dtype=np.float64)
+        self._strange_families: set[str] = set()
         self._unseen_modes = frozenset(config.unknown_llms) - {""}
 
     @classmethod
@@ -170,7 +173,8 @@ class LengthPredictor:
             messages: the whole conversation instead, OpenAI-style, ending with the user's message.
             history: the messages before `prompt`, OpenAI-style.
             **flags: what else is known of the request: `target_llm` (and where its name does not tell `llm_family`,
-                `llm_size` in billions of parameters, `llm_reasoning`), `max_tokens`, `temperature`, `tools`,
+                `llm_size` in billions of parameters, `llm_reasoning`; a family that the predictor does not know is
+                logged once as a warning), `max_tokens`, `temperature`, `tools`,
                 `response_format`, `thinking`, `thinking_budget`, `system`.
 
         Returns:
@@ -193,6 +197,9 @@ class LengthPredictor:
             `source` says so.
         """
         known = as_requests(requests)
+        for request in known:
+            if request.llm_family:
+                self._check_family(request.llm_family)
         answers: dict[int, LengthPrediction] = {
             row: self.fallback("no text", request) for row, request in enumerate(known) if not has_text(request)
         }
@@ -207,6 +214,21 @@ class LengthPredictor:
                 if keys:
                     self._cache.put(keys[row], raw)
         return [answers[row] for row in range(len(known))]
+
+    def _check_family(self, family: str) -> None:
+        """Say once of a family that it is none the predictor knows; the prediction does not change by it."""
+        llms, name = self.encoder.llms, describe(family).name
+        if llms.find(family) or name in self._strange_families or len(self._strange_families) >= MAX_STRANGE_FAMILIES:
+            return
+        self._strange_families.add(name)
+        families = llms.families()
+        near = get_close_matches(name, list(dict.fromkeys([*families, *llms.names])), n=3)
+        _logger.warning(
+            "llm_family %r is not known%s: predicted as if none were given, until answers were observed; %s",
+            name,
+            f" (did you mean {' or '.join(near)}?)" if near else "",
+            f"known are {', '.join(families)}" if families else "this predictor was trained without names of LLMs",
+        )
 
     async def predict_async(
         self, request: Request | str | Mapping[str, Any], *, deadline_s: float | None = None
@@ -334,6 +356,10 @@ class LengthPredictor:
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the predictor, with all that `observe` taught it, into a folder. Whole or not at all.
+
+        What is loaded from there predicts bit for bit what this predictor does from now on. Beside what it predicted
+        until now, that may differ a little: `observe` puts off working out corrections anew (of an LLM's answers until
+        an eighth more are there, 50 at most; of its relatives' longer), and here all of them are.
 
         Raises:
             ArtifactError: the folder exists and is not a saved predictor.

@@ -120,6 +120,13 @@ class LlmTable:
         """Whether the very LLM is known, not only a relative of it."""
         return describe(name).name in self._exact
 
+    def families(self) -> tuple[str, ...]:
+        """The shortest beginning of each known name that finds an LLM; in alphabetical order."""
+        shortest = (
+            next(start for start in reversed(describe(name).lineage) if start in self._exact) for name in self.names
+        )
+        return tuple(sorted(set(shortest)))
+
     def parents(self) -> list[int]:
         """For each index the one of its nearest known relative, 0 for none; length of `names` plus one."""
         above = [0]

@@ -73,13 +73,14 @@ def parser(prog: str) -> Parser:
 
 
 def _train(argv: list[str], prog: str) -> int:
-    _check_installed(prog)
-    from mope.training.recipe import dump, load_recipe
-
     arguments = parser(prog).parse_args(argv)
     if arguments.list_recipes:
         _list_recipes()
         return 0
+    _check_installed(prog)
+    from mope.training.recipe import dump, load_recipe
+    from mope.training.teachers import named_teachers
+
     overrides: dict[str, Any] = {**given(arguments)}
     if arguments.data is not None:
         overrides.setdefault("data", {})["source"] = arguments.data
@@ -90,6 +91,7 @@ def _train(argv: list[str], prog: str) -> int:
     if arguments.recipe is None and arguments.data is None:
         raise ConfigError(f"got neither data nor a recipe; type for example: {prog} {EXAMPLES[0]}")
     config = load_recipe(arguments.recipe, overrides)
+    named_teachers(config.model)  # those that can't teach are told before anything is printed or read
     if arguments.dry_run:
         print(dump(config), end="", flush=True)
     elif arguments.output is None:

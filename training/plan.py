@@ -33,10 +33,11 @@ from mope.training.experts import expert_rows, new_network
 from mope.training.fit import FitModule, resolve_precision
 from mope.training.objectives import MopeObjective
 from mope.training.prepare import Grid, Prepared, prepare
-from mope.training.recipe import load_recipe, recipe_names
+from mope.training.recipe import load_recipe
 from mope.training.rows import RunRows
 from mope.training.run import SPLITS, sample
 from mope.training.teacher import Teacher
+from mope.training.teachers import NamedTeacher, named_teachers
 from mope.training.trunks import find_trunk
 
 SAMPLE_ROWS = {"train": 4096, "validation": 512, "test": 64}  # encoded for the estimate
@@ -76,6 +77,7 @@ class Plan:
     """What a run would do.
 
     Attributes:
+        teachers: a line about each predictor that teaches.
         reports: lines about the data as it was read.
         num_rows: split -> rows that would be used.
         input_tokens: median and 90 % quantile of a row's input tokens.
@@ -88,6 +90,7 @@ class Plan:
         batch_size: rows per step.
     """
 
+    teachers: tuple[str, ...]
     reports: tuple[str, ...]
     num_rows: dict[str, int]
     input_tokens: tuple[float, float]
@@ -112,6 +115,7 @@ class Plan:
         gpu = f", {measured.gpu_bytes / GIB:.1f} GiB on the GPU" if measured.gpu_bytes else ""
         width = max(len(name) for name, _ in self.stages)
         return [
+            *self.teachers,
             *self.reports,
             "",
             f"rows used: {', '.join(f'{name} {count:,}' for name, count in self.num_rows.items())}",
@@ -141,7 +145,8 @@ def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
         UserError: data or config that the run could not use either.
     """
     model = config.model
-    encoder, grid = _trunk(model, config.data.label_tokenizer)
+    teachers = named_teachers(model)
+    encoder, grid = _trunk(model, teachers, config.data.label_tokenizer)
     with tempfile.TemporaryDirectory(prefix="mope-plan-") as folder:
         read = RunRows.read(config, encoder.tokenizer_json, Path(folder))
         tested = [*read.also]
@@ -162,6 +167,7 @@ def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
     further = 4 * num_parameters * (len(weight_files(prepared.config)) - 1)
     padded = _padded_tokens(prepared.train, config.fit)
     return Plan(
+        teachers=tuple(teacher.line() for teacher in teachers),
         reports=tuple(line for found in (read.main, *tested) for line in found.report.lines()),
         num_rows=num_rows,
         input_tokens=(float(np.median(lengths)), float(np.quantile(lengths, 0.9))),
@@ -175,14 +181,18 @@ def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
     )
 
 
-def _trunk(model: ModelConfig, label_tokenizer: str) -> tuple[Trunk, Grid | None]:
+def _trunk(model: ModelConfig, teachers: Sequence[NamedTeacher], label_tokenizer: str) -> tuple[Trunk, Grid | None]:
     """The trunk and its teacher's grid; a teacher that is still to be trained lends its encoder alone."""
-    if model.teacher is None or model.teacher in recipe_names():
-        lender = None if model.teacher is None or model.encoder is not None else load_recipe(model.teacher).model
+    for other in teachers[1:]:
+        if other.config is not None:
+            Teacher(other.folder).check_tokens(label_tokenizer)
+    first = teachers[0] if teachers else None
+    if first is None or first.config is None:
+        lender = None if first is None or model.encoder is not None else load_recipe(first.name).model
         origin = lender or model
         settled = {"preset": model.preset, "num_layers": model.num_layers, "static_size": model.static_size}
         return find_trunk(origin.model_copy(update=settled)), None
-    teacher = Teacher(Path(model.teacher).expanduser(), model.num_layers)
+    teacher = Teacher(first.folder, model.num_layers)
     teacher.check(model, label_tokenizer)
     return find_trunk(model, teacher), Grid.of(teacher.settings)
 

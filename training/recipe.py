@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from mope.errors import ConfigError
+from mope.extras import require
 from mope.flags import flag_name, validated
 from mope.training.config import RECIPES, EvaluationConfig, FitConfig, ModelConfig, TrainConfig
 from mope.training.data.config import DataConfig
@@ -92,7 +92,9 @@ def load_recipe(name_or_path: str | Path | None, overrides: Mapping[str, Any] | 
 
 def dump(config: TrainConfig) -> str:
     """A config as YAML that `load_recipe` reads back; the same bytes for the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=False), sort_keys=False, allow_unicode=True)
+    yaml = _yaml()
+    text: str = yaml.safe_dump(config.model_dump(mode="json", exclude_none=False), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _read(name_or_path: str | Path) -> tuple[str, dict[str, dict[str, Any]], list[dict[str, Any]]]:
@@ -102,10 +104,10 @@ def _read(name_or_path: str | Path) -> tuple[str, dict[str, dict[str, Any]], lis
         path = RECIPES / f"{name_or_path}.yaml"
     elif not path.is_file():
         raise ConfigError(
-            f"no recipe {str(name_or_path)!r}{_nearest(str(name_or_path), recipe_names())}; built in are "
+            f"no recipe {str(name_or_path)!r}{nearest(str(name_or_path), recipe_names())}; built in are "
             f"{', '.join(recipe_names())}, or give a YAML file"
         )
-    origin = f"recipe {name_or_path}"
+    origin, yaml = f"recipe {name_or_path}", _yaml()
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -127,13 +129,18 @@ def _read(name_or_path: str | Path) -> tuple[str, dict[str, dict[str, Any]], lis
     return origin, {section: fields or {} for section, fields in content.items()}, also
 
 
+def _yaml() -> Any:
+    return require("yaml", "a recipe")
+
+
 def _check_known(where: str, key: Any, known: Collection[str], what: str) -> None:
     if key not in known:
-        hint = _nearest(str(key), known) or f"; known are {', '.join(known)}"
+        hint = nearest(str(key), known) or f"; known are {', '.join(known)}"
         raise ConfigError(f"{where} has an unknown {what} {str(key)!r}{hint}")
 
 
-def _nearest(word: str, known: Collection[str]) -> str:
+def nearest(word: str, known: Collection[str]) -> str:
+    """A hint at the known word that another one resembles, in brackets; empty if there is none."""
     near = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

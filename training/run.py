@@ -40,7 +40,7 @@ from mope.training.experts import train_mope
 from mope.training.fit import FitResult, world_size
 from mope.training.licences import data_licences
 from mope.training.prepare import Grid, Prepared, check_borders, prepare
-from mope.training.recipe import load_recipe, recipe_names
+from mope.training.recipe import load_recipe
 from mope.training.report import distinct_parts, metrics_markdown, print_metrics
 from mope.training.routing import (
     choose_combination,
@@ -53,6 +53,7 @@ from mope.training.routing import (
 )
 from mope.training.rows import RunRows
 from mope.training.teacher import Teacher, lessons
+from mope.training.teachers import named_teachers
 from mope.training.trunks import find_trunk
 from mope.training.unknown_llms import llm_factors, unknown_llms, without_llms
 
@@ -177,11 +178,12 @@ def train(
 def _teachers(config: TrainConfig, output: Path, *, resume: bool, command: Sequence[str]) -> list[Teacher]:
     """The predictors that teach, if any are to: saved ones, or recipes', trained first beside `output`."""
     model, found = config.model, list[Teacher]()
-    if model.teacher is None and model.co_teachers:
-        raise ConfigError(f"--co-teachers teach beside a --teacher; got {', '.join(model.co_teachers)} and no teacher")
-    for position, name in enumerate([model.teacher, *model.co_teachers] if model.teacher else []):
+    for position, named in enumerate(named_teachers(model)):
+        console().print(named.line(), highlight=False, markup=False, soft_wrap=True)
         ending = "teacher" if position == 0 else f"teacher-{position + 1}"
-        folder = _teacher_folder(name, output, ending, config, resume=resume, command=command)
+        folder = named.folder
+        if named.config is None:
+            folder = _trained_teacher(named.name, output, ending, config, resume=resume, command=command)
         if folder.resolve() == output.resolve():
             raise ConfigError(f"--output {output} is the teacher itself, which would be replaced; choose another")
         teacher = Teacher(folder, model.num_layers, inference_device(config.fit))
@@ -193,12 +195,10 @@ def _teachers(config: TrainConfig, output: Path, *, resume: bool, command: Seque
     return found
 
 
-def _teacher_folder(
+def _trained_teacher(
     name: str, output: Path, ending: str, config: TrainConfig, *, resume: bool, command: Sequence[str]
 ) -> Path:
-    """Where a teacher lies; one that is a recipe is trained, unless it was."""
-    if name not in recipe_names():
-        return Path(name).expanduser()
+    """Where a teacher that is a recipe lies, after it was trained, unless it was before."""
     folder = output.with_name(f"{output.name}.{ending}")
     recipe = load_recipe(name, {"evaluation": {"fine_tuned": (), "baselines": ("constant",)}})
     if world_size(config.fit) > 1:

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mope import packaged
+from mope.artifact import check_weights
 from mope.backends import Backend
 from mope.backends.onnx_backend import MANIFEST, choose_precision, exported_precisions, has_weights, read_manifest
 from mope.config import PredictorConfig
@@ -63,11 +65,13 @@ class Choice:
         """The engine, with the networks of an artifact folder.
 
         Raises:
-            ArtifactError: what it runs was not exported, or is damaged.
+            ArtifactError: what it runs was not exported, or is damaged; for torch, a copy for serving without weights.
             ConfigError: its device or precision can't be had.
             MissingExtraError: its packages are not installed.
         """
         engine = _ENGINES[self.backend]
+        if self.backend == "torch":  # before its packages: who lacks both can't mend it by installing them
+            check_weights(folder, config, "the torch backend", "let the onnx backend run its graphs")
         for package in engine.packages:
             require(package, f"the {self.backend} backend")
         settings = {"device": self.device, "num_threads": num_threads, "precision": self.precision}
@@ -117,12 +121,12 @@ def _on_cpu(folder: Path, precision: str | None) -> Choice:
         if not has_weights(folder):
             read_manifest(folder)  # says what is wrong with it, if it is that
             raise ArtifactError(
-                f"{folder} is a copy for serving: it has ONNX graphs in {', '.join(exported)} and no weights to run or "
-                f"export in {precision}; use the folder that it was exported from"
+                f"{packaged.shown(folder)} is a copy for serving: it has ONNX graphs in {', '.join(exported)} and no "
+                f"weights to run or export in {precision}; use the folder that it was exported from"
             )
         wanted = precision or "any precision"
         return Choice("torch", "cpu", precision, f"torch, since there is no ONNX export in {wanted} of these weights")
-    if not _is_installed("onnxruntime"):
+    if not _is_installed("onnxruntime") and has_weights(folder):
         return Choice(
             "torch", "cpu", precision, "torch, since onnxruntime is not installed (pip install 'mope-llm[onnx]')"
         )

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_model, save_model
 
+from mope.artifact import check_weights
 from mope.backends import ChooseExperts, RawOutputs, RunNetwork, copy_weights, run_networks
 from mope.backends.buckets import BucketRunner, grid
 from mope.backends.cuda_graphs import CudaGraphs
 from mope.backends.network import MopeNetwork, build_encoder
 from mope.config import PredictorConfig, network_names
-from mope.errors import ArtifactError, ConfigError
+from mope.errors import ConfigError
 from mope.features import EncodedRequests
 from mope.grid import Array
 
@@ -94,11 +95,7 @@ class TorchBackend:
         """
         if precision not in (None, *PRECISIONS):
             raise ConfigError(f"the torch backend runs in {' or '.join(PRECISIONS)}; got precision {precision!r}")
-        if missing := [name for name in weight_files(config) if not (folder / name).exists()]:
-            raise ArtifactError(
-                f"{folder} has no weights for PyTorch ({', '.join(missing)}): it was exported for serving alone; use "
-                'backend="onnx", or the folder that it was exported from'
-            )
+        check_weights(folder, config, "the torch backend", "let the onnx backend run its graphs")
         networks = empty_networks(config)
         for network, name in zip(networks, weight_files(config), strict=True):
             load_model(network, folder / name)

@@ -241,5 +241,9 @@ def test_a_teacher_with_another_tokenizer_or_none_at_all(teacher: Path, config: 
         train(student(config, teacher=str(copy)), tmp_path / "out")
     with pytest.raises(ConfigError, match="is the teacher itself"):
         train(student(config, teacher=str(teacher)), teacher)
-    with pytest.raises(ArtifactError, match="no saved predictor"):
+    with pytest.raises(ConfigError, match="no folder there and no recipe of that name"):
         train(student(config, teacher=str(tmp_path / "nowhere")), tmp_path / "out")
+    (copy / "model.safetensors").unlink()
+    artifact.seal(copy)
+    with pytest.raises(ArtifactError, match=r"no PyTorch weights .* a teacher needs them"):
+        train(student(config, teacher=str(copy)), tmp_path / "out")

@@ -146,7 +146,7 @@ def test_a_broken_list_of_files_is_one_line(copy, listing):
 
 
 def test_foreign_folders_and_none_say_what_to_type(tmp_path):
-    with pytest.raises(ArtifactError, match=r"mope-train --output .* makes one"):
+    with pytest.raises(ArtifactError, match=r"mope-train DATA --output .* makes one"):
         artifact.check(tmp_path / "nowhere")
     with pytest.raises(ArtifactError, match=r"has no files\.json: not a predictor saved by mope"):
         artifact.check(tmp_path)

@@ -342,6 +342,19 @@ def test_write_card(tmp_path):
     assert path.read_bytes() == card().encode()
 
 
+def test_all_llms_that_it_knows_are_listed_and_many_of_them_by_family():
+    few = card(config={**CONFIG, "target_llms": ["gpt-4", "yi-34b"]})
+    assert "`target_llm` can be `gpt-4`, `yi-34b`." in few
+    assert "<details>" not in few
+    names = [f"{family}-{size}b" for family in ("yi", "qwen2.5", "qwen2") for size in range(1, 20)]
+    many = card(config={**CONFIG, "target_llms": names})
+    assert "`target_llm` can be any of 57 names, listed below by their families." in many
+    folded = many.partition("<details>\n")[2].partition("\n</details>")[0].splitlines()
+    assert folded[:2] == ["<summary>The 57 names of LLMs and families that it knows</summary>", ""]
+    assert [line.partition(": ")[0] for line in folded[2:] if line] == ["- **qwen**", "- **yi**"]
+    assert sorted(re.findall("`([^`]+)`", "".join(folded))) == sorted(names)
+
+
 def test_the_snippet_in_the_card_runs(capsys):
     code = snippet(str(TINY))
     assert snippet("runs/demo") in card()

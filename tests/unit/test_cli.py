@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from mope import console as terminal
+from mope import packaged
 from mope.cli import COMMANDS, LEVELS, main
 from mope.errors import DataError
 from mope.predictor import LengthPredictor
@@ -62,6 +64,32 @@ def test_every_command_explains_itself_with_an_example(arguments: list[str], run
     usage = " ".join(["mope", *arguments[:-1]])
     assert text.startswith(f"usage: {usage}")
     assert f"  {usage} " in text.partition("example:\n")[2]
+
+
+WITHOUT_EXTRAS = """
+import sys
+from mope.extras import EXTRAS
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in EXTRAS:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [*(f"mope.cli {name} --help" for name in COMMANDS), "mope.training.cli --help", "mope.training.cli --list-recipes",
+     "mope.export.cli --help"],
+)  # fmt: skip
+def test_help_needs_no_extras(arguments: str) -> None:
+    module, *words = arguments.split()
+    code = f"{WITHOUT_EXTRAS}\nfrom {module} import main\nsys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "example:" in done.stdout or "--list-recipes" in words
 
 
 def test_help_lists_the_commands(run: Run, capsys: Any) -> None:
@@ -178,7 +206,8 @@ def test_lines_are_predicted_in_their_order(
     assert (status, out) == (0, "")
     assert "predicting: 23/23 (100%)" in err
     answers = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [answer["id"] for answer in answers] == [request["id"] for request in REQUESTS]
+    assert [answer["id"] for answer in answers] == ["a", "b", "line 3", *range(20)]
+    assert "warning" not in err
     predictor = LengthPredictor.from_pretrained(tiny)
     for answer, request in zip(answers, REQUESTS, strict=True):
         wanted = predictor.predict_batch([{name: value for name, value in request.items() if value is not None}])[0]
@@ -193,7 +222,7 @@ def test_a_line_overrides_what_was_typed_for_all(run: Run, tiny: Path, tmp_path:
     status, out, _ = run("predict", tiny, "--input", source, "--max-tokens", "4")
     assert status == 0
     answers = [json.loads(line) for line in out.splitlines()]
-    assert [answer["id"] for answer in answers] == [1, 3]  # an empty line is passed over
+    assert [answer["id"] for answer in answers] == ["line 1", "line 3"]  # an empty line is passed over
     assert 4 < answers[0]["quantiles"]["0.99"] <= 9
     assert answers[1]["quantiles"]["0.99"] == 4
 
@@ -203,20 +232,45 @@ def test_bad_lines_are_answered_counted_and_do_not_stop_the_others(run: Run, tin
     lines = [
         b'{"id": 1, "prompt": "Thanks!"}', b"not json", b'{"id": "c", "prompt": 3}', b"[1]",
         b'{"id": "e", "promt": "x"}', b'{"id": "\xff"}', b'{"id": "g", "prompt": "x", "max_tokens": 0}',
-        b'{"id": 8, "prompt": "Thanks!"}',
+        b'{"id": 8, "prompt": "Thanks!"}', b'{"id": NaN, "prompt": "x"}', b'{"id": [3], "prompt": "x"}',
+        b'{"id": false, "prompt": "x"}',
     ]  # fmt: skip
     source.write_bytes(b"\n".join(lines))
     status, out, err = run("predict", tiny, "--input", source)
     assert status == 0
     answers = [json.loads(line) for line in out.splitlines()]
-    assert [answer["id"] for answer in answers] == [1, 2, "c", 4, "e", 6, "g", 8]
-    assert [number for number, answer in enumerate(answers, start=1) if "error" in answer] == [2, 3, 4, 5, 6, 7]
+    assert [answer["id"] for answer in answers] == [
+        1, "line 2", "c", "line 4", "e", "line 6", "g", 8, "line 9", "line 10", "line 11",
+    ]  # fmt: skip
+    assert [number for number, answer in enumerate(answers, start=1) if "error" in answer] == [
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        9,
+        10,
+        11,
+    ]
+    assert answers[8]["error"] == "line 9: id is float; expected a text or a number"
     for number, answer in enumerate(answers, start=1):
         if "error" in answer:
             assert set(answer) == {"id", "error"}
             assert answer["error"].startswith(f"line {number}: ")
-    assert "6 of 8 lines are no requests" in err
+    assert "9 of 11 lines are no requests" in err
     assert "the first: line 2: not JSON" in err
+
+
+def test_ids_are_those_given_or_the_line_and_repeated_ones_are_told(run: Run, tiny: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    ids = [2, None, "2", 2.0, "a", "\ud800", "a", "line 2", "\ud800"]
+    source.write_text("".join(json.dumps({"id": one, "prompt": "x"}) + "\n" for one in ids))
+    status, _, err = run("predict", tiny, "--input", source, "--output", target, "--batch-size", "1")
+    assert status == 0
+    written = [json.loads(line)["id"] for line in target.read_text().splitlines()]
+    assert json.dumps(written) == json.dumps([2, "line 2", *ids[2:]])
+    assert 'warning: 3 of 9 lines have an id that a line before them has; the first: line 7 has the id "a", as' in err
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "prompt,id\n1,2\n"])
@@ -271,6 +325,16 @@ def test_an_output_that_can_t_be_written_is_a_mistake(run: Run, tiny: Path, tmp_
 def test_a_gpu_that_is_not_there_is_a_mistake(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "type --device cpu" in mistake(run("predict", tiny, "x", "--device", "cuda:0"))
+
+
+def test_that_a_packaged_predictor_has_no_weights_is_said_before_that_torch_is_missing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mope.cli.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    line = mistake(run("predict", "chat-small", "x", "--backend", "torch"))
+    assert "chat-small was exported for serving and has no PyTorch weights" in line
+    assert "install" not in line
 
 
 # --- mope-train, mope train ---
@@ -390,6 +454,33 @@ def test_a_dry_run_prints_a_recipe_on_stdout_and_the_plan_on_stderr(
     assert yaml.safe_load(out)["fit"]["seed"] == 3
     (tmp_path / "mine.yaml").write_text(out)
     assert load_recipe(tmp_path / "mine.yaml") == load_recipe("demo", {"fit": {"seed": 3}})
+    assert begun == []
+
+
+NO_TEACHER = "no folder there and no recipe of that name"
+SERVING_ONLY = (
+    "chat-small was exported for serving and has no PyTorch weights (model.safetensors); a teacher needs them: "
+    "mope-train --recipe chat-small --output DIR makes such, or type {} chat-small for the recipe"
+)
+
+
+@pytest.mark.parametrize("ending", [["--dry-run"], ["--output", "x"]], ids=["dry run", "run"])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--co-teachers", "demo"], "--co-teachers teach beside a --teacher; got demo and no teacher"),
+        (["--teacher", "nowhere"], f"--teacher nowhere: {NO_TEACHER}; expected the folder"),
+        (["--teacher", "chat-smal"], f"--teacher chat-smal: {NO_TEACHER} (did you mean 'chat-small'?)"),
+        (["--teacher", "demo", "--co-teachers", "dem,x"], f"--co-teachers dem: {NO_TEACHER} (did you mean 'demo'?)"),
+        (["--teacher", "{packaged}/chat-small"], SERVING_ONLY.format("--teacher")),
+        (["--teacher", "demo", "--co-teachers", "{packaged}/chat-small"], SERVING_ONLY.format("--co-teachers")),
+    ],
+)
+def test_teachers_that_can_t_teach_are_told_at_once(
+    run: Run, begun: list[SimpleNamespace], flags: list[str], said: str, ending: list[str]
+) -> None:
+    flags = [flag.format(packaged=packaged.PREDICTORS) for flag in flags]
+    assert said in mistake(run("--recipe", "demo", *flags, *ending, program=training_cli.main))
     assert begun == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter, defaultdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from mope.errors import ConfigError, DataError
+from mope.inputs import as_request
+from mope.request import Request
 from mope.token_estimate import estimate_tokens
 from mope.training.data import problems as reasons
 from mope.training.data import splits, staging
@@ -224,6 +227,32 @@ def test_censoring_by_cap_and_by_finish_reason(build: Any) -> None:
     assert [row["censored"] for row in rows_of(build(records)).values()] == [True, False, True, False]
     data = build(records, response_cap=60)
     assert [row["censored"] for row in rows_of(data).values()] == [True, False, True, True]
+
+
+FLAGS = {
+    "target_llm": "mine", "max_tokens": 900, "temperature": 0.5, "tools": True, "response_format": "json_object",
+    "thinking": True, "thinking_budget": 300, "llm_family": "qwen2.5", "llm_size": 7.6, "llm_reasoning": False,
+}  # fmt: skip
+
+
+def test_every_flag_of_a_request_is_in_its_row_as_it_is_when_serving(build: Any) -> None:
+    assert {field.name for field in fields(Request)} == {
+        *FLAGS, "prompt", "system", "previous_prompt", "answer_estimates", "num_earlier_turns",
+    }  # fmt: skip
+    (record,) = kept(1)
+    log = {"prompt": record["prompt"], "id": record["id"], "usage": {"completion_tokens": 50}}
+    for flags in ({}, {**FLAGS, "system": "Be brief."}):
+        (found,) = build([{**log, **flags}]).rows.requests()
+        assert found == as_request({"prompt": record["prompt"], **flags})
+
+
+def test_flags_of_parquet_columns_are_loaded(build: Any, tmp_path: Path) -> None:
+    (record,) = kept(1)
+    path = tmp_path / "logs.parquet"
+    columns = {**FLAGS, "prompt": record["prompt"], "id": record["id"], "response_tokens": 50}
+    pq.write_table(pa.Table.from_pylist([{**columns, "note": "not read"}]), path)
+    (found,) = build(path).rows.requests()
+    assert found == as_request({"prompt": record["prompt"], **FLAGS})
 
 
 def test_first_turns_keep_the_splits_of_all_turns(build: Any) -> None:

@@ -154,6 +154,59 @@ def test_a_cap_that_is_none(cap: Any) -> None:
     assert read({"messages": [ASK, REPLY], "max_tokens": cap}, "messages").max_tokens is None
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"thinking_budget": 1000},
+        {"thinking_token_budget": "1000"},
+        {"max_thinking_tokens": 1000.0},
+        {"thinking": {"type": "enabled", "budget_tokens": 1000}},
+        {"reasoning": {"max_tokens": 1000}},
+        {"chat_template_kwargs": {"thinking_budget": 1000}},
+        {"chat_template_kwargs": '{"enable_thinking": true, "thinking_budget": 1000}'},
+        {"custom_params": {"thinking_budget": 1000}},
+        {"nvext": {"max_thinking_tokens": 1000}},
+    ],
+)
+def test_a_thinking_budget_in_the_words_of_many_servers(flags: dict[str, Any]) -> None:
+    assert read({"messages": [ASK, REPLY], **flags}, "messages").thinking_budget == 1000
+    request = {"messages": [ASK], **flags}
+    assert read({"request": request, "usage": {"completion_tokens": 3}}, "logs").thinking_budget == 1000
+
+
+@pytest.mark.parametrize("flags", [{}, {"thinking_budget": 0}, {"thinking_budget": -1}, {"reasoning": "Let me see."}])
+def test_no_thinking_budget(flags: dict[str, Any]) -> None:
+    assert read({"messages": [ASK, REPLY], **flags}, "messages").thinking_budget is None
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, (None, None, None)),
+        ({"llm_family": "qwen2.5", "llm_size": 32, "llm_reasoning": True}, ("qwen2.5", 32.0, True)),
+        ({"model_family": "llama", "model_size": "8x7B", "llm_reasoning": "false"}, ("llama", 56.0, False)),
+        ({"llm_family": "", "llm_size": "0.5", "llm_reasoning": 1}, (None, 0.5, True)),
+        ({"llm_family": None, "llm_size": 0, "llm_reasoning": "maybe"}, (None, None, None)),
+        ({"llm_size": 7_000_000_000}, (None, None, None)),
+        ({"llm_size": "large"}, (None, None, None)),
+    ],
+)
+def test_what_is_said_of_the_llm(said: dict[str, Any], expected: tuple[Any, Any, Any]) -> None:
+    request = {"messages": [ASK], "model": "mine"}
+    measured = {"usage": {"completion_tokens": 3}}
+    other = {"llm_family": "phi", "llm_size": 1, "llm_reasoning": True}
+    for record, data_format in (
+        ({"prompt": "p", "response_tokens": 3, **said}, "lengths"),
+        ({"prompt": "p", "response": "r", **said}, "pairs"),
+        ({"request": request, "response": measured, **said}, "logs"),
+        ({"request": {**request, **said}, "response": measured}, "logs"),
+    ):
+        chat = read(record, data_format)
+        assert (chat.llm_family, chat.llm_size, chat.llm_reasoning) == expected
+    chat = read({"request": {**request, **other}, "response": measured, **said}, "logs")  # the request's goes first
+    assert (chat.llm_size, chat.llm_reasoning) == (1.0, True)
+
+
 def test_measured_length_goes_to_the_answer_it_belongs_to() -> None:
     long = {"role": "user", "content": "More"}
     chat = read({"messages": [ASK, REPLY, long, REPLY], "usage": {"completion_tokens": 99}}, "messages")

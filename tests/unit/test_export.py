@@ -257,7 +257,7 @@ def test_a_copy_for_serving_has_no_weights(copy: Path, tmp_path: Path) -> None:
         lambda: LengthPredictor.from_pretrained(serving, backend="torch"),
         lambda: export_onnx(serving, "int8", data="none"),
     ):
-        with pytest.raises(ArtifactError, match=r"no weights for PyTorch \(model\.safetensors\)"):
+        with pytest.raises(ArtifactError, match=r"no PyTorch weights \(model\.safetensors\)"):
             refused()
     saved = load(serving).save_pretrained(tmp_path / "again")
     assert load(saved).predict("Hi").source == "model"

@@ -1,7 +1,9 @@
 """The predictors that come with the package: whole, small, offline, and honest about what they do not know."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 
 from mope import LengthPredictor, packaged
-from mope.errors import ArtifactError
+from mope.card import render_card
+from mope.errors import ArtifactError, MissingExtraError
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("chat-micro", "chat-small")
@@ -67,9 +70,34 @@ def test_its_card_and_record_are_kept_and_name_no_folder_of_one_machine(name):
     assert json.loads(record)["config"]["model"]["preset"] == name.removeprefix("chat-")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_its_card_says_how_it_is_used_and_lists_every_llm_that_it_knows(name):
+    """As `mope.card` would say it now: who changes that renders the section of the committed cards anew."""
+    folder = packaged.PREDICTORS / name
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found, expected = (
+        re.search(r"^## Use$.*?(?=^## )", text, flags=re.MULTILINE | re.DOTALL).group()
+        for text in (
+            (folder / "README.md").read_text(encoding="utf-8"),
+            render_card(config, {}, {}, [], name=name, tables=""),
+        )
+    )
+    assert found == expected
+    assert all(f"`{llm}`" in found for llm in config["target_llms"])
+
+
 def test_longer_answers_are_expected_where_more_is_asked_for(predictor):
     medians = [predictor.predict(prompt, target_llm="gpt-4").median for prompt in PROMPTS]
     assert max(medians[:3]) < 0.6 * min(medians[3:])
+
+
+def test_the_readme_counts_the_llms_that_it_knows(predictor):
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    counted = re.search(
+        r"They know (\d+) names: (\d+) LLMs that have 50 training rows or more, and (\d+) families", readme
+    )
+    names, llms, families = map(int, counted.groups())
+    assert len(predictor.config.target_llms) == names == llms + families
 
 
 def test_it_knows_llms_that_say_more_than_others(predictor):
@@ -111,11 +139,74 @@ def test_a_name_is_located_and_shown_again(tmp_path):
     assert (folder / "files.json").is_file()
     assert packaged.shown(folder) == "chat-small"
     assert packaged.located(tmp_path) == tmp_path
+    assert packaged.shown(Path(os.path.relpath(folder))) == "chat-small"
     assert packaged.shown(tmp_path / "mine") == str(tmp_path / "mine")
     assert packaged.located("nothing-here") == Path("nothing-here")
 
 
-def test_a_name_that_is_none_says_which_there_are(tmp_path, monkeypatch):
+PACKAGED = "packaged are chat-micro and chat-small"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("chat-smal", f"{PACKAGED}; did you mean chat-small?"),
+        ("Chat_Micro", f"{PACKAGED}; did you mean chat-micro?"),
+        ("chat-base", f"it is a recipe: mope-train --recipe chat-base --output DIR makes it; {PACKAGED}"),
+        ("chat-bse", f"{PACKAGED}; did you mean chat-base? mope-train --recipe chat-base --output DIR makes it"),
+        ("elsewhere", f"mope-train DATA --output elsewhere makes one; {PACKAGED}"),
+    ],
+)
+def test_a_name_that_is_none_says_which_there_are_and_what_it_may_have_meant(name, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ArtifactError, match=r"no saved predictor at chat-smal; .*chat-micro and chat-small come"):
-        LengthPredictor.from_pretrained("chat-smal")
+    with pytest.raises(ArtifactError, match=re.escape(f"no saved predictor at {name}; {said}") + "$"):
+        LengthPredictor.from_pretrained(name)
+
+
+def test_recipes_are_found_without_training():
+    from mope.training.recipe import recipe_names
+
+    assert packaged.recipes() == recipe_names()
+    code = "import sys; from mope import packaged; packaged.recipes(); assert 'mope.training' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+NO_WEIGHTS = (
+    r"^chat-small was exported for serving and has no PyTorch weights \(model\.safetensors\); {} needs them: "
+    "mope-train --recipe chat-small --output DIR makes such"
+)
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_that_it_has_no_weights_is_said_before_what_is_not_installed(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ArtifactError, match=NO_WEIGHTS.format("the torch backend") + ", or let the onnx backend run"):
+        LengthPredictor.from_pretrained("chat-small", backend="torch")
+
+
+def test_without_any_engine_the_one_that_it_needs_is_named(monkeypatch):
+    for module in ("torch", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=r"'onnxruntime', .* pip install 'mope-llm\[onnx\]'"):
+        LengthPredictor.from_pretrained("chat-small")
+
+
+def test_it_is_no_predictor_to_export_and_that_is_one_line(tmp_path, monkeypatch, capsys):
+    from mope import console
+    from mope.export.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    console.console.cache_clear()
+    assert main(["chat-small", "--to", "onnx-int8"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(NO_WEIGHTS.format("mope-export") + "$", line.removeprefix("error: "))
+
+
+def test_a_copy_of_it_says_the_same_under_its_own_name(tmp_path):
+    copy = Path(shutil.copytree(packaged.PREDICTORS / "chat-micro", tmp_path / "mine"))
+    said = (
+        f"{re.escape(str(copy))} was exported for serving and .*: they are in the folder that it was exported from, or "
+    )
+    with pytest.raises(ArtifactError, match=said + "mope-train --recipe chat-micro --output DIR makes such, or let"):
+        LengthPredictor.from_pretrained(copy, backend="torch")

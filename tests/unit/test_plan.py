@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mope.errors import DataError
+from mope.errors import ConfigError, DataError
 from mope.training.config import TrainConfig
 from mope.training.plan import Plan, _duration, make_plan
 from mope.training.recipe import load_recipe
@@ -42,6 +43,7 @@ def plan(base: dict[str, dict[str, Any]]) -> Plan:
 
 
 def test_counts_are_those_of_the_data(plan: Plan) -> None:
+    assert plan.teachers == ()
     assert sum(plan.num_rows.values()) < NUM_CHATS  # reserved rows are not used
     assert plan.num_rows["train"] == pytest.approx(0.7 * NUM_CHATS, rel=0.1)
     assert any(f"train {plan.num_rows['train']:,}" in line for line in plan.reports)
@@ -108,6 +110,27 @@ def test_another_data_set_s_test_rows_are_counted(base: dict[str, dict[str, Any]
     found = make_plan(config(base, test_data={"source": base["data"]["source"]}), measure_s=0.1)
     assert found.num_rows["other test"] == found.num_rows["test"]
     assert sum("records read" in line for line in found.reports) == 2
+
+
+def test_teachers_are_named_loaded_and_checked(
+    base: dict[str, dict[str, Any]], tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A name that is both a recipe's and a folder's is the recipe's; the plan says so."""
+    shutil.copytree(tiny, tmp_path / "chat-small")
+    monkeypatch.chdir(tmp_path)
+    model = {"teacher": str(tiny), "co_teachers": ("chat-small", "./chat-small"), "encoder": None}
+    asked = config(base, data={"label_tokenizer": "cl100k_base"}, model=model)
+    first, second, third, *_ = make_plan(asked, measure_s=0.1).lines()
+    saved = "the predictor saved there (preset small on tiny-random-bert, 1 layers; 3 experts; knows "
+    assert first.startswith(f"--teacher {tiny}: {saved}")
+    assert second == (
+        "--co-teachers chat-small: the recipe (not the packaged predictor, which has no PyTorch weights to teach with; "
+        "not the folder of that name: type --co-teachers ./chat-small for it), which is trained first, after the "
+        "teachers of its own: chat-minilm"
+    )
+    assert third.startswith(f"--co-teachers ./chat-small: {saved}")
+    with pytest.raises(ConfigError, match="counts tokens with 'cl100k_base'; type --label-tokenizer cl100k_base"):
+        make_plan(config(base, model=model))
 
 
 def test_too_few_rows_are_refused_as_by_the_run(base: dict[str, dict[str, Any]]) -> None:

@@ -301,6 +301,28 @@ def test_a_prior_for_unknown_llms_is_part_of_the_predictor(predictor, tmp_path):
     assert unknown > 5 * known
 
 
+def test_a_family_that_is_not_known_is_told_once_and_changes_nothing(predictor, caplog):
+    families = predictor.encoder.llms.families()
+    assert families
+    plain = predictor.predict("hello")
+    with caplog.at_level("WARNING", logger="mope"):
+        for _ in range(2):
+            assert same(predictor.predict("hello", llm_family=f"{families[0]}x"), plain)
+            assert same(predictor.predict_batch([{"prompt": "hello", "llm_family": "z\nz"}])[0], plain)
+        for known in ("", *families):
+            predictor.predict("hello", llm_family=known)
+        for number in range(200):  # whoever sends names must not fill the log
+            predictor.predict("hello", llm_family=f"strange-{number}")
+    typo, other, *more = (record.getMessage() for record in caplog.records)
+    listed = f"known are {', '.join(families)}"
+    assert typo.startswith(f"llm_family '{families[0]}x' is not known (did you mean {families[0]}")
+    assert typo.endswith(listed)
+    assert other == (
+        "llm_family 'z\\nz' is not known: predicted as if none were given, until answers were observed; " + listed
+    )
+    assert len(more) == 98
+
+
 def test_a_time_that_is_none_is_refused(predictor):
     with pytest.raises(DataError, match="time_s is in seconds since 1970; got 'now'"):
         predictor.observe(predictor.predict("hello"), 10, time_s="now")

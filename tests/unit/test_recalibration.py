@@ -123,6 +123,27 @@ def test_saved_and_restored_it_goes_on_exactly(before, after):
     assert dumped(second) == dumped(first)
 
 
+@pytest.mark.parametrize(
+    ("num_observed", "changes"), [(1, False), (15, False), (16, True), (28, True), (250, True), (630, True)]
+)
+def test_saving_puts_into_force_what_was_put_off_which_is_an_eighth_at_most(num_observed, changes):
+    """Before it, an LLM's correction is the one after all but the newest eighth of its answers, 50 at most."""
+    rng = np.random.default_rng(1)
+    stream = [(A, int(tokens), False, 80.0, NOW + 20 * k) for k, tokens in enumerate(rng.lognormal(5, 1, num_observed))]
+
+    def said(recalibrator):
+        return np.stack(recalibrator.correct(EDGES, lognormal(70), A)).tolist()
+
+    serving = Recalibrator()
+    said(serving)  # corrections are worked out for those that were asked for
+    before = said(observed(stream, serving))
+    serving.to_json()
+    assert said(serving) == said(observed(stream))
+    assert (before != said(serving)) == changes
+    put_off = min(max(num_observed // 8, 1), 50) - 1
+    assert any(before == said(observed(stream[: num_observed - late])) for late in range(put_off + 1))
+
+
 @settings(max_examples=30, deadline=None)
 @given(observations)
 def test_memory_is_bounded(stream):

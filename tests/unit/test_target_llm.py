@@ -99,6 +99,12 @@ def test_a_relative_is_not_the_llm_itself():
     assert not TABLE.knows(None)
 
 
+def test_families_are_the_shortest_words_that_find_something():
+    assert TABLE.families() == ("gpt-3", "gpt-4", "gpt-4o", "llama", "qwen")
+    assert all(TABLE.find(family) for family in TABLE.families())
+    assert LlmTable(()).families() == ()
+
+
 def test_parents_are_relatives_in_the_table():
     parents = dict(zip(TABLE.names, TABLE.parents()[1:], strict=True))
     assert TABLE.parents()[0] == 0

@@ -15,6 +15,7 @@ from typing import Any
 
 from mope.errors import DataError
 from mope.request import MAX_EARLIER_ANSWERS, message_text
+from mope.target_llm import MAX_SIZE, describe
 from mope.training.data import problems as reasons
 from mope.training.data.problems import Problems
 
@@ -27,14 +28,22 @@ GROUP_COLUMNS = ("conversation_id", "conversation_hash", "conv_id", "session_id"
 ID_COLUMNS = ("id", "request_id", *GROUP_COLUMNS)
 LLM_COLUMNS = ("model", "target_llm")
 CAP_COLUMNS = ("max_tokens", "max_completion_tokens", "max_new_tokens")
+BUDGET_COLUMNS = ("thinking_budget", "thinking_token_budget", "max_thinking_tokens")
+FAMILY_COLUMNS = ("llm_family", "model_family")
+SIZE_COLUMNS = ("llm_size", "model_size")
+REASONING_COLUMN = "llm_reasoning"
+ABOUT_LLM_COLUMNS = (*FAMILY_COLUMNS, *SIZE_COLUMNS, REASONING_COLUMN)
+# where servers take flags of their own: below these keys of the request
+NESTED_FLAGS = ("chat_template_kwargs", "custom_params", "nvext")
 
 # what a reader of columns may load; everything else is left on disk
 COLUMNS = frozenset(
     (*PROMPT_COLUMNS, *ANSWER_COLUMNS, *LENGTH_COLUMNS, *ID_COLUMNS, *GROUP_COLUMNS, *LLM_COLUMNS, *CAP_COLUMNS)
 ).union(
+    (*BUDGET_COLUMNS, *ABOUT_LLM_COLUMNS, *NESTED_FLAGS),
     ("conversation", "conversations", "messages", "request", "response", "usage", "choices", "finish_reason"),
     ("system", "language", "dataset", "redacted", "temperature", "tools", "functions", "response_format", "censored"),
-    ("enable_thinking", "thinking", "chat_template_kwargs", "reasoning_effort"),
+    ("enable_thinking", "thinking", "reasoning_effort"),
 )
 MODERATION_COLUMN = "openai_moderation"
 
@@ -103,6 +112,10 @@ class Chat:
     tools: bool = False
     response_format: str = ""
     thinking: bool | None = None
+    thinking_budget: int | None = None
+    llm_family: str | None = None
+    llm_size: float | None = None
+    llm_reasoning: bool | None = None
 
     def content_hash(self) -> int:
         """What makes two chats the same: prompts, answers, lengths and the LLM."""
@@ -248,6 +261,7 @@ def _log(record: Record, location: str, problems: Problems) -> Chat:
     chat.chat_id = _first_text(record, ID_COLUMNS) or _first_text(response, ID_COLUMNS)
     chat.group = _first_text(record, GROUP_COLUMNS) or _first_text(request, GROUP_COLUMNS) or chat.chat_id
     chat.target_llm = _first_text(request, LLM_COLUMNS) or _first_text(response, LLM_COLUMNS) or None
+    _describe_llm(chat, request, record)
     measured = _usage_tokens(response)
     if measured is None:
         measured = _usage_tokens(record)
@@ -357,12 +371,37 @@ def _fill(chat: Chat, record: Record) -> None:
     chat.target_llm = _first_text(record, LLM_COLUMNS) or None
     chat.language = _text_or_none(record, "language")
     chat.dataset = _text_or_none(record, "dataset")
-    cap = next((number for name in CAP_COLUMNS if (number := _number(record.get(name))) is not None), 0)
-    chat.max_tokens = int(cap) if 0 < cap < 2**31 else None  # -1 and 0 mean no cap to some servers
+    chat.max_tokens = _cap(record, CAP_COLUMNS)
     chat.temperature = _number(record.get("temperature"))
     chat.tools = bool(_parsed(record.get("tools")) or _parsed(record.get("functions")))
     chat.response_format = _response_format(_parsed(record.get("response_format")))
     chat.thinking = _thinking(record)
+    chat.thinking_budget = _thinking_budget(record)
+    _describe_llm(chat, record)
+
+
+def _describe_llm(chat: Chat, *records: Record) -> None:
+    """What is said of the LLM beside its name, in the first of some records that says it."""
+    said = {
+        name: record[name] for record in reversed(records) for name in ABOUT_LLM_COLUMNS if record.get(name) is not None
+    }
+    chat.llm_family = _first_text(said, FAMILY_COLUMNS) or None
+    chat.llm_size = next((size for name in SIZE_COLUMNS if (size := _size(said.get(name))) is not None), None)
+    chat.llm_reasoning = _true_or_false(said.get(REASONING_COLUMN))
+
+
+def _size(value: Any) -> float | None:
+    """Billions of parameters, also as text such as `70B`."""
+    number = _number(value)
+    if number is None:
+        return describe(value).size if isinstance(value, str) else None
+    return number if 0 < number <= MAX_SIZE else None
+
+
+def _cap(flags: Record, names: Sequence[str]) -> int | None:
+    """The first of some numbers of tokens; None for what means no cap to some servers, such as -1 and 0."""
+    cap = next((number for name in names if (number := _number(flags.get(name))) is not None), 0)
+    return int(cap) if 1 <= cap < 2**31 else None
 
 
 def _response_format(value: Any) -> str:
@@ -372,17 +411,38 @@ def _response_format(value: Any) -> str:
 
 def _thinking(record: Record) -> bool | None:
     """Whether the LLM is asked to think, in any of the ways that servers know."""
-    template = _parsed(record.get("chat_template_kwargs"))
-    for flags in (record, template if isinstance(template, Mapping) else {}):
+    for flags in (record, _nested(record, "chat_template_kwargs")):
         for name in ("enable_thinking", "thinking"):
             value = flags.get(name)
-            value = str(value.get("type") if isinstance(value, Mapping) else value).lower()
-            if value in ("true", "1", "enabled", "adaptive"):
-                return True
-            if value in ("false", "0", "disabled"):
-                return False
+            said = _true_or_false(value.get("type") if isinstance(value, Mapping) else value)
+            if said is not None:
+                return said
     effort = record.get("reasoning_effort")
     return effort != "none" if isinstance(effort, str) and effort else None
+
+
+def _true_or_false(value: Any) -> bool | None:
+    word = str(value).lower()
+    return (
+        True if word in ("true", "1", "enabled", "adaptive") else False if word in ("false", "0", "disabled") else None
+    )
+
+
+def _thinking_budget(record: Record) -> int | None:
+    """The cap on the tokens of the LLM's thoughts, in any of the ways that servers know."""
+    places: list[tuple[Record, Sequence[str]]] = [
+        (record, BUDGET_COLUMNS),
+        *((_nested(record, name), BUDGET_COLUMNS) for name in NESTED_FLAGS),
+        (_nested(record, "thinking"), ("budget_tokens",)),
+        (_nested(record, "reasoning"), ("max_tokens",)),
+    ]
+    return next((cap for flags, names in places if (cap := _cap(flags, names)) is not None), None)
+
+
+def _nested(record: Record, name: str) -> Record:
+    """The mapping below a key, empty if there is none."""
+    value = _parsed(record.get(name))
+    return value if isinstance(value, Mapping) else {}
 
 
 def _usage_tokens(record: Record) -> int | None:

@@ -131,6 +131,10 @@ class Staging:
                 "tools": chat.tools,
                 "response_format": chat.response_format,
                 "thinking": chat.thinking,
+                "thinking_budget": chat.thinking_budget,
+                "llm_family": chat.llm_family,
+                "llm_size": chat.llm_size,
+                "llm_reasoning": chat.llm_reasoning,
                 "response_tokens": length,
                 "censored": turn.censored or self._is_capped(chat, length),
             }

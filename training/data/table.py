@@ -6,6 +6,7 @@ Knows the columns and their types; does not know files, formats, tokenizers or h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cached_property
 
 import numpy as np
@@ -37,6 +38,10 @@ SCHEMA = pa.schema(
         pa.field("tools", pa.bool_(), nullable=False),
         pa.field("response_format", pa.string(), nullable=False),
         pa.field("thinking", pa.bool_()),
+        pa.field("thinking_budget", pa.int32()),
+        pa.field("llm_family", pa.string()),
+        pa.field("llm_size", pa.float64()),  # billions of parameters
+        pa.field("llm_reasoning", pa.bool_()),
         pa.field("response_tokens", pa.int32(), nullable=False),  # the label
         pa.field("censored", pa.bool_(), nullable=False),  # the answer hit a cap: it would have been longer
     ]
@@ -96,10 +101,7 @@ class RowTable:
 
     def requests(self) -> list[Request]:
         """What a server would have known of each row."""
-        columns = self.table.select(
-            ["prompt", "system", "previous_prompt", "answer_estimates", "num_earlier_turns", "target_llm",
-             "max_tokens", "temperature", "tools", "response_format", "thinking"]
-        )  # fmt: skip
+        columns = self.table.select([field.name for field in fields(Request)])
         return [
             Request(**{**row, "answer_estimates": tuple(row["answer_estimates"] or ())}) for row in columns.to_pylist()
         ]
