@@ -7,6 +7,7 @@
         ├── ArtifactError(ValueError)   a saved predictor that is damaged, foreign or of another format
         ├── ExportError(ValueError)     a graph that is not what its network is
         ├── ProfileError(ValueError)    an engine's profile that is damaged, foreign or of another format
+        ├── StoreError(ConnectionError) a shared store that has to be there and is not
         └── MissingExtraError(ImportError)   an optional package that is not installed
 
 Every leaf is also the builtin error that a caller who does not know mope would catch. Anything that is not
@@ -42,6 +43,10 @@ class ExportError(UserError, ValueError):
 
 class ProfileError(UserError, ValueError):
     """A profile of an engine that is damaged, foreign or of another format."""
+
+
+class StoreError(UserError, ConnectionError):
+    """A shared store that has to be there, and that can't be reached or can't be used."""
 
 
 class MissingExtraError(UserError, ImportError):
