@@ -4,8 +4,9 @@ All keys of a namespace carry the hash tag {NAMESPACE}, so that they lie in one 
 
     mope:{NAMESPACE}:totals        a hash: `["acme","alice"]` -> what all replicas charged that client, as an integer;
                                    `b["acme","alice"]` -> mark of when it was listed; `(forgotten)` -> what clients were
-                                   charged that are not listed any more; `@REPLICA` -> number of its last batch, and its
-                                   session; `epoch`, `version`, `created`, `evicted`
+                                   charged that are not listed any more; `@REPLICA` -> number and
+                                   session of its last batch, and its session now; `epoch`, `version`,
+                                   `created`, `evicted`
     mope:{NAMESPACE}:changes       a sorted set: clients by the version at which their totals last changed
     mope:{NAMESPACE}:told:REPLICA  a hash: what of the totals is this replica's
 
@@ -35,7 +36,7 @@ def _script(text: str) -> Script:
 
 # A replica begins a session: commands of earlier ones, still on their way, are void from now on.
 # KEYS totals changes told; ARGV @replica session epoch-if-there-is-none least-version seconds-to-keep-told
-# -> epoch, whether `told` is there, number of the last batch, age of the namespace in seconds
+# -> epoch, whether `told` is there, number and session of the last batch, age of the namespace in seconds
 HELLO = _script("""
 local totals, changes, told = KEYS[1], KEYS[2], KEYS[3]
 local replica, session = ARGV[1], ARGV[2]
@@ -56,7 +57,7 @@ if told_epoch and told_epoch ~= epoch then
   told_epoch = false
 end
 local state = redis.call('HGET', totals, replica)
-local last = state and string.match(state, '^%d+') or '0'
+local last = state and string.match(state, '^%d+ %S+') or '0 -'
 if not state and not told_epoch then
   redis.call('HSET', told, 'epoch', epoch)
   told_epoch = epoch
@@ -75,7 +76,7 @@ TELL = _script("""
 local totals, changes, told = KEYS[1], KEYS[2], KEYS[3]
 local batch, page, most = tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local keep, moves = ARGV[7], tonumber(ARGV[8])
-local last, session = string.match(redis.call('HGET', totals, ARGV[1]) or '', '^(%d+) (.*)$')
+local last, session = string.match(redis.call('HGET', totals, ARGV[1]) or '', '^(%d+) %S+ (%S+)$')
 if session ~= ARGV[2] or redis.call('HEXISTS', told, 'epoch') == 0 then return {'lost'} end
 last = tonumber(last)
 if batch ~= last and batch ~= last + 1 then return {'lost'} end
@@ -86,7 +87,7 @@ local function add(key, field, amount)
   return reply
 end
 if batch == last + 1 then
-  redis.call('HSET', totals, ARGV[1], ARGV[3] .. ' ' .. session)
+  redis.call('HSET', totals, ARGV[1], ARGV[3] .. ' ' .. session .. ' ' .. session)
   for position = 9, 8 + moves do
     local amount = redis.call('HGET', told, ARGV[position])
     if amount then
@@ -137,7 +138,7 @@ return {'ok', refused, state[1], state[2], found, values}
 # A replica goes and will tell nothing any more: its share stays in the totals.
 # KEYS totals told; ARGV @replica session -> whether it was known
 FAREWELL = _script("""
-if string.match(redis.call('HGET', KEYS[1], ARGV[1]) or '', '^%d+ (.*)$') ~= ARGV[2] then return 0 end
+if string.match(redis.call('HGET', KEYS[1], ARGV[1]) or '', '^%d+ %S+ (%S+)$') ~= ARGV[2] then return 0 end
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('DEL', KEYS[2])
 return 1

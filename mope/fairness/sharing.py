@@ -23,7 +23,8 @@ is younger than the replica is counted from its beginning.
 **Memory.** The server lists `max_clients` clients. Beyond, it adds the total of the one that was charged least recently
 to `(forgotten)`; replicas notice and do the same with their own part, keeping only its sum for telling again. While the
 server is gone, a replica remembers up to twice as many clients and counts what new ones are charged under
-`(forgotten)`. So sums over all clients stay exact, always.
+`(forgotten)`. So sums over all clients stay exact, always; but what was added to `(forgotten)` before a replica has
+read it is not counted there.
 
 **Replicas that do not come back.** Their share stays in the totals: it was delivered. What is kept beside the totals
 for telling again expires a week after a replica was last heard of. With totals that are told as absolute numbers that
@@ -46,6 +47,7 @@ from mope.fairness.redis_scripts import FAREWELL, HELLO, TELL, Script
 FORGOTTEN_FIELD = "(forgotten)"
 BATCH = 500  # clients in one command, told or read
 KEEP_S = 7 * 24 * 3600  # seconds that a replica's part is kept after it was last heard of
+NO_BATCH = "0 -"
 LIMIT = 2**62 - 1  # of what one replica charges a client: differences then fit into the server's 64 bits
 
 
@@ -80,6 +82,7 @@ class _Client:
 
 class _Batch(NamedTuple):
     number: int
+    session: str
     amounts: dict[str, int]
     moves: list[str]
 
@@ -112,7 +115,8 @@ class Sharing:
         self._restoring: set[str] = set()  # clients that are told again because the server lost them
         self._sent: _Batch | None = None
         self._session = self._epoch = ""
-        self._number = self._cursor = self._version = 0
+        self._last = NO_BATCH  # number and session of the last batch that the server is known to have
+        self._cursor = self._version = 0
         self._has_read = self._skips_history = False
         self._settled_s = self._kept_s = 0.0
         self._unbelieved = False
@@ -203,25 +207,25 @@ class Sharing:
     def _greet(self, server: Server, now_s: float, age_s: float) -> None:
         while True:
             session = secrets.token_hex(8)
-            epoch, has_told, number, namespace_age_s = server.run(
+            epoch, has_told, last, namespace_age_s = server.run(
                 HELLO, self._keys(), [f"@{self.replica}", session, secrets.token_hex(8), self._version, KEEP_S]
             )
-            epoch, number = epoch.decode(), int(number)
+            epoch, last = epoch.decode(), last.decode()
             if not self._epoch:
                 self._epoch = epoch
                 self._skips_history = float(namespace_age_s) > age_s
             same = epoch == self._epoch
-            if same and self._sent is not None and number == self._sent.number:
+            if same and self._sent is not None and last == f"{self._sent.number} {self._sent.session}":
                 self._acknowledge()
             if same and not has_told:
                 old, keys = self.replica, [self._totals_key, self._told_key]
                 self._begin_anew()  # first: should the reply be lost, the old name must not be found without a number
                 server.run(FAREWELL, keys, [f"@{old}", session])
                 continue
-            if not same or number != self._number:
+            if not same or last != self._last:
                 self._restore(server)
             self._void()
-            self._session, self._epoch, self._number, self._cursor = session, epoch, number, 0
+            self._session, self._epoch, self._last, self._cursor = session, epoch, last, 0
             self._kept_s = now_s
             if self._has_read:
                 self._settled_s = now_s + self._settle_s
@@ -251,7 +255,7 @@ class Sharing:
             client.own -= client.acked
             client.seen_acked -= client.acked
             client.acked = 0
-        self.replica, self._number = self._fresh_name(), 0
+        self.replica, self._last = self._fresh_name(), NO_BATCH
 
     def _fresh_name(self) -> str:
         return f"{self._name}-{secrets.token_hex(8)}"
@@ -262,9 +266,10 @@ class Sharing:
         moves = list(islice(self._moves, BATCH))
         fields = list(islice(self._untold, BATCH)) if len(moves) == len(self._moves) else []  # a move comes first
         amounts = {field: (client := self._client(field)).own - client.acked for field in fields}
+        number = int(self._last.partition(" ")[0])
         if moves or amounts:
-            self._sent = _Batch(self._number + 1, amounts, moves)
-        number = self._sent.number if self._sent is not None else self._number
+            number += 1
+            self._sent = _Batch(number, self._session, amounts, moves)
         keep_s = 0
         if now_s - self._kept_s > KEEP_S / 10:
             keep_s, self._kept_s = KEEP_S, now_s
@@ -281,7 +286,7 @@ class Sharing:
         batch = self._sent
         if batch is None:
             return
-        self._sent, self._number = None, batch.number
+        self._sent, self._last = None, f"{batch.number} {batch.session}"
         for field in batch.moves:
             self._moves.pop(field, None)
         for field, amount in batch.amounts.items():

@@ -104,7 +104,7 @@ class StoreStats:
         num_failures_in_row: times that it failed since it last succeeded.
         last_error: what the last failure was.
         num_restored: times that the server had lost something, or all, and was told again.
-        num_refused: amounts that could not be counted because a total would have left 64 bits.
+        num_refused: amounts that were not counted: a total would have left 64 bits, or the ledger refused its client.
         num_clients: clients that are remembered.
         num_untold: clients with charges that are not told yet, as far as they have been looked at.
         num_unapplied: clients with charges of others that the ledger has not counted yet.
@@ -225,7 +225,7 @@ class MemoryStore(Store):
         """
         self._hub = hub if hub is not None else MemoryHub()
         self._box = self._hub.join()
-        self._num_exchanges = 0
+        self._num_exchanges = self._num_uncounted = 0
         self._closed = False
 
     @override
@@ -238,7 +238,7 @@ class MemoryStore(Store):
             self._hub.tell(self._box, charges_of(touched))
             self._num_exchanges += 1
         if self._box:
-            count_elsewhere(ledger, self._hub.take(self._box))
+            self._num_uncounted += count_elsewhere(ledger, self._hub.take(self._box))
 
     @override
     def flush(self, deadline_s: float = 2.0) -> bool:
@@ -250,7 +250,12 @@ class MemoryStore(Store):
 
     @override
     def stats(self) -> StoreStats:
-        return StoreStats("memory", num_exchanges=self._num_exchanges, num_unapplied=len(self._box))
+        return StoreStats(
+            "memory",
+            num_exchanges=self._num_exchanges,
+            num_refused=self._num_uncounted,
+            num_unapplied=len(self._box),
+        )
 
     @override
     def close(self, deadline_s: float = 2.0) -> bool:
