@@ -115,7 +115,13 @@ def test_every_dependency_is_pinned_once_for_every_python() -> None:
         if line and not line.startswith("#"):
             pin = Requirement(line)
             pins.setdefault(canonicalize_name(pin.name), []).append(pin)
-    installed = [*PYPROJECT["project"]["dependencies"], *EXTRAS["train"], *EXTRAS["demo"], *EXTRAS["dev"]]
+    installed = [
+        *PYPROJECT["project"]["dependencies"],
+        *EXTRAS["train"],
+        *EXTRAS["demo"],
+        *EXTRAS["redis"],
+        *EXTRAS["dev"],
+    ]
     for wanted in map(Requirement, installed):
         if wanted.marker:
             continue
