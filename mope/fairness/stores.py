@@ -15,8 +15,11 @@ their own would order requests differently, and corrupt outputs silently.
 
 What is not shared. Lifts (`mope.fairness.ledger`) are each ledger's own, since they follow from who waits there; so a
 replica that starts counts what is charged from then on, not the history of the others, in which their lifts are
-missing: with it, a client of many years would wait behind all newer ones. Weights are each ledger's own, too. With a
-weight other than 1 a ledger rounds each amount that it receives, by less than a millionth.
+missing: with it, a client of many years would wait behind all newer ones. For the same reason sharing suits replicas
+among which requests are spread. Where clients stick to replicas for days, one that was served elsewhere alone comes
+with a counter above all that are lifted here, and waits while others have requests, until they have had as much.
+Weights are each ledger's own, too. With a weight other than 1 a ledger rounds each amount that it receives, by less
+than a millionth. Orders that ask no counter (`fcfs`, `shortest-predicted`, `deficit-round-robin`) share totals alone.
 """
 
 from __future__ import annotations

@@ -285,6 +285,26 @@ def test_answers_that_never_come_are_failures_and_nothing_is_lost(redis: RealRed
 # -- a server that is gone
 
 
+def test_a_server_without_memory_is_a_failure_and_nothing_is_told_by_halves(redis: RealRedis) -> None:
+    import redis as package
+
+    options = config(redis.url)
+    first, second = Replica(options), Replica(options)
+    client = package.Redis.from_url(redis.url, protocol=2)
+    client.config_set("maxmemory", 1)
+    for number in range(700):
+        first.charge(f"c{number}", 1)
+    wait_for(lambda: first.store.stats().num_failures >= 3)
+    assert "OutOfMemory" in first.store.stats().last_error
+    client.config_set("maxmemory", 0)
+    client.close()
+    settle(first, second)
+    assert named(first.store.totals()) == second.counters() == {f"c{number}": 1 for number in range(700)}
+    assert first.store.stats().num_refused == 0
+    for replica in (first, second):
+        assert replica.store.close(LONG_S)
+
+
 def test_a_server_that_comes_later_is_told_everything(tmp_path: Folder, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mope")
     server = RealRedis(tmp_path)
