@@ -35,7 +35,7 @@ def _script(text: str) -> Script:
 
 
 # A replica begins a session: commands of earlier ones, still on their way, are void from now on.
-# KEYS totals changes told; ARGV @replica session epoch-if-there-is-none least-version seconds-to-keep-told
+# KEYS totals changes told; ARGV @replica session epoch-if-there-is-none seconds-to-keep-told
 # -> epoch, whether `told` is there, number and session of the last batch, age of the namespace in seconds
 HELLO = _script("""
 local totals, changes, told = KEYS[1], KEYS[2], KEYS[3]
@@ -47,9 +47,6 @@ if not epoch then
   epoch = ARGV[3]
   redis.call('DEL', totals, changes)
   redis.call('HSET', totals, 'epoch', epoch, 'version', 0, 'evicted', 0, 'created', string.format('%.6f', now))
-end
-if tonumber(redis.call('HGET', totals, 'version')) < tonumber(ARGV[4]) then
-  redis.call('HSET', totals, 'version', ARGV[4])
 end
 local told_epoch = redis.call('HGET', told, 'epoch')
 if told_epoch and told_epoch ~= epoch then
@@ -63,15 +60,15 @@ if not state and not told_epoch then
   told_epoch = epoch
 end
 redis.call('HSET', totals, replica, last .. ' ' .. session)
-redis.call('EXPIRE', told, ARGV[5])
+redis.call('EXPIRE', told, ARGV[4])
 local age = now - tonumber(redis.call('HGET', totals, 'created'))
 return {epoch, told_epoch and 1 or 0, last, string.format('%.6f', age)}
 """)
 
 # A replica tells a batch, unless it was told already, and reads a page of what changed.
 # KEYS totals changes told; ARGV @replica session batch cursor page max-clients seconds-to-keep-told num-moves
-# moves... (client amount mark)...
-# -> lost, or: ok, refusals, version, highest version that was evicted, clients and versions, totals and marks
+# moves... (client amount)...
+# -> lost, or: ok, refusals, highest version that was evicted, clients and versions, totals and marks
 TELL = _script("""
 local totals, changes, told = KEYS[1], KEYS[2], KEYS[3]
 local batch, page, most = tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -96,13 +93,14 @@ if batch == last + 1 then
     end
   end
   local first = 9 + moves
-  local version = redis.call('HINCRBY', totals, 'version', (#ARGV - first + 1) / 3) - (#ARGV - first + 1) / 3
-  for position = first, #ARGV, 3 do
+  local clients = (#ARGV - first + 1) / 2
+  local version = redis.call('HINCRBY', totals, 'version', clients) - clients
+  for position = first, #ARGV, 2 do
     local client, amount = ARGV[position], ARGV[position + 1]
     version = version + 1
     if client ~= '(forgotten)' then
       if redis.call('HEXISTS', totals, client) == 0 then
-        redis.call('HSET', totals, client, 0, 'b' .. client, ARGV[position + 2])
+        redis.call('HSET', totals, client, 0, 'b' .. client, session .. ':' .. ARGV[3])
       end
       redis.call('ZADD', changes, version, client)
     end
@@ -131,8 +129,7 @@ for position = 1, #found, 2 do
   fields[#fields + 1] = 'b' .. found[position]
 end
 if #fields > 0 then values = redis.call('HMGET', totals, unpack(fields)) end
-local state = redis.call('HMGET', totals, 'version', 'evicted')
-return {'ok', refused, state[1], state[2], found, values}
+return {'ok', refused, redis.call('HGET', totals, 'evicted'), found, values}
 """)
 
 # A replica goes and will tell nothing any more: its share stays in the totals.

@@ -50,6 +50,7 @@ from mope.fairness.stores import (
 
 CHUNK = 500  # clients whose charges elsewhere are counted in one step at most
 _MAX_CHUNKS = 8  # that are laid out for the scheduler; more is added up until it has taken these
+_YIELD = 100  # clients that the thread looks at between two offers of Python's lock to the scheduler
 _FIRST_BACKOFF_S = 0.05
 _logger = logging.getLogger("mope")
 _stores: weakref.WeakSet[RedisStore] = weakref.WeakSet()
@@ -288,9 +289,14 @@ class RedisStore(Store):
         return True
 
     def _take_charges(self) -> None:
+        charges: dict[Path, int] = {}
         while self._charged:
             for path, amount in self._charged.popleft():
-                self._sharing.charge(field_of(path), amount)
+                charges[path] = charges.get(path, 0) + amount
+        for number, (path, amount) in enumerate(charges.items()):
+            if number % _YIELD == 0:
+                time.sleep(0)  # lets the scheduler have Python's lock
+            self._sharing.charge(field_of(path), amount)
 
     def _lay_out(self) -> None:
         received = self._sharing.received
@@ -307,6 +313,7 @@ class RedisStore(Store):
                 if amount:
                     chunk.append((path, amount))
             self._elsewhere.append(chunk)
+            time.sleep(0)
 
     def _failed(self, error: Exception) -> None:
         self._disconnect()

@@ -45,7 +45,7 @@ from mope.errors import StoreError
 from mope.fairness.redis_scripts import FAREWELL, HELLO, TELL, Script
 
 FORGOTTEN_FIELD = "(forgotten)"
-BATCH = 500  # clients in one command, told or read
+BATCH = 250  # clients in one command, told or read
 KEEP_S = 7 * 24 * 3600  # seconds that a replica's part is kept after it was last heard of
 NO_BATCH = "0 -"
 LIMIT = 2**62 - 1  # of what one replica charges a client: differences then fit into the server's 64 bits
@@ -71,12 +71,13 @@ class _Client:
         seen_acked: `acked` when it was last read.
         version: of the total that was last read.
         mark: of when the server listed it.
+        reading: number of the complete reading in which it was last read.
     """
 
-    __slots__ = ("acked", "mark", "own", "seen_acked", "seen_total", "version")
+    __slots__ = ("acked", "mark", "own", "reading", "seen_acked", "seen_total", "version")
 
     def __init__(self) -> None:
-        self.own = self.acked = self.seen_total = self.seen_acked = self.version = 0
+        self.own = self.acked = self.seen_total = self.seen_acked = self.version = self.reading = 0
         self.mark = ""
 
 
@@ -112,12 +113,11 @@ class Sharing:
         self._forgotten = _Client()
         self._untold: dict[str, None] = {}
         self._moves: dict[str, None] = {}  # clients whose part the server is to add to (forgotten)
-        self._restoring: set[str] = set()  # clients that are told again because the server lost them
         self._sent: _Batch | None = None
         self._session = self._epoch = ""
         self._last = NO_BATCH  # number and session of the last batch that the server is known to have
-        self._cursor = self._version = 0
-        self._has_read = self._skips_history = False
+        self._cursor = self._reading = 0
+        self._has_read = self._skips_history = self._is_sweeping = self._has_swept = False
         self._settled_s = self._kept_s = 0.0
         self._unbelieved = False
         self.replica = self._fresh_name()
@@ -164,8 +164,12 @@ class Sharing:
             StoreError: the namespace can't be used.
             Exception: whatever the connection raises; then `disconnected` is to be called.
         """
-        if self._unbelieved and now_s >= self._settled_s:
-            self._cursor, self._unbelieved = 0, False
+        if now_s >= self._settled_s:
+            crowded = not self._has_swept and 2 * len(self._clients) > 3 * self._max_clients
+            if crowded or self._unbelieved:
+                self._cursor, self._unbelieved = 0, False
+                self._reading += 1
+                self._is_sweeping = self._has_swept = crowded
         num_lost = 0
         while True:
             if not self._session:
@@ -208,7 +212,7 @@ class Sharing:
         while True:
             session = secrets.token_hex(8)
             epoch, has_told, last, namespace_age_s = server.run(
-                HELLO, self._keys(), [f"@{self.replica}", session, secrets.token_hex(8), self._version, KEEP_S]
+                HELLO, self._keys(), [f"@{self.replica}", session, secrets.token_hex(8), KEEP_S]
             )
             epoch, last = epoch.decode(), last.decode()
             if not self._epoch:
@@ -226,7 +230,7 @@ class Sharing:
                 self._restore(server)
             self._void()
             self._session, self._epoch, self._last, self._cursor = session, epoch, last, 0
-            self._kept_s = now_s
+            self._kept_s, self._is_sweeping, self._has_swept = now_s, False, False
             if self._has_read:
                 self._settled_s = now_s + self._settle_s
             return
@@ -244,7 +248,6 @@ class Sharing:
             self._mark(field, client)
         self._forgotten.acked = forgotten
         self._mark(FORGOTTEN_FIELD, self._forgotten)
-        self._restoring = set(self._untold)
         self.num_restored += 1
 
     def _begin_anew(self) -> None:
@@ -274,13 +277,8 @@ class Sharing:
         if now_s - self._kept_s > KEEP_S / 10:
             keep_s, self._kept_s = KEEP_S, now_s
         head: list[str | int] = [f"@{self.replica}", self._session, number, self._cursor, BATCH, self._max_clients]
-        told = [part for field, amount in amounts.items() for part in (field, amount, self._listed(field, number))]
+        told = [part for pair in amounts.items() for part in pair]
         return [*head, keep_s, len(moves), *moves, *told]
-
-    def _listed(self, field: str, number: int) -> str:
-        """The mark that a client is listed with if it is not; told again after a loss, the one that it had."""
-        old = self._client(field).mark if field in self._restoring else ""
-        return old or f"{self._session}:{number}"
 
     def _acknowledge(self) -> None:
         batch = self._sent
@@ -293,7 +291,6 @@ class Sharing:
             client = self._client(field)
             client.acked += amount
             self._mark(field, client)
-            self._restoring.discard(field)
 
     def _void(self) -> None:
         """What was sent has not come through, and will not."""
@@ -312,16 +309,14 @@ class Sharing:
 
     def _took(self, reply: list[Any], now_s: float) -> bool:
         """Takes in a reply; says whether there is more to read."""
-        _, refused, version, evicted, found, values = reply
+        _, refused, evicted, found, values = reply
         self._acknowledge()
         self.num_refused += refused
-        self._version = max(self._version, int(version))
         for position in range(0, len(found), 2):
             total, mark = values[position], values[position + 1]
             if total is not None:
-                self._read(
-                    found[position].decode(), int(found[position + 1]), int(total), (mark or b"").decode(), now_s
-                )
+                field, changed = found[position].decode(), int(found[position + 1])
+                self._read(field, changed, int(total), (mark or b"").decode(), int(evicted), now_s)
         if found:
             self._cursor = int(found[-1])
         if len(found) == 2 * BATCH:
@@ -330,15 +325,14 @@ class Sharing:
         self._forget(int(evicted))
         return False
 
-    def _read(self, field: str, version: int, total: int, mark: str, now_s: float) -> None:
+    def _read(self, field: str, version: int, total: int, mark: str, evicted: int, now_s: float) -> None:
         client = self._clients.get(field)
         if client is None:
             client = self._clients[field] = _Client()
         self._clients.move_to_end(field)
-        client.version = version
-        if client.mark and mark != client.mark:  # it was evicted and is listed again: its total began at 0
-            client.seen_total = 0
-        client.mark = mark
+        if mark != client.mark and 0 < client.version <= evicted:  # it was evicted and listed again: a total from 0
+            client.seen_total = 0  # listed again after a loss, it is told again in full
+        client.mark, client.version, client.reading = mark, version, self._reading
         change = (total - client.seen_total) - (client.acked - client.seen_acked)
         if change < 0 and now_s < self._settled_s:
             self._unbelieved = True
@@ -348,19 +342,32 @@ class Sharing:
             self.received[field] = self.received.get(field, 0) + change
 
     def _forget(self, evicted: int) -> None:
-        """Those whom the server lists no more: all that it lists was read, and theirs are versions that it evicted."""
+        """Those whom the server lists no more, after all that it lists was read.
+
+        Theirs are versions that it evicted. After a loss, clients of replicas that are gone are not listed either: they
+        make room once there is little left.
+        """
         for _ in range(len(self._clients)):
             field, client = next(iter(self._clients.items()))
             if client.version > evicted:
-                return
+                break
             if field in self._untold:
                 self._clients.move_to_end(field)
-                continue
-            if client.acked:
-                self._forgotten.own += client.own
-                self._forgotten.acked += client.acked
-                self._moves[field] = None
-            del self._clients[field]
+            else:
+                self._drop(field, client)
+        if self._is_sweeping:
+            self._is_sweeping = False
+            for field, client in list(self._clients.items()):
+                if client.reading != self._reading and field not in self._untold:
+                    self._drop(field, client)
+
+    def _drop(self, field: str, client: _Client) -> None:
+        """Adds the part of a client that is not listed any more to (forgotten), here and on the server."""
+        if client.acked:
+            self._forgotten.own += client.own
+            self._forgotten.acked += client.acked
+            self._moves[field] = None
+        del self._clients[field]
 
     # -- keys
 

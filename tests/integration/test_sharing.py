@@ -43,6 +43,8 @@ class Wire:
         if fault == "command late":
             self.late.append((script, tuple(keys), tuple(arguments)))
             raise Lost
+        if fault == "late ones first":
+            self.deliver()
         reply = self.client.eval(script.text, len(keys), *keys, *arguments)
         if fault == "reply lost":
             raise Lost
@@ -145,14 +147,17 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     server.kill()
 
 
-FAULTS = st.lists(st.sampled_from(["none", "command lost", "command late", "reply lost", "repeated"]), max_size=4)
+FAULTS = st.lists(
+    st.sampled_from(["none", "none", "command lost", "command late", "late ones first", "reply lost", "repeated"]),
+    max_size=4,
+)
 FIELDS = st.sampled_from([f'["c{number}"]' for number in range(6)])
 REPLICAS = st.integers(0, 2)
 AMOUNTS = st.integers(-(10**12), 10**15) | st.integers(-5, 5) | st.just(2**53 + 1)
 CHARGES = st.tuples(st.just("charge"), REPLICAS, FIELDS, AMOUNTS)
 EXCHANGES = st.tuples(st.just("exchange"), REPLICAS, FAULTS)
 LATE = st.tuples(st.just("deliver"), REPLICAS)
-LOSSES = st.tuples(st.sampled_from(["keep", "go back", "go back", "lose all"]))
+LOSSES = st.tuples(st.sampled_from(["keep", "go back", "go back", "lose all", "lose totals"]))
 
 
 def play(world: World, history: list[tuple[Any, ...]]) -> None:
@@ -171,13 +176,15 @@ def play(world: World, history: list[tuple[Any, ...]]) -> None:
             case ("lose all",):
                 world.image = {}
                 world.go_back()
+            case ("lose totals",):
+                world.client.delete(f"mope:{{{world.namespace}}}:totals")
             case ("expire", number):
                 world.client.delete(f"mope:{{{world.namespace}}}:told:{world.replicas[number].replica}")
     world.settle()
 
 
 @settings(max_examples=100)
-@given(history=st.lists(CHARGES | EXCHANGES | LATE, max_size=40))
+@given(history=st.lists(CHARGES | EXCHANGES | LATE, min_size=20, max_size=60))
 def test_each_charge_counts_once_whatever_is_lost_repeated_or_late(client: Any, history: list[tuple[Any, ...]]) -> None:
     world = World(client, 3)
     play(world, history)
@@ -187,7 +194,7 @@ def test_each_charge_counts_once_whatever_is_lost_repeated_or_late(client: Any, 
 
 
 @settings(max_examples=100)
-@given(history=st.lists(CHARGES | EXCHANGES | LATE | LOSSES, max_size=50))
+@given(history=st.lists(CHARGES | EXCHANGES | LATE | LOSSES, min_size=20, max_size=60))
 def test_totals_are_exact_again_after_the_server_lost_some_or_all(client: Any, history: list[tuple[Any, ...]]) -> None:
     world = World(client, 3)
     play(world, history)
@@ -197,7 +204,7 @@ def test_totals_are_exact_again_after_the_server_lost_some_or_all(client: Any, h
 
 
 @settings(max_examples=100)
-@given(history=st.lists(CHARGES | EXCHANGES | LATE, max_size=60))
+@given(history=st.lists(CHARGES | EXCHANGES | LATE, min_size=20, max_size=60))
 def test_whom_the_server_does_not_list_any_more_stays_in_the_sum(client: Any, history: list[tuple[Any, ...]]) -> None:
     world = World(client, 3, max_clients=2)
     play(world, history)
@@ -208,7 +215,7 @@ def test_whom_the_server_does_not_list_any_more_stays_in_the_sum(client: Any, hi
 
 
 @settings(max_examples=100)
-@given(history=st.lists(CHARGES | EXCHANGES | LATE | LOSSES, max_size=60))
+@given(history=st.lists(CHARGES | EXCHANGES | LATE | LOSSES, min_size=20, max_size=80))
 def test_the_sum_survives_a_loss_when_clients_were_forgotten(client: Any, history: list[tuple[Any, ...]]) -> None:
     world = World(client, 3, max_clients=2)
     play(world, history)
@@ -216,7 +223,7 @@ def test_the_sum_survives_a_loss_when_clients_were_forgotten(client: Any, histor
 
 
 @settings(max_examples=100)
-@given(history=st.lists(CHARGES | EXCHANGES | st.tuples(st.just("expire"), REPLICAS), max_size=40))
+@given(history=st.lists(CHARGES | EXCHANGES | st.tuples(st.just("expire"), REPLICAS), min_size=20, max_size=60))
 def test_a_replica_whose_part_has_expired_tells_nothing_twice(client: Any, history: list[tuple[Any, ...]]) -> None:
     world = World(client, 3)
     play(world, history)
@@ -387,6 +394,76 @@ def test_a_part_is_kept_alive_by_a_replica_that_only_reads(client: Any) -> None:
     assert client.ttl(told) <= 1000
     world.replicas[0].exchange(world.wires[0], 24 * 3600.0, 1e9)
     assert client.ttl(told) > 1000
+
+
+def test_a_replica_whose_part_has_expired_is_restored_as_far_as_it_began_anew(client: Any) -> None:
+    world = World(client, 1)
+    play_one = [(5, "expire"), (7, "none"), (1, "keep"), (2, "go back")]
+    for amount, event in play_one:
+        world.charge(0, '["a"]', amount)
+        world.exchange(0)
+        if event == "expire":
+            client.delete(f"mope:{{{world.namespace}}}:told:{world.replicas[0].replica}")
+        elif event == "keep":
+            world.keep()
+        elif event == "go back":
+            world.go_back()
+    world.settle()
+    assert world.totals() == {'["a"]': 15}
+
+
+def test_a_late_command_that_a_restored_server_takes_is_not_mistaken_for_a_later_one(client: Any) -> None:
+    world = World(client, 1)
+    world.charge(0, '["a"]', 5)
+    assert not world.exchange(0, ["none", "command late"])
+    world.keep()
+    world.charge(0, '["a"]', 7)
+    assert world.exchange(0)
+    world.go_back()
+    world.settle()
+    assert world.totals() == {'["a"]': 12}
+
+
+def test_a_reader_misses_nothing_that_was_told_again_under_versions_that_it_has_passed(client: Any) -> None:
+    world = World(client, 3)
+    world.charge(1, '["a"]', 1)
+    world.exchange(1)
+    world.keep()
+    for _ in range(20):
+        world.charge(2, '["b"]', 1)
+        world.exchange(2)
+    world.exchange(0)
+    world.go_back()
+    for replica in world.replicas:
+        replica.disconnected()
+    world.charge(1, '["a"]', 1)
+    world.exchange(1)
+    world.exchange(0)
+    assert world.counted[0]['["a"]'] == 2
+
+
+def test_after_a_loss_clients_of_replicas_that_are_gone_make_room(client: Any) -> None:
+    world = World(client, 2, max_clients=5)
+    for step in range(200):
+        world.charge(1, f'["old{step % 5}"]', 1)
+        world.exchange(1)
+    world.exchange(0)
+    world.image = {}
+    world.go_back()  # and the other replica is gone, too
+    for step in range(40):
+        world.charge(0, f'["new{step}"]', 1)
+        world.exchange(0)
+    assert world.totals() == {**{f'["new{step}"]': 1 for step in range(35, 40)}, FORGOTTEN_FIELD: 35}
+    assert world.replicas[0].num_clients <= 6
+
+
+def test_a_part_that_was_refunded_takes_no_room(client: Any) -> None:
+    world = World(client, 1)
+    told = f"mope:{{{world.namespace}}}:told:{world.replicas[0].replica}"
+    for amount, fields in ((5, 2), (-5, 1)):
+        world.charge(0, '["a"]', amount)
+        world.exchange(0)
+        assert client.hlen(told) == fields
 
 
 def test_a_server_that_keeps_nothing_is_an_error(client: Any) -> None:
