@@ -50,7 +50,7 @@ build/typed:
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install $(TORCH) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 	$(PIP) install 'pip>=23.1'
-	$(PIP) install -e '.[train,demo,export,profile,dev]' -c constraints.txt
+	$(PIP) install -e '.[train,demo,export,profile,redis,dev]' -c constraints.txt
 	@touch $@
 
 $(BIN)/python:

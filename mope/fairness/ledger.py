@@ -87,7 +87,7 @@ class Ledger:
         self._open: dict[str, OpenCharge] = {}
         self._idle: deque[Account] = deque()  # those idle longest first; with some that no longer are, or twice
         self._num_idle = 0
-        self._touched: dict[Account, None] = {}
+        self._touched: dict[Account, int] = {}
         self.follow_touched = False  # whether a store asks for them
         self.num_accounts = 0
         self.num_forgotten = 0  # idle accounts that were dropped
@@ -288,6 +288,17 @@ class Ledger:
         while node.parent is not None:
             self._move(node, node.parent, node.share(hf))
             node = node.parent
+            self._tidy()
+
+    def take_touched(self) -> dict[Account, int]:
+        """Who was charged since the last call, and how much, in millionths of HF; empty unless `follow_touched`.
+
+        What was charged to accounts that were forgotten in between is in it, too: their `path` still names the client.
+        """
+        touched = self._touched
+        if touched:
+            self._touched = {}
+        return touched
 
     def _book(self, account: Account, old: Charge, new: Charge) -> None:
         service, ufc, rfc, hf = new[0] - old[0], new[1] - old[1], new[2] - old[2], new[3] - old[3]
@@ -299,7 +310,7 @@ class Ledger:
             self._move(node, parent, hf if node.is_plain else node.share(new[3]) - node.share(old[3]))
             node, parent = parent, parent.parent
         if self.follow_touched:
-            self._touched[account] = None
+            self._touched[account] = self._touched.get(account, 0) + hf
 
     @staticmethod
     def _move(node: Account, parent: Group, amount: int) -> None:
@@ -356,9 +367,9 @@ class Ledger:
             fresh._take_over(snapshot)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ConfigError(f"a ledger's snapshot is damaged ({error!r}): start without it") from error
-        follow = self.follow_touched
+        follow, touched = self.follow_touched, self._touched
         self.__dict__.update(fresh.__dict__)
-        self.follow_touched = follow
+        self.follow_touched, self._touched = follow, touched
 
     def _take_over(self, snapshot: Mapping[str, Any]) -> None:
         accounts: list[Account] = []
@@ -409,6 +420,9 @@ class Ledger:
 
     def _rest(self, account: Account) -> None:
         self._list_idle(account)
+        self._tidy()
+
+    def _tidy(self) -> None:
         idle = self._idle
         for _ in range(2):
             if not idle or (self._num_idle <= self._idle_clients and self.num_accounts <= self._max_clients):
@@ -445,7 +459,6 @@ class Ledger:
             parent.forgotten = max(parent.forgotten, account.counter)
         del parent.children[account.name]
         self._wake(account)
-        self._touched.pop(account, None)
         self.num_accounts -= 1
         self.num_forgotten += 1
         if parent is self.root:  # what a group's users were charged is in the group's own account

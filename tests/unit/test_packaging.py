@@ -123,6 +123,7 @@ def test_every_dependency_is_pinned_once_for_every_python() -> None:
         *EXTRAS["train"],
         *EXTRAS["demo"],
         *EXTRAS["profile"],
+        *EXTRAS["redis"],
         *EXTRAS["dev"],
     ]
     for wanted in map(Requirement, installed):
