@@ -327,10 +327,17 @@ def _bench(argv: list[str]) -> int:
     return bench(argv)
 
 
+def _replay(argv: list[str]) -> int:
+    from mope.serving_hooks.replay.cli import main as replay
+
+    return replay(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a predictor on chats or logs, evaluate and save it"),
     "predict": (_predict, "predict the response tokens of prompts or of a file of requests"),
     "evaluate": (_evaluate, "evaluate a saved predictor on a data set"),
     "bench": (_bench, "measure latency, throughput, start and memory on real prompts"),
     "export": (_export, "export a saved predictor to ONNX"),
+    "replay": (_replay, "replay workloads through an engine's real scheduler under a virtual clock"),
 }

