@@ -343,6 +343,12 @@ def _profile(argv: list[str]) -> int:
     return profile(argv)
 
 
+def _replay(argv: list[str]) -> int:
+    from mope.serving_hooks.replay.cli import main as replay
+
+    return replay(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a predictor on chats or logs, evaluate and save it"),
     "predict": (_predict, "predict the response tokens of prompts or of a file of requests"),
@@ -350,4 +356,5 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "bench": (_bench, "measure latency, throughput, start and memory on real prompts"),
     "profile": (_profile, "measure a running LLM server, and write how long its steps take"),
     "export": (_export, "export a saved predictor to ONNX"),
+    "replay": (_replay, "replay workloads through an engine's real scheduler under a virtual clock"),
 }
