@@ -327,10 +327,17 @@ def _bench(argv: list[str]) -> int:
     return bench(argv)
 
 
+def _doctor(argv: list[str]) -> int:
+    from mope.serving_hooks.doctor import main as doctor
+
+    return doctor(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a predictor on chats or logs, evaluate and save it"),
     "predict": (_predict, "predict the response tokens of prompts or of a file of requests"),
     "evaluate": (_evaluate, "evaluate a saved predictor on a data set"),
     "bench": (_bench, "measure latency, throughput, start and memory on real prompts"),
     "export": (_export, "export a saved predictor to ONNX"),
+    "doctor": (_doctor, "say what is installed, what would work and what is active in a serving engine"),
 }
