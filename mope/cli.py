@@ -349,6 +349,12 @@ def _replay(argv: list[str]) -> int:
     return replay(argv)
 
 
+def _doctor(argv: list[str]) -> int:
+    from mope.serving_hooks.doctor import main as doctor
+
+    return doctor(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a predictor on chats or logs, evaluate and save it"),
     "predict": (_predict, "predict the response tokens of prompts or of a file of requests"),
@@ -357,4 +363,5 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "profile": (_profile, "measure a running LLM server, and write how long its steps take"),
     "export": (_export, "export a saved predictor to ONNX"),
     "replay": (_replay, "replay workloads through an engine's real scheduler under a virtual clock"),
+    "doctor": (_doctor, "say what is installed, what would work and what is active in a serving engine"),
 }

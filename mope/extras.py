@@ -15,6 +15,7 @@ EXTRAS = {
     "torch": "torch",
     "transformers": "torch",
     "onnxruntime": "onnx",
+    "prometheus_client": "vllm",
     "tensorrt": "tensorrt",
     "cuda": "tensorrt",
     "onnx": "export",

@@ -93,4 +93,4 @@ class HookOptions(FairnessConfig):
             name = ".".join(map(str, first["loc"]))
             said = first["msg"].removeprefix("Value error, ")
             got = "" if not name else f": {name} is {first['input']!r:.80}"
-            raise ConfigError(f"{where}{got}: {said}; see `mope doctor` for all options") from error
+            raise ConfigError(f"{where}{got}: {said}; `mope doctor options` lists all options") from error

@@ -9,6 +9,8 @@ from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from mope.fairness.charges import NOTHING, Charge
+
 OTHERS = "(others)"
 LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 ERROR = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2.0, 4.0, 10.0)  # true by predicted tokens
@@ -57,6 +59,7 @@ class Tally:
         num_predicted: requests that came with a prediction.
         num_within: finished requests with a prediction whose answer was no longer than its 90 % quantile.
         num_covered: finished requests of which such a quantile was known.
+        charged: what requests that have ended were charged, corrections included: it never falls.
         queue_s: seconds from arrival to admission.
         ttft_s: seconds from arrival to the first token.
         e2e_s: seconds from arrival to the end.
@@ -74,6 +77,7 @@ class Tally:
     num_predicted: int = 0
     num_within: int = 0
     num_covered: int = 0
+    charged: Charge = NOTHING
     queue_s: Histogram = field(default_factory=lambda: Histogram(LATENCY_S))
     ttft_s: Histogram = field(default_factory=lambda: Histogram(LATENCY_S))
     e2e_s: Histogram = field(default_factory=lambda: Histogram(LATENCY_S))

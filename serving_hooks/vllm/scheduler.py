@@ -19,6 +19,7 @@ from vllm.v1.request import RequestStatus
 from mope.errors import ConfigError, UserError
 from mope.fairness import IDLE, Load, Ticket
 from mope.fairness.admission import fits
+from mope.serving_hooks import metrics
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.steward import Steward
@@ -51,7 +52,9 @@ class FairMixin(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.mope: Steward | None = None
+        self.mope_metrics: metrics.Exporter | None = None
         self.mope_guard = Guard(logger, self._give_up)
+        compat.log_as_vllm()
         options = read_options(self.vllm_config)
         wrong = compat.mismatches(self)
         if wrong:
@@ -90,6 +93,8 @@ class FairMixin(_Base):
             "on" if options.predicted_admission else "off",
             options.victims,
         )
+        rank = compat.data_parallel_rank(self.vllm_config)
+        self.mope_metrics = metrics.start(self.mope, self.mope_guard, rank=rank, engine=f"vLLM {release}")
 
     # -- what vLLM calls
 
@@ -125,6 +130,8 @@ class FairMixin(_Base):
     def shutdown(self, *args: Any, **kwargs: Any) -> Any:
         """Keeps the state, then as vLLM does."""
         self._close()
+        if self.mope_metrics is not None:
+            self.mope_metrics.close()
         parent = getattr(super(), "shutdown", None)
         return parent(*args, **kwargs) if parent is not None else None
 

@@ -1,0 +1,145 @@
+"""What the doctor finds: a finding, and those about options, whatever the engine.
+
+Looks at files, ports and packages; starts nothing that stays. Knows no engine.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import time
+from typing import Any, Literal, NamedTuple
+
+from mope.errors import UserError
+from mope.fairness.profiles import load_profile
+from mope.serving_hooks.options import HookOptions
+
+Status = Literal["ok", "note", "warning", "failed"]
+
+_PROMPT = "Explain in a few paragraphs how TCP slow start works, when it ends, and what RFC {} says of it."
+_NUM_TIMED = 30
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+class Finding(NamedTuple):
+    """One line of the doctor's.
+
+    Attributes:
+        part: where it belongs.
+        status: `ok`; `note`, to know; `warning`, works but not as one may think; `failed`, does not work.
+        text: what was found, and what to do about it.
+    """
+
+    part: str
+    status: Status
+    text: str
+
+
+def predictor(name: str, part: str = "predictors") -> Finding:
+    """Whether a predictor loads here, and how long one prediction takes."""
+    from mope.predictor import LengthPredictor
+
+    if name == "none":
+        return Finding(part, "note", "predictor none: clients take turns by a running mean of their answers")
+    try:
+        started = time.perf_counter()
+        loaded = LengthPredictor.from_pretrained(name)
+        load_s = time.perf_counter() - started
+        loaded.predict(_PROMPT)
+        taken = []
+        for number in range(_NUM_TIMED):  # a repeated prompt would be answered from the cache
+            prompt = _PROMPT.format(number)
+            started = time.perf_counter()
+            loaded.predict(prompt)
+            taken.append(time.perf_counter() - started)
+    except UserError as error:
+        return Finding(part, "failed", f"{name}: {error}")
+    except Exception as error:  # of the engine that runs it: whatever it is, it is what was asked for
+        return Finding(part, "failed", f"{name}: {type(error).__name__}: {error}")
+    taken_ms = 1000 * statistics.median(taken)
+    return Finding(
+        part, "ok", f"{name}: loads in {load_s:.2f} s, a prediction takes {taken_ms:.2f} ms ({loaded.backend_reason})"
+    )
+
+
+def options(chosen: HookOptions) -> list[Finding]:
+    """What is wrong with options that can be read."""
+    part, found = "command", []
+    try:
+        load_profile(chosen.profile)
+    except UserError as error:
+        found.append(Finding(part, "failed", f"profile: {error}"))
+    if chosen.identity in ("header", "user"):
+        source = f"the header {chosen.client_header}" if chosen.identity == "header" else "the body's user"
+        found.append(
+            Finding(
+                part, "note", f"identity {chosen.identity}: right only if a gateway sets {source} and callers cannot"
+            )
+        )
+    if chosen.api_keys is not None and not os.access(chosen.api_keys, os.R_OK):
+        found.append(Finding(part, "failed", f"api_keys: {chosen.api_keys} cannot be read by this user"))
+    if chosen.state is not None:
+        folder = chosen.state.parent
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not os.access(folder, os.W_OK):
+            found.append(Finding(part, "warning", f"state: {folder} cannot be written by this user; nothing is kept"))
+    if chosen.store is not None and chosen.state is not None:
+        found.append(Finding(part, "note", "store and state: the file keeps this replica's books, Redis those of all"))
+    if chosen.metrics_port is not None:
+        found += _metrics(chosen, part)
+    if chosen.predicted_admission and chosen.kv_margin < 1:
+        found.append(
+            Finding(part, "note", f"kv_margin {chosen.kv_margin:g}: admits more than is predicted to fit, and preempts")
+        )
+    return found
+
+
+def _metrics(chosen: HookOptions, part: str) -> list[Finding]:
+    found = []
+    if chosen.metrics_host not in _LOCAL:
+        text = f"metrics_host {chosen.metrics_host}: names of clients are shown to whoever reaches that port"
+        found.append(Finding(part, "warning", text))
+    if chosen.metrics_port and not _is_free(chosen.metrics_host, chosen.metrics_port):
+        text = f"metrics_port {chosen.metrics_port} is in use now; the server would take a free one and say which"
+        found.append(Finding(part, "warning", text))
+    return found
+
+
+def _is_free(host: str, port: int) -> bool:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def option_rows() -> list[dict[str, Any]]:
+    """All options: `name`, `values` that it takes, `default` (None where there is none) and `text`."""
+    schema = HookOptions.model_json_schema()["properties"]
+    rows = []
+    for name, field in HookOptions.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        shown = dict(default) if hasattr(default, "keys") else default
+        rows.append({"name": name, "values": _values(schema[name]), "default": shown, "text": field.description})
+    return rows
+
+
+def _values(schema: dict[str, Any]) -> str:
+    kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
+    schema = kinds[0]
+    if "enum" in schema:
+        return " | ".join(schema["enum"])
+    if schema.get("format") == "path":
+        return "file"
+    kind = {"boolean": "true | false", "string": "text", "object": "{name: number}"}.get(schema["type"], "number")
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum")
+    if low is None:
+        return kind
+    low_text = f"above {low:g}" if "exclusiveMinimum" in schema else f"{low:g}"
+    return f"{low_text} to {high:g}" if high is not None else f"{low_text} or more"

@@ -1,0 +1,363 @@
+"""`mope doctor`: what is installed, what would work, what is active, and what to type, on one screen.
+
+Works without any engine. What could crash or hang, the import of an engine, happens in a process of its own. What an
+engine's hook can say of itself is in its package: `compat` (releases, `probe`) and `commands` (`START`, `mistakes`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from mope import packaged
+from mope.console import LOG_WIDTH
+from mope.errors import ConfigError, UserError
+from mope.flags import Parser
+from mope.serving_hooks import checks
+from mope.serving_hooks.checks import Finding
+from mope.serving_hooks.metrics import own_version
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
+OPTIONS = "options"  # the command that lists them
+DASHBOARD = Path(__file__).parent / "dashboards" / "mope.json"
+_MARK = "mope-probe "
+_COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "failed": "bold red"}
+_HTTP_S = 10.0
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+DETAILS = """\
+Says on one screen what is installed, what would work, what is active, and what to type.
+
+With a command behind --, that command is looked at instead of an example: its options, and what is often wrong.
+`mope doctor options` lists all options of the hooks. The exit status is 1 if something does not work."""
+EXAMPLE = """\
+mope doctor vllm
+mope doctor vllm -- vllm serve my/model --scheduler-cls mope.serving_hooks.vllm.make_scheduler
+mope doctor vllm --url http://127.0.0.1:8000 --metrics-port 9477
+mope doctor options"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `mope doctor`.
+
+    Args:
+        argv: its arguments.
+
+    Returns:
+        0 if all works, 1 if something does not.
+
+    Raises:
+        ConfigError: arguments that cannot be used.
+    """
+    argv, words = _split(argv)
+    parser = Parser("mope doctor", DETAILS, "[vllm | sglang | options] [options] [-- COMMAND]", EXAMPLE)
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=(*ENGINES, OPTIONS),
+        metavar="WHAT",
+        help="an engine, or options (default: the engine that is installed)",
+    )
+    parser.add_argument("--url", metavar="URL", help="a server that runs, such as http://127.0.0.1:8000")
+    parser.add_argument("--metrics-port", type=int, metavar="N", help="its metrics_port, where it does not say")
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, metavar="S", help="seconds that importing the engine may take (120)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    if arguments.what == OPTIONS:
+        rows = checks.option_rows()
+        if arguments.json:
+            print(json.dumps([{**row, "default": _plain(row["default"])} for row in rows]))
+        else:
+            _print_options(rows)
+        return 0
+    engine = arguments.what or next((name for name in ENGINES if find_spec(name)), None)
+    if words and engine is None:
+        raise ConfigError("a command, but of which engine? Type mope doctor vllm -- COMMAND")
+    if arguments.url is not None and urlsplit(arguments.url).scheme not in ("http", "https"):
+        raise ConfigError(f"--url: got {arguments.url!r}; expected an address such as http://127.0.0.1:8000")
+    report = examine(engine, words, url=arguments.url, metrics_port=arguments.metrics_port, timeout_s=arguments.timeout)
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        _print(report)
+    return 0 if report["ok"] else 1
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    at = list(argv).index("--") if "--" in argv else len(argv)
+    return list(argv[:at]), list(argv[at + 1 :])
+
+
+def examine(
+    engine: str | None,
+    words: Sequence[str] = (),
+    *,
+    url: str | None = None,
+    metrics_port: int | None = None,
+    timeout_s: float = 120.0,
+) -> dict[str, Any]:
+    """What is found, as plain JSON values.
+
+    Args:
+        engine: `vllm` or `sglang`; None for no engine.
+        words: the command that starts it; none for an example.
+        url: of a server that runs.
+        metrics_port: of that server, where its API server does not say.
+        timeout_s: for importing the engine.
+
+    Returns:
+        `mope` and `engine` with their versions, `findings` (each `part`, `status`, `text`), `command` that starts the
+        engine with the hook, `dashboard`, and `ok`: whether nothing failed.
+    """
+    compat, commands = (_part(engine, "compat"), _part(engine, "commands")) if engine is not None else (None, None)
+    release = compat.installed() if compat is not None else None
+    found = [Finding("installed", "ok", f"mope {own_version()}, Python {sys.version.split()[0]}")]
+    found += _packages()
+    if engine is not None:
+        found += _engine(engine, compat, release, needed=url is None)
+        if release is not None and hasattr(compat, "probe"):
+            found.append(_probed(engine, timeout_s))
+    chosen = None
+    if commands is not None and words:
+        try:
+            chosen = commands.options(commands.flags(words))
+        except UserError as error:
+            found.append(Finding("command", "failed", str(error)))
+        found += commands.mistakes(words, chosen)
+        found += checks.options(chosen) if chosen is not None else []
+    names = packaged.names() if chosen is None else [chosen.predictor]
+    found += [checks.predictor(name) for name in names]
+    if url is not None:
+        port = metrics_port if metrics_port is not None else chosen.metrics_port if chosen is not None else None
+        found += running(url, port)
+    return {
+        "mope": own_version(),
+        "engine": engine,
+        "release": release,
+        "findings": [finding._asdict() for finding in found],
+        "command": None if commands is None or words else commands.START,
+        "dashboard": str(DASHBOARD),
+        "ok": not any(finding.status == "failed" for finding in found),
+    }
+
+
+def _part(engine: str, name: str) -> ModuleType | None:
+    """A module of an engine's hook; None where there is none."""
+    where = f"mope.serving_hooks.{engine}"
+    return import_module(f"{where}.{name}") if find_spec(where) and find_spec(f"{where}.{name}") else None
+
+
+def _packages() -> list[Finding]:
+    runtimes = _versions(("onnxruntime", "onnxruntime-gpu", "torch"))
+    exporter = _versions(("prometheus-client",))
+    with_onnx = any(name.startswith("onnx") for name in runtimes)
+    missing = "no onnxruntime, which the packaged predictors need: pip install 'mope-llm[vllm]'"
+    return [
+        Finding("installed", "ok", ", ".join(runtimes)) if with_onnx else Finding("installed", "warning", missing),
+        Finding("installed", "ok", ", ".join(exporter))
+        if exporter
+        else Finding("installed", "warning", "no prometheus-client, so no metrics: pip install 'mope-llm[vllm]'"),
+    ]
+
+
+def _versions(names: Iterable[str]) -> list[str]:
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _engine(engine: str, compat: ModuleType | None, release: str | None, *, needed: bool) -> list[Finding]:
+    title = ENGINES[engine]
+    if compat is None:
+        return [Finding("installed", "failed", f"this release of mope has no hook for {title}")]
+    tested = f"tested: {compat.TESTED[0]} to {compat.TESTED[-1]}, {len(compat.TESTED)} releases"
+    if release is None:
+        text = f"{title} is not installed for {sys.executable}: run mope doctor in the environment that it is in"
+        return [Finding("installed", "failed" if needed else "note", f"{text} ({tested})")]
+    standing = compat.standing(release)
+    if standing == "tested":
+        return [Finding("installed", "ok", f"{title} {release}: tested")]
+    too_old = standing.startswith("older")
+    text = f"{title} {release}: {standing} ({tested})"
+    return [Finding("installed", "failed" if too_old else "warning", text)]
+
+
+def _probed(engine: str, timeout_s: float) -> Finding:
+    """What an engine's hook says of the engine, asked in a process of its own."""
+    title, part = ENGINES[engine], "installed"
+    code = f"import json; from mope.serving_hooks.{engine}.compat import probe; print({_MARK!r} + json.dumps(probe()))"
+    quiet = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            env={**os.environ, **quiet},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        text = f"{title} could not be imported within {timeout_s:g} s; --timeout gives it longer"
+        return Finding(part, "failed", text)
+    told = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+    if not told:
+        said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return Finding(part, "failed", f"{title} cannot be imported: {said[:200]}")
+    wrong = json.loads(told[-1].removeprefix(_MARK))
+    if wrong:
+        return Finding(part, "failed", f"{title} is not as the hook expects: {'; '.join(wrong)}")
+    return Finding(part, "ok", f"{title}'s classes are as the hook expects")
+
+
+# -- a server that runs
+
+
+def running(url: str, metrics_port: int | None = None) -> list[Finding]:
+    """Whether a server has the hook on, by what it and the hook's port show.
+
+    Args:
+        url: of its API.
+        metrics_port: of the hook, where its front end does not say.
+    """
+    part = "active"
+    try:
+        shown = _get(f"{url.rstrip('/')}/metrics")
+    except OSError as error:
+        return [Finding(part, "failed", f"{url}/metrics does not answer: {error}")]
+    found = []
+    front = _labels(shown, "mope_front_on")
+    if front is None:
+        found.append(
+            Finding(part, "failed", f"{url}: no middleware of mope's is on, so requests carry no client or prediction")
+        )
+    else:
+        made = _sum(shown, "mope_front_predictions_total", outcome="made")
+        other = _sum(shown, "mope_front_predictions_total") - made
+        text = f"{url}: middleware on, clients by {front.get('identity')}, predictor {front.get('predictor')}"
+        found.append(Finding(part, "ok", f"{text}; {made:.0f} predictions made, {other:.0f} not"))
+        if metrics_port is None and front.get("metrics_port"):
+            metrics_port = int(front["metrics_port"])
+    if not metrics_port:
+        text = "whether the scheduler is on is in the server's log (mope is on: ...), or at its metrics_port"
+        return [*found, Finding(part, "note", text)]
+    host = urlsplit(url).hostname or "127.0.0.1"
+    return [*found, _scheduler(f"http://{f'[{host}]' if ':' in host else host}:{metrics_port}/metrics")]
+
+
+def _scheduler(address: str) -> Finding:
+    try:
+        shown = _get(address)
+    except OSError as error:
+        return Finding("active", "failed", f"{address} does not answer: {error}; it listens at metrics_host")
+    about = _labels(shown, "mope_info")
+    if about is None:
+        return Finding("active", "failed", f"{address} is not mope's")
+    if _sum(shown, "mope_failed"):
+        failure = (_labels(shown, "mope_failure_info") or {}).get("failure", "")
+        return Finding("active", "failed", f"{address}: the hook has failed and is off: {failure}")
+    num = _sum(shown, "mope_client_arrived_total")
+    text = f"{address}: policy {about.get('policy')} in {about.get('engine')}, {num:.0f} requests so far"
+    return Finding("active", "ok", text)
+
+
+def _get(address: str) -> str:
+    try:
+        with urllib.request.urlopen(address, timeout=_HTTP_S) as answer:
+            return str(answer.read(50_000_000).decode("utf-8", "replace"))
+    except ValueError as error:
+        raise ConfigError(f"--url: got {address!r}; {error}") from error
+
+
+def _samples(shown: str, name: str) -> list[tuple[dict[str, str], float]]:
+    """Samples of a metric in what Prometheus is told: their labels and values."""
+    found = []
+    for line in shown.splitlines():
+        if line.startswith((f"{name}{{", f"{name} ")):
+            labels, _, value = line.removeprefix(name).rpartition(" ")
+            found.append((dict(_LABEL.findall(labels)), float(value)))
+    return found
+
+
+def _labels(shown: str, name: str) -> dict[str, str] | None:
+    samples = _samples(shown, name)
+    return samples[0][0] if samples else None
+
+
+def _sum(shown: str, name: str, **labels: str) -> float:
+    return sum(value for found, value in _samples(shown, name) if labels.items() <= found.items())
+
+
+# -- the screen
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, LOG_WIDTH)
+    return console
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    last = None
+    for finding in report["findings"]:
+        part = finding["part"]
+        status = Text(finding["status"], style=_COLOURS[finding["status"]])
+        table.add_row(Text(part if part != last else "", style="bold"), status, Text(finding["text"]))
+        last = part
+    console.print(table)
+    if report["command"]:
+        console.print("\nInstalling activates nothing; to start with it:")
+        console.print(Text(report["command"]), soft_wrap=True)
+    console.print(f"\ndashboard for Grafana: {report['dashboard']}", markup=False, soft_wrap=True)
+
+
+def _print_options(rows: Iterable[dict[str, Any]]) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = _console()
+    for row in rows:
+        values = f"  default {json.dumps(_plain(row['default']))}; {row['values']}"
+        console.print(Text.assemble((row["name"], "bold"), (values, "cyan")))
+        console.print(Padding(Text(row["text"]), (0, 0, 0, 4)))
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value

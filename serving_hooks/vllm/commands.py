@@ -1,0 +1,144 @@
+"""The command that starts vLLM with this hook, and what is often wrong with one.
+
+Reads words as they are typed in a shell; imports no vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from mope.errors import ConfigError
+from mope.serving_hooks.checks import Finding
+from mope.serving_hooks.options import HookOptions
+
+SCHEDULER = "mope.serving_hooks.vllm.make_scheduler"
+MIDDLEWARE = "mope.serving_hooks.vllm.Middleware"
+PRIORITY = "mope.serving_hooks.vllm.PriorityMiddleware"
+START = f"""\
+vllm serve MODEL --api-key KEY \\
+  --scheduler-cls {SCHEDULER} \\
+  --middleware {MIDDLEWARE} \\
+  --additional-config '{{"mope": {{"policy": "equinox", "metrics_port": 9477}}}}'"""
+_PART = "command"
+_SHORT = {"-asc": "--api-server-count", "-dp": "--data-parallel-size"}
+
+
+def flags(words: Sequence[str]) -> dict[str, list[str]]:
+    """Flags with their values, as `vllm serve` reads them: `--a b`, `--a=b`, `--a_b`, `--a.b c`.
+
+    Returns:
+        All values of each flag, by its name with dashes; a flag without one has "".
+    """
+    found: dict[str, list[str]] = {}
+    name = None
+    for word in words:
+        if word.startswith("--") or word in _SHORT:
+            name, equals, value = _SHORT.get(word, word).partition("=")
+            first, dot, rest = name.partition(".")
+            name = first.replace("_", "-") + dot + rest
+            values = found.setdefault(name, [])
+            if equals:
+                values.append(value)
+                name = None
+            elif not values:
+                values.append("")
+        elif name is not None:
+            values = found[name]
+            if values[-1] == "":
+                values.pop()
+            values.append(word)
+    return found
+
+
+def options(typed: dict[str, list[str]]) -> HookOptions:
+    """The options in `--additional-config`.
+
+    Raises:
+        ConfigError: they cannot be used, or stand where this hook does not look for them.
+    """
+    text = typed.get("--additional-config", [""])[-1]
+    try:
+        given: Any = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ConfigError(f"--additional-config is no JSON ({error}); put it in single quotes") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f'--additional-config is {text[:80]!r}; expected {{"mope": {{...}}}}')
+    for flag, values in typed.items():
+        if flag.startswith("--additional-config."):
+            _put(given, flag.split(".")[1:], values[-1])
+    astray = sorted(set(given) & set(HookOptions.model_fields))
+    if astray:
+        raise ConfigError(f'--additional-config: {astray[0]} stands beside "mope", not in it: {{"mope": {{...}}}}')
+    return HookOptions.read(given.get("mope"), "--additional-config, mope")
+
+
+def _put(into: dict[str, Any], path: Sequence[str], text: str) -> None:
+    for name in path[:-1]:
+        inner = into.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--additional-config.{'.'.join(path)}: {name} has a value of its own")
+        into = inner
+    try:
+        into[path[-1]] = json.loads(text)
+    except ValueError:
+        into[path[-1]] = text
+
+
+def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
+    """What is wrong with a command, or not as one may think.
+
+    Args:
+        words: of the command.
+        chosen: its options; None if they cannot be used.
+    """
+    typed = flags(words)
+    found: list[Finding] = []
+
+    def tell(status: Any, text: str) -> None:
+        found.append(Finding(_PART, status, text))
+
+    scheduler = typed.get("--scheduler-cls", [""])[-1]
+    middlewares = typed.get("--middleware", [])
+    ours, tells, tags = scheduler == SCHEDULER, MIDDLEWARE in middlewares, PRIORITY in middlewares
+    policy = typed.get("--scheduling-policy", ["fcfs"])[-1]
+    many = typed.get("--api-server-count", ["1"])[-1]
+    if scheduler and not ours:
+        tell("failed", f"--scheduler-cls {scheduler}: not this hook, expected {SCHEDULER}")
+    for name in middlewares:
+        if name.startswith("mope") and name not in (MIDDLEWARE, PRIORITY):
+            tell("failed", f"--middleware {name}: expected {MIDDLEWARE} or {PRIORITY}")
+    if not (scheduler or tags):
+        tell("failed", f"nothing of mope is on: add --scheduler-cls {SCHEDULER}")
+    if ours and policy != "fcfs":
+        tell("failed", f"--scheduling-policy {policy}: leave it out, mope's scheduler brings its own order")
+    if ours and tags:
+        tell("failed", "PriorityMiddleware is for vLLM's own scheduler: with mope's take Middleware")
+    if tags and not ours and policy != "priority":
+        tell("failed", "PriorityMiddleware does nothing without --scheduling-policy priority")
+    if tags and many != "1":
+        tell("failed", f"--api-server-count {many}: PriorityMiddleware must see all requests, so it takes 1")
+    if ours and not tells:
+        tell(
+            "warning",
+            f"without --middleware {MIDDLEWARE} no request has a client or a prediction: all are one client, but for "
+            "LoRA adapters",
+        )
+    if "--max-num-queued-reqs" in typed:
+        tell("warning", "--max-num-queued-reqs turns the newcomer away: a flood then locks the others out")
+    if chosen is None:
+        return found
+    keys_are_checked = "--api-key" in typed or bool(os.environ.get("VLLM_API_KEY"))
+    if (tells or tags) and chosen.identity == "api-key" and chosen.api_keys is None and not keys_are_checked:
+        tell("warning", "identity api-key, but neither --api-key nor api_keys: all callers are one client")
+    ranks = typed.get("--data-parallel-size", ["1"])[-1]
+    if ours and ranks != "1":
+        port = chosen.metrics_port
+        shown = f"; metrics at port {port} and the next ones" if port else ""
+        shared = "" if chosen.store else "; a store lets them count together"
+        tell("note", f"--data-parallel-size {ranks}: each engine keeps books of its own{shared}{shown}")
+    if not any(finding.status == "failed" for finding in found):
+        tell("ok", f"policy {chosen.policy}, clients by {chosen.identity}, predictor {chosen.predictor}")
+    return found
