@@ -195,10 +195,8 @@ def may_hold(body: bytes, name: str) -> bool:
     return name.encode() in body or b"\\u" in body or b"\0" in body[:4] or body[:2] in (b"\xff\xfe", b"\xfe\xff")
 
 
-def without_forged(body: bytes) -> bytes | None:
-    """A body without what only the front end may say, wherever engines look for it; None if there is nothing of it."""
-    if not may_hold(body, PREFIX) or (found := parsed(body)) is None:
-        return None
+def strip(found: dict[str, Any]) -> bool:
+    """Removes what only the front end may say, wherever engines look for it; whether there was any."""
     forged = False
     inside: list[Any] = [found]
     while inside:
@@ -211,4 +209,11 @@ def without_forged(body: bytes) -> bytes | None:
                 part[key], forged = without_ours(value), True
             elif isinstance(value, dict | list):
                 inside.append(value)
-    return written(found) if forged else None
+    return forged
+
+
+def without_forged(body: bytes) -> bytes | None:
+    """A body without what only the front end may say; None if there is nothing of it, or no JSON."""
+    if not may_hold(body, PREFIX) or (found := parsed(body)) is None:
+        return None
+    return written(found) if strip(found) else None

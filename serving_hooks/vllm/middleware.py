@@ -28,12 +28,13 @@ from mope.serving_hooks.asgi import (
     may_hold,
     parsed,
     path_of,
+    strip,
     with_headers,
     without_forged,
     written,
 )
 from mope.serving_hooks.bodies import Asked, Kind, kind_of
-from mope.serving_hooks.carried import PREFIX, Carried, without_ours
+from mope.serving_hooks.carried import PREFIX, Carried
 from mope.serving_hooks.front import Front, Predicted
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.identity import Identity
@@ -143,17 +144,14 @@ class Middleware(_VllmMiddleware):
         found = parsed(body)
         if found is None:
             return post
+        changed = may_hold(body, PREFIX) and strip(found)
         key = "extra_args" if path == TOKENS_IN else "vllm_xargs"
         holder = found.get("sampling_params") if path == TOKENS_IN else found
-        if not isinstance(holder, dict) or not isinstance(holder.get(key), dict | None):
-            return post  # which vLLM refuses
-        carried = await self._carried(PATHS[path] or kind_of(found), post, found, len(body))
-        said = holder.get(key) or {}
-        told = {**without_ours(said), **carried.write()}
-        if told == said:
-            return post
-        holder[key] = told
-        return post._replace(body=written(found))
+        if isinstance(holder, dict) and isinstance(holder.get(key), dict | None):  # else vLLM refuses it
+            carried = await self._carried(PATHS[path] or kind_of(found), post, found, len(body))
+            if told := carried.write():
+                holder[key], changed = {**(holder.get(key) or {}), **told}, True
+        return post._replace(body=written(found)) if changed else post
 
     async def _carried(self, kind: Kind, post: Post, body: dict[str, Any], size: int) -> Carried:
         if self.front is None or not self.guard.ok:
@@ -219,12 +217,13 @@ class PriorityMiddleware(_VllmMiddleware):
 
     async def generate(self, post: Post, path: str, body: bytes) -> Post:
         """Puts the tag in place of the caller's `priority`, in the body and in its header."""
-        stripped = without_forged(body)
         if not self._by_priority:
-            return post._replace(body=stripped)
-        found = parsed(stripped or body)
+            return post._replace(body=without_forged(body))
+        found = parsed(body)
         if found is None:
             return post._replace(scope=with_headers(post.scope, PRIORITY_HEADER))
+        if may_hold(body, PREFIX):
+            strip(found)
         tag, send = self._last, post.send
         if self._tags is not None and self.front is not None and self.guard.ok:
             kind = PATHS[path] or kind_of(found)
