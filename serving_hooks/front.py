@@ -1,0 +1,207 @@
+"""What the front end does with a request: find its client, predict its answer, and say so in what is carried along.
+
+A prediction has a deadline; late, failed or refused ones are counted, and the request goes on without. Knows requests
+and predictors; no engine and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mope.errors import UserError
+from mope.grid import quantiles_at
+from mope.request import Request
+from mope.serving import ServingPredictor
+from mope.serving_hooks.bodies import Asked, Kind, read
+from mope.serving_hooks.carried import LEVELS, Carried
+from mope.serving_hooks.identity import Headers, Identity
+from mope.serving_hooks.options import HookOptions
+from mope.target_llm import describe
+
+if TYPE_CHECKING:
+    from mope.prediction import LengthPrediction
+    from mope.predictor import LengthPredictor
+
+NO_PREDICTOR = "none"
+BOUNDS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the latency's histogram
+# what became of predictions, by the source that `LengthPrediction` names
+OUTCOMES = {
+    "model": "made",
+    "fallback:deadline": "late",
+    "fallback:queue full": "overload",
+    "fallback:error": "failed",
+    "fallback:no text": "no_text",
+}
+
+
+class Predicted(NamedTuple):
+    """What is predicted for the answers of one HTTP request.
+
+    Attributes:
+        tokens: expected tokens of an answer; of a batch, the mean of its prompts.
+        quantiles: before recalibration and the request's cap, at `LEVELS`, in tokens; of a batch, those of a prompt
+            drawn from it.
+        target: the LLM, its family and the mode of asking: `llm|family|mode`.
+    """
+
+    tokens: float
+    quantiles: tuple[float, ...]
+    target: str
+
+
+class Front:
+    """Reads requests and predicts for them. One for a process; its counters are the process's.
+
+    Attributes:
+        options: how.
+        target_llm: the LLM that answers, as the predictor is told; None if nobody names it.
+    """
+
+    def __init__(
+        self, options: HookOptions, identity: Identity, predictor: LengthPredictor | None, names: Sequence[str] = ()
+    ) -> None:
+        """Starts the predictor's threads.
+
+        Args:
+            options: how.
+            identity: says who sent a request.
+            predictor: answers; None for no predictions.
+            names: what the server calls its LLM. The first that the predictor knows something about is taken, else the
+                last; unless `options.target_llm` names another.
+        """
+        self.options, self._identity = options, identity
+        self.target_llm = options.target_llm or _telling(names, predictor)
+        self._predictor = predictor
+        self._serving = ServingPredictor(predictor) if predictor is not None else None
+        self._requests: Counter[str] = Counter()
+        self._outcomes: Counter[str] = Counter()
+        self._latencies = [0] * (len(BOUNDS_S) + 1)
+        self._latency_s = 0.0
+
+    @classmethod
+    def load(cls, options: HookOptions, identity: Identity, names: Sequence[str] = ()) -> Front:
+        """With the predictor that the options name. Reads from the disk.
+
+        Raises:
+            UserError: there is no such predictor, or it needs what is not installed.
+        """
+        if options.predictor == NO_PREDICTOR:
+            return cls(options, identity, None, names)
+        from mope.predictor import LengthPredictor
+
+        return cls(options, identity, LengthPredictor.from_pretrained(options.predictor), names)
+
+    def count(self, name: str) -> None:
+        """Notes a request, by its path or what was done with it."""
+        self._requests[name] += 1
+
+    def client(self, headers: Headers, body: Mapping[str, Any]) -> str | None:
+        """Who sent a request, see `Identity.client`; has the file of keys looked at in the background."""
+        if self._identity.due():
+            asyncio.get_running_loop().run_in_executor(None, self._identity.refresh)
+        return self._identity.client(headers, body)
+
+    @property
+    def client_in_body(self) -> bool:
+        """Whether `client` needs the body."""
+        return self._identity.reads_body
+
+    async def carried(self, kind: Kind, headers: Headers, body: Mapping[str, Any]) -> Carried:
+        """What is carried with a request.
+
+        Args:
+            kind: whose JSON it is.
+            headers: of the request.
+            body: its JSON.
+        """
+        client = self.client(headers, body)
+        if self._serving is None or kind == "other":
+            return Carried(client)
+        predicted = await self.predict(self.read(kind, body))
+        return Carried(client, *predicted) if predicted is not None else Carried(client)
+
+    def read(self, kind: Kind, body: Mapping[str, Any]) -> Asked:
+        """What a request asks for."""
+        return read(kind, body, self.target_llm)
+
+    async def predict(self, asked: Asked) -> Predicted | None:
+        """What is predicted for a request, within the deadline; None if nothing is."""
+        if self._serving is None or not asked.requests:
+            return None
+        started = time.perf_counter()
+        if len(asked.requests) == 1:
+            answers = [await self._answer(self._serving, asked.requests[0])]
+        else:
+            answers = list(await asyncio.gather(*(self._answer(self._serving, request) for request in asked.requests)))
+        found = [answer for answer in answers if answer is not None and answer.source == "model"]
+        predicted = self._joined(found) if found else None
+        seconds = time.perf_counter() - started
+        self._latencies[bisect_left(BOUNDS_S, seconds)] += 1
+        self._latency_s += seconds
+        return predicted
+
+    async def _answer(self, serving: ServingPredictor, request: Request) -> LengthPrediction | None:
+        try:
+            answer = await serving.predict(request, deadline_s=self.options.deadline_ms / 1000)
+        except UserError:  # a request that no predictor reads, or a server that is ending
+            self._outcomes["failed"] += 1
+            return None
+        self._outcomes[OUTCOMES.get(answer.source, "failed")] += 1
+        return answer
+
+    def _joined(self, answers: Sequence[LengthPrediction]) -> Predicted | None:
+        first = answers[0]
+        raw = [answer.raw_cumulative for answer in answers if answer.raw_cumulative is not None]
+        if self._predictor is None or not raw:
+            return None
+        edges = np.asarray(self._predictor.config.edges, dtype=np.float64)
+        quantiles = quantiles_at(edges, np.mean(raw, axis=0)[None], np.asarray(LEVELS))[0]
+        parts = (describe(first.target_llm).name, first.llm_family or "", first.mode)
+        return Predicted(
+            float(np.mean([answer.mean for answer in answers])),
+            tuple(quantiles.tolist()),
+            "|".join(part.replace("|", "-") for part in parts),
+        )
+
+    def snapshot(self) -> dict[str, Any]:
+        """Counters so far.
+
+        Returns:
+            `requests` by path or by what was done with them; `predictions` by outcome: `made`, `late` (past the
+            deadline), `overload` (too many were waiting), `failed`, `no_text`, counted by prompts; and `latency` of
+            HTTP requests that asked for predictions: `bounds_s`, `counts` (of each bound, and above all of them),
+            `sum_s`.
+        """
+        predictions = {name: self._outcomes[name] for name in dict.fromkeys(OUTCOMES.values())}
+        latency = {"bounds_s": BOUNDS_S, "counts": tuple(self._latencies), "sum_s": self._latency_s}
+        return {"requests": dict(self._requests), "predictions": predictions, "latency": latency}
+
+    def close(self) -> None:
+        """Ends the predictor's threads. May be called again."""
+        if self._serving is not None:
+            self._serving.close()
+
+    def __str__(self) -> str:
+        who = f"clients by {self._identity}"
+        if self._predictor is None:
+            return f"{who}; no predictions"
+        llm = self.target_llm or "an LLM that nobody names"
+        deadline = f"within {self.options.deadline_ms:g} ms"
+        return f"{who}; lengths by {self.options.predictor} ({self._predictor.backend_reason}) {deadline}, for {llm}"
+
+
+def _telling(names: Sequence[str], predictor: LengthPredictor | None) -> str | None:
+    """The first name that says something about the LLM; else the last."""
+    usable = [name for name in names if name and not any("\ud800" <= letter <= "\udfff" for letter in name)]
+    if predictor is not None:
+        for name in usable:
+            if predictor.encoder.llms.find(name):
+                return name
+    return usable[-1] if usable else None
