@@ -54,6 +54,8 @@ class ServerError(UserError, ConnectionError):
     """
 
     status: int | None = None
+
+
 class StoreError(UserError, ConnectionError):
     """A shared store that has to be there, and that can't be reached or can't be used."""
 

@@ -151,5 +151,6 @@ def _edges(quantiles: tuple[float, ...]) -> Array:
     low, high = _SCORES[0] > _FINE_SCORES, _SCORES[-1] < _FINE_SCORES
     fine[low] = logs[0] + (logs[2] - logs[0]) / (_SCORES[2] - _SCORES[0]) * (_FINE_SCORES[low] - _SCORES[0])
     fine[high] = logs[-1] + (logs[-1] - logs[-3]) / (_SCORES[-1] - _SCORES[-3]) * (_FINE_SCORES[high] - _SCORES[-1])
-    rising: Array = np.exp(np.concatenate([[min(fine[0], 0.0) - 0.1], fine, [fine[-1] + 0.1]]))
-    return rising + np.arange(len(rising)) * 1e-6  # quantiles of a narrow prediction may be equal
+    edges: Array = np.exp(np.concatenate([[min(fine[0], 0.0) - 0.1], fine, [fine[-1] + 0.1]]))
+    edges += np.arange(len(edges)) * 1e-6  # quantiles of a narrow prediction may be equal
+    return edges

@@ -52,6 +52,7 @@ class Steward:
         lengths: what is expected, and learned.
         tallies: what happened, by client.
         held: requests that wait or run, by id.
+        store: where replicas share counters; None where none do.
     """
 
     def __init__(self, options: HookOptions, clock: Callable[[], float] = time.monotonic) -> None:
@@ -73,6 +74,7 @@ class Steward:
         self.tallies = Tallies(options.metrics_clients)
         self.held: dict[str, Held] = {}
         self.num_invalid = 0  # requests whose client or size could not be used as it came
+        self.store = self._open_store()
         self._saved_s = self._told_s = clock()
         self._saving: threading.Thread | None = None
         if options.state is not None:
@@ -185,7 +187,9 @@ class Steward:
     # -- now and then
 
     def between_steps(self) -> None:
-        """Cheap work that is due now and then: the line in the log, and keeping the state."""
+        """Cheap work that is due now and then: other replicas' charges, the line in the log, keeping the state."""
+        if self.store is not None:
+            self.store.exchange(self.policy.ledger)
         now = self.clock()
         if self.options.summary_s and now - self._told_s >= self.options.summary_s:
             self._told_s = now
@@ -223,10 +227,20 @@ class Steward:
     def close(self) -> None:
         """Stops its threads and keeps the state."""
         self.lengths.close()
+        if self.store is not None:
+            self.store.exchange(self.policy.ledger)
+            self.store.close()
         if self.options.state is not None:
             if self._saving is not None:
                 self._saving.join(5.0)
             _write(self.options.state, self.snapshot())
+
+    def _open_store(self) -> Store | None:
+        if self.options.store is None:
+            return None
+        store = open_store(StoreConfig(url=self.options.store, namespace=self.options.namespace))
+        self.policy.ledger.follow_touched = True
+        return store
 
     def _restore(self, path: Path) -> None:
         try:

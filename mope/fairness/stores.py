@@ -37,8 +37,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from typing_extensions import Self, override
 
 from mope.errors import ConfigError
-from mope.fairness.clients import Path
 from mope.fairness.accounts import Account
+from mope.fairness.clients import Path
 from mope.fairness.ledger import Ledger
 
 MEMORY = "memory"
