@@ -15,9 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mope.errors import UserError
+from pydantic import ValidationError
+
+from mope.errors import ConfigError, UserError
 from mope.fairness import IDLE, Charge, Ledger, Load, Policy, Ticket
 from mope.fairness.charges import NOTHING
+from mope.fairness.stores import Store, StoreConfig, open_store
 from mope.serving_hooks.carried import Carried
 from mope.serving_hooks.lengths import Lengths
 from mope.serving_hooks.options import HookOptions
@@ -238,7 +241,11 @@ class Steward:
     def _open_store(self) -> Store | None:
         if self.options.store is None:
             return None
-        store = open_store(StoreConfig(url=self.options.store, namespace=self.options.namespace))
+        try:
+            config = StoreConfig(url=self.options.store, namespace=self.options.namespace)
+        except ValidationError as error:
+            raise ConfigError(f"store or namespace: {error.errors()[0]['msg']}") from error
+        store = open_store(config)
         self.policy.ledger.follow_touched = True
         return store
 
