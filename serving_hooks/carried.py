@@ -7,8 +7,8 @@ engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import isfinite
+from collections.abc import Mapping
+from math import inf
 from operator import le
 from typing import Any, NamedTuple
 
@@ -68,11 +68,8 @@ def _quantiles(text: Any) -> tuple[float, ...]:
     if not isinstance(text, str):
         return ()
     try:
-        found = [float(part) for part in text.split(",", len(LEVELS))]
+        found = tuple(map(float, text.split(",", len(LEVELS))))
     except ValueError:
         return ()
-    return tuple(found) if len(found) == len(LEVELS) and _usable(found) else ()
-
-
-def _usable(quantiles: Sequence[float]) -> bool:
-    return all(isfinite(one) and one >= 0 for one in quantiles) and all(map(le, quantiles, quantiles[1:]))
+    usable = len(found) == len(LEVELS) and found[0] >= 0 and found[-1] < inf and all(map(le, found, found[1:]))
+    return found if usable else ()

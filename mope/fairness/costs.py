@@ -113,7 +113,9 @@ class CostEstimator:
 
     def price(self, prompt_tokens: int, response_tokens: float, load: Load = IDLE, *, cached_tokens: int = 0) -> Charge:
         """What a request is charged for tokens that are in range already, see `response_tokens` and `count`."""
-        return self._cost(self._service(prompt_tokens, response_tokens, cached_tokens, load)).charge
+        service = self._service(prompt_tokens, response_tokens, cached_tokens, load)
+        config = self.config
+        return charge(service, ufc(service, config), rfc(service, config), config, self.rfc_scale)
 
     def measured(
         self,
@@ -134,19 +136,35 @@ class CostEstimator:
                 clock of their own would part them: the mapper's figure for these tokens is taken.
             load: what the engine was doing when it was admitted.
         """
+        return self._cost(self._measured(prompt_tokens, response_tokens, cached_tokens, latency_s, load))
+
+    def price_measured(
+        self, prompt_tokens: int, response_tokens: int, cached_tokens: int, latency_s: float | None, load: Load
+    ) -> Charge:
+        """The charge of `measured`, without the rest."""
+        service, config = self._measured(prompt_tokens, response_tokens, cached_tokens, latency_s, load), self.config
+        return charge(service, ufc(service, config), rfc(service, config), config, self.rfc_scale)
+
+    def _measured(
+        self, prompt_tokens: int, response_tokens: int, cached_tokens: int, latency_s: float | None, load: Load
+    ) -> Service:
         prompt, response, cached = self.count(prompt_tokens), self.count(response_tokens), self.count(cached_tokens)
         service = self._service(prompt, float(response), cached, load)
-        if latency_s is not None and not self._blind:
-            if not isfinite(latency_s) or latency_s <= 0:
-                self.num_clamped += 1
-            else:
-                gpu_s = service.gpu_utilization * service.latency_s  # the work is the same, however long it took
-                service = service._replace(
-                    latency_s=latency_s,
-                    tokens_per_s=response / latency_s,
-                    gpu_utilization=min(1.0, gpu_s / latency_s),
-                )
-        return self._cost(service)
+        if latency_s is None or self._blind:
+            return service
+        if not isfinite(latency_s) or latency_s <= 0:
+            self.num_clamped += 1
+            return service
+        gpu_s = service.gpu_utilization * service.latency_s  # the work is the same, however long it took
+        return Service(
+            service.prompt_tokens,
+            service.cached_tokens,
+            service.response_tokens,
+            latency_s,
+            service.idle_latency_s,
+            response / latency_s,
+            min(1.0, gpu_s / latency_s),
+        )
 
     def response_tokens(self, prediction: Predicted | SupportsFloat | None, max_tokens: int | None = None) -> float:
         """A prediction as a number of tokens from 1 to `MAX_TOKENS`, and no more than `max_tokens`."""

@@ -6,14 +6,13 @@ what a profile says. Pure arithmetic: no clock, no randomness, the same bits in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
 from mope.fairness.profiles import Profile
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """What the engine is doing when a request would be admitted, the request itself not counted.
 
     Attributes:
@@ -33,8 +32,7 @@ class Load:
 IDLE = Load()
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceEstimate:
+class ServiceEstimate(NamedTuple):
     """What one request gets and takes.
 
     Attributes:

@@ -66,6 +66,7 @@ class Policy:
         )
         self._ahead = config.policy != "vtc"  # whether an admission is charged what it is predicted to need
         self._order = _order(config, self.ledger)
+        self._corrects = isinstance(self._order, RoundRobinOrder)  # whether it keeps accounts of its own
         self._tickets: dict[str, Ticket] = {}
         self._front: list[Ticket] = []
         self._passed_over: list[Ticket] = []
@@ -293,12 +294,10 @@ class Policy:
         self, ticket: Ticket, generated: int, computed: int | None = None, latency_s: float | None = None
     ) -> Charge:
         prompt = ticket.prompt_tokens if computed is None else min(computed, ticket.prompt_tokens)
-        return self.estimator.measured(
-            prompt, generated, cached_tokens=ticket.cached_tokens, latency_s=latency_s, load=ticket.load
-        ).charge
+        return self.estimator.price_measured(prompt, generated, ticket.cached_tokens, latency_s, ticket.load)
 
     def _adjust(self, ticket: Ticket, charge: Charge) -> None:
-        before = self.ledger.charged(ticket.request_id)
+        before = self.ledger.charged(ticket.request_id) if self._corrects else None
         self.ledger.adjust(ticket.request_id, charge)
         if before is not None:
             self._order.correct(ticket.account, charge.hf - before.hf)
@@ -315,8 +314,10 @@ class Policy:
         else:
             if ticket.state == "preempted":
                 self._front.remove(ticket)
-            self._adjust(ticket, self._given(ticket, generated, computed, latency_s))
-            self.ledger.close(request_id)
+            given = self._given(ticket, generated, computed, latency_s)
+            if self._corrects:
+                self._adjust(ticket, given)
+            self.ledger.close(request_id, given)
         ticket.generated, ticket.state = generated, "gone"
 
 

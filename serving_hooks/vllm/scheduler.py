@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+_TOKENS_LATE = 64  # by which a charge may lag behind an answer that has outgrown its prediction
+
 logger = logging.getLogger("vllm.mope")  # below vLLM's own, so that its settings print it
 
 
@@ -184,8 +186,7 @@ class FairMixin(_Base):
         config = self.scheduler_config
         has_slot = len(self.running) < config.max_num_seqs
         has_budget = output.total_num_scheduled_tokens < config.max_num_batched_tokens
-        preempted = any(request.status == RequestStatus.PREEMPTED for request in queue.requests.values())
-        if has_slot and has_budget and not preempted and self._step % 2:
+        if has_slot and has_budget and not policy.num_front and self._step % 2:
             policy.block(head)
 
     def _after_output(self) -> None:
@@ -212,8 +213,8 @@ class FairMixin(_Base):
         if not generated or steward.options.policy == "vtc":
             self._look_in(request_id, 1)
         else:
-            left = ticket.charged_tokens - generated
-            self._look_in(request_id, max(1, min(256, int(left) // self._tokens_a_step)))
+            left = max(_TOKENS_LATE, int(ticket.charged_tokens) - generated)
+            self._look_in(request_id, max(1, min(256, left // self._tokens_a_step)))
 
     def _look_in(self, request_id: str, steps: int) -> None:
         self._due.setdefault(self._step + steps, []).append(request_id)

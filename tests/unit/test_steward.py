@@ -37,7 +37,7 @@ class Clock:
     ("options", "message"),
     [
         ({"polcy": "vtc"}, "here: no option 'polcy'; did you mean 'policy'?"),
-        ({"xyzzy": 1}, "no option 'xyzzy'; see"),
+        ({"xyzzy": 1}, "no option 'xyzzy'; `mope doctor options`"),
         ({"policy": "fair"}, "policy is 'fair'"),
         ({"deadline_ms": -1}, "deadline_ms is -1"),
         ({"weights": {"a": 0}}, "weight of 'a' is 0"),
@@ -131,6 +131,26 @@ def test_predictions_are_corrected_by_what_was_seen():
     assert after.tokens == pytest.approx(420, rel=0.15)
     other = lengths.expected(PREDICTED._replace(target="gpt-4|gpt|"), "b")
     assert abs(other.tokens - before.tokens) < abs(after.tokens - before.tokens)
+
+
+@pytest.mark.parametrize("tokens", [float("nan"), float("inf"), -1.0, 0.0, 1e300])
+def test_impossible_predictions_pass_to_the_policy_which_replaces_them(tokens):
+    lengths = Lengths()
+    for _ in range(5):
+        lengths.observe(PREDICTED._replace(tokens=tokens), "a", 10, censored=False)
+    lengths.close()
+    lengths.expected(PREDICTED._replace(tokens=tokens), "a")
+    steward = Steward(HookOptions(), Clock())
+    assert steward.arrive("r", PREDICTED._replace(tokens=tokens), 5).predicted_tokens >= 1
+
+
+def test_once_much_is_known_one_in_eight_is_learned_from(monkeypatch):
+    monkeypatch.setattr("mope.serving_hooks.lengths._ALL_OF", 40)
+    lengths = Lengths()
+    for _ in range(40 + 80):
+        lengths.observe(PREDICTED, "a", 100, censored=False)
+    lengths.close()
+    assert lengths.num_observed == 50
 
 
 def test_without_prediction_a_client_is_expected_to_go_on_as_before():
