@@ -160,7 +160,7 @@ class RedisStore(Store):
         )
 
     def _begin(self, started_s: float) -> None:
-        self._charged: deque[list[tuple[Path, int]]] = deque()  # from the scheduler to the thread
+        self._charged: deque[dict[Path, int]] = deque()  # from the scheduler to the thread, one at most
         self._elsewhere: deque[list[tuple[Path, int]]] = deque()  # from the thread to the scheduler
         self._sharing = self._new_sharing()
         self._server: RedisServer | None = None
@@ -191,9 +191,16 @@ class RedisStore(Store):
             self._begin(time.monotonic())
         touched = ledger.take_touched()
         if touched and not self._closed:
-            self._charged.append(charges_of(touched))
+            self._charged.append(charges_of(touched, self._take_back()))
         if self._elsewhere:
             self._num_uncounted += count_elsewhere(ledger, self._elsewhere.popleft())
+
+    def _take_back(self) -> dict[Path, int] | None:
+        """What was handed over and the thread has not taken: so little is handed over however long it is busy."""
+        try:
+            return self._charged.pop()
+        except IndexError:
+            return None
 
     @override
     def flush(self, deadline_s: float = 2.0) -> bool:
@@ -289,11 +296,7 @@ class RedisStore(Store):
         return True
 
     def _take_charges(self) -> None:
-        charges: dict[Path, int] = {}
-        while self._charged:
-            for path, amount in self._charged.popleft():
-                charges[path] = charges.get(path, 0) + amount
-        for number, (path, amount) in enumerate(charges.items()):
+        for number, (path, amount) in enumerate((self._take_back() or {}).items()):
             if number % _YIELD == 0:
                 time.sleep(0)  # lets the scheduler have Python's lock
             self._sharing.charge(field_of(path), amount)

@@ -24,7 +24,9 @@ is younger than the replica is counted from its beginning.
 to `(forgotten)`; replicas notice and do the same with their own part, keeping only its sum for telling again. While the
 server is gone, a replica remembers up to twice as many clients and counts what new ones are charged under
 `(forgotten)`. So sums over all clients stay exact, always; but what was added to `(forgotten)` before a replica has
-read it is not counted there.
+read it is not counted there. A client that is listed again after it was evicted begins a total from 0; one that is
+listed again after a loss is told in full. The two are told apart by the versions that were evicted, which errs only if
+both happen to a client between two readings: then the totals are right, and one replica's counter is not.
 
 **Replicas that do not come back.** Their share stays in the totals: it was delivered. What is kept beside the totals
 for telling again expires a week after a replica was last heard of. With totals that are told as absolute numbers that

@@ -29,6 +29,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -190,11 +191,11 @@ class MemoryHub:
         with self._lock:
             self._members = [other for other in self._members if other is not box]
 
-    def tell(self, box: dict[Path, int], charges: list[tuple[Path, int]]) -> None:
+    def tell(self, box: dict[Path, int], charges: Mapping[Path, int]) -> None:
         """Puts what a replica charged into the boxes of all others."""
         with self._lock:
             others = [other for other in self._members if other is not box]
-            for path, amount in charges:
+            for path, amount in charges.items():
                 for other in others:
                     other[path] = other.get(path, 0) + amount
                 self._totals[path] = self._totals.get(path, 0) + amount
@@ -283,19 +284,19 @@ def open_store(config: StoreConfig | None = None) -> Store:
     return RedisStore(config)
 
 
-def charges_of(touched: dict[Account, int]) -> list[tuple[Path, int]]:
-    """What was charged, by the paths that replicas agree on.
+def charges_of(touched: Mapping[Account, int], before: dict[Path, int] | None = None) -> dict[Path, int]:
+    """What was charged, by the paths that replicas agree on, added to what was before.
 
     A client that turned out to be a group is, in the ledger, the user of that group without a name; elsewhere it may
     still be a client. Both are told by the path that the client came with.
     """
-    charges = []
+    charges = before if before is not None else {}
     for account, amount in touched.items():
         if amount:
             path = account.path
             while len(path) > 1 and not path[-1]:
                 path = path[:-1]
-            charges.append((path, amount))
+            charges[path] = charges.get(path, 0) + amount
     return charges
 
 

@@ -193,7 +193,7 @@ def test_each_charge_counts_once_whatever_is_lost_repeated_or_late(client: Any, 
         assert nonzero(world.counted[number]) == world.charged_by_others(number)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(history=st.lists(CHARGES | EXCHANGES | LATE | LOSSES, min_size=20, max_size=60))
 def test_totals_are_exact_again_after_the_server_lost_some_or_all(client: Any, history: list[tuple[Any, ...]]) -> None:
     world = World(client, 3)
@@ -203,7 +203,7 @@ def test_totals_are_exact_again_after_the_server_lost_some_or_all(client: Any, h
         assert nonzero(world.counted[number]) == world.charged_by_others(number)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(history=st.lists(CHARGES | EXCHANGES | LATE, min_size=20, max_size=60))
 def test_whom_the_server_does_not_list_any_more_stays_in_the_sum(client: Any, history: list[tuple[Any, ...]]) -> None:
     world = World(client, 3, max_clients=2)
@@ -214,7 +214,7 @@ def test_whom_the_server_does_not_list_any_more_stays_in_the_sum(client: Any, hi
         assert replica.num_clients <= 4
 
 
-@settings(max_examples=100)
+@settings(max_examples=25)
 @given(history=st.lists(CHARGES | EXCHANGES | LATE | LOSSES, min_size=20, max_size=80))
 def test_the_sum_survives_a_loss_when_clients_were_forgotten(client: Any, history: list[tuple[Any, ...]]) -> None:
     world = World(client, 3, max_clients=2)
@@ -455,6 +455,21 @@ def test_after_a_loss_clients_of_replicas_that_are_gone_make_room(client: Any) -
         world.exchange(0)
     assert world.totals() == {**{f'["new{step}"]': 1 for step in range(35, 40)}, FORGOTTEN_FIELD: 35}
     assert world.replicas[0].num_clients <= 6
+
+
+def test_what_was_forgotten_since_the_state_that_the_server_is_back_with_is_not_told_twice(client: Any) -> None:
+    world = World(client, 1, max_clients=2)
+    for names in ("ab", "cd"):
+        for name in names:
+            world.charge(0, f'["{name}"]', 100)
+        exchange_all(world)
+        if names == "ab":
+            world.keep()
+    assert world.totals() == {'["c"]': 100, '["d"]': 100, FORGOTTEN_FIELD: 200}
+    world.go_back()
+    world.settle()
+    assert sum(world.totals().values()) == 400
+    assert world.replicas[0].num_restored == 1
 
 
 def test_a_part_that_was_refunded_takes_no_room(client: Any) -> None:
