@@ -191,8 +191,7 @@ class Steward:
 
     def between_steps(self) -> None:
         """Cheap work that is due now and then: other replicas' charges, the line in the log, keeping the state."""
-        if self.store is not None:
-            self.store.exchange(self.policy.ledger)
+        self.exchange()
         now = self.clock()
         if self.options.summary_s and now - self._told_s >= self.options.summary_s:
             self._told_s = now
@@ -204,6 +203,11 @@ class Steward:
                 path = self.options.state
                 self._saving = threading.Thread(target=_write, args=(path, kept), name="mope-saving", daemon=True)
                 self._saving.start()
+
+    def exchange(self) -> None:
+        """Tells other replicas what was charged here, and counts what they told; costs next to nothing without news."""
+        if self.store is not None:
+            self.store.exchange(self.policy.ledger)
 
     def summary(self) -> str:
         """One line on what goes on."""
@@ -231,7 +235,7 @@ class Steward:
         """Stops its threads and keeps the state."""
         self.lengths.close()
         if self.store is not None:
-            self.store.exchange(self.policy.ledger)
+            self.exchange()
             self.store.close()
         if self.options.state is not None:
             if self._saving is not None:
@@ -247,6 +251,7 @@ class Steward:
             raise ConfigError(f"store or namespace: {error.errors()[0]['msg']}") from error
         store = open_store(config)
         self.policy.ledger.follow_touched = True
+        store.exchange(self.policy.ledger)
         return store
 
     def _restore(self, path: Path) -> None:

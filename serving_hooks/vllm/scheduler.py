@@ -195,6 +195,8 @@ class FairMixin(_Base):
             for request_id in self._due.pop(step, ()):
                 self._look_at(request_id)
         self._looked = self._step
+        if self.mope is not None:
+            self.mope.exchange()  # the engine may be idle from here on
 
     def _look_at(self, request_id: str) -> None:
         """Whether its first token is out, and whether it has outgrown what it was charged."""
