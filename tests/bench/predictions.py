@@ -3,8 +3,8 @@
     python tests/bench/predictions.py model_cards/results/2026-11-26-base/predictions.csv
 
 For predictors whose weights are too large to keep: the file, `.csv` or `.csv.gz`, has one row for each test row, with
-the true `tokens`, the `conversation`, whether it is a `first_turn`, and a column of predicted medians for each predictor.
-Knows columns and metrics; loads no predictor.
+the true `tokens`, the `conversation`, whether it is a `first_turn`, and a column of predicted medians for each
+predictor. Knows columns and metrics; loads no predictor.
 """
 
 from __future__ import annotations
