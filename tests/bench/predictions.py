@@ -2,15 +2,16 @@
 
     python tests/bench/predictions.py model_cards/results/2026-11-26-base/predictions.csv
 
-For predictors whose weights are too large to keep: the file has one row for each test row, with the true `tokens`, the
-`conversation`, whether it is a `first_turn`, and a column of predicted medians for each predictor. Knows columns and
-metrics; loads no predictor.
+For predictors whose weights are too large to keep: the file, `.csv` or `.csv.gz`, has one row for each test row, with
+the true `tokens`, the `conversation`, whether it is a `first_turn`, and a column of predicted medians for each
+predictor. Knows columns and metrics; loads no predictor.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gzip
 import json
 from itertools import combinations
 from pathlib import Path
@@ -31,7 +32,7 @@ def score(path: Path) -> dict[str, Any]:
     Raises:
         DataError: the file lacks a column of `KNOWN`, or has no predictor.
     """
-    with path.open(newline="", encoding="utf-8") as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     names = [name for name in (rows[0] if rows else {}) if name not in KNOWN]
     if not rows or not names or not set(KNOWN) <= rows[0].keys():
@@ -53,7 +54,7 @@ def score(path: Path) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Print the scores of a file as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("path", type=Path, help="CSV of predictions")
+    parser.add_argument("path", type=Path, help="CSV of predictions, compressed (.gz) or not")
     print(json.dumps(score(parser.parse_args(arguments).path), indent=1))
     return 0
 
