@@ -134,7 +134,7 @@ def compare(
                         kv_tokens=kv_tokens,
                         max_model_len=max(arrival.prompt_tokens for arrival in arrivals) + settings.max_tokens,
                         adapters=tuple(sorted({arrival.adapter for arrival in arrivals if arrival.adapter})),
-                        scheduler=None if row.policy == "fcfs" else config.scheduler,
+                        scheduler=None if row.policy == "engine" else config.scheduler,
                         options=_options(row, fairness, workload),
                     )
                     outcome = replay(
@@ -186,6 +186,6 @@ def _mean_lengths(arrivals: Sequence[Arrival], cap: int) -> tuple[float, float]:
 
 
 def _options(row: Variant, fairness: Mapping[str, Any], workload: Workload) -> dict[str, Any]:
-    if row.policy == "fcfs":
+    if row.policy == "engine":
         return {}
     return {OWN_KEY: {**QUIET, **fairness, "policy": row.policy, "weights": workload.weights}}

@@ -14,7 +14,8 @@ from mope.config import Frozen
 from mope.fairness.config import PolicyName
 from mope.serving_hooks.replay.predictions import PACKAGED_TAU, Prediction
 
-BLIND: tuple[PolicyName, ...] = ("fcfs", "vtc")  # policies that ask for no prediction: one run serves all
+ReplayPolicy = PolicyName | Literal["engine"]  # or the engine as it is, without mope
+BLIND: tuple[ReplayPolicy, ...] = ("engine", "fcfs", "vtc")  # those that ask for no prediction: one run serves all
 HOOK = "mope.serving_hooks.vllm.scheduler.make_scheduler"
 
 
@@ -29,8 +30,10 @@ class ReplayConfig(Frozen):
         None,
         description="file of workload trace: JSON Lines of arrival_s, client, prompt_tokens, response_tokens, adapter?",
     )
-    policies: tuple[PolicyName, ...] = Field(
-        ("fcfs", "vtc", "equinox"), min_length=1, description="policies to compare; fcfs is the engine without mope"
+    policies: tuple[ReplayPolicy, ...] = Field(
+        ("fcfs", "vtc", "equinox"),
+        min_length=1,
+        description="policies to compare, all through mope's class; `engine` is the engine without it",
     )
     predictions: tuple[Prediction, ...] = Field(
         ("noisy",),
@@ -51,5 +54,5 @@ class ReplayConfig(Frozen):
         description="requests offered, relative to what the engine can serve; by default the workload's own",
     )
     scheduler: str = Field(
-        HOOK, description="module.attribute of what makes the scheduler of all policies but fcfs, as --scheduler-cls"
+        HOOK, description="module.attribute of what makes the scheduler of all but `engine`, as --scheduler-cls"
     )

@@ -85,6 +85,9 @@ class Engine(Protocol):
     version: str
     """The engine and its release, such as `vllm 0.32.0`."""
 
+    now_s: float
+    """What the virtual clock says; set before each call."""
+
     def add(self, request_id: str, prompt_tokens: int, carried: Carried, arrival_s: float, adapter: str | None) -> None:
         """A request arrives. Of its answer the engine knows the cap, and what its front end carries."""
         ...

@@ -50,6 +50,7 @@ class VllmEngine:
 
     Attributes:
         version: such as `vllm 0.32.0`.
+        now_s: what the virtual clock says.
         scheduler: vLLM's scheduler, or what stands in for it.
     """
 
@@ -102,6 +103,10 @@ class VllmEngine:
                 log_stats=False,
             )
         )
+        self.now_s = 0.0
+        steward = getattr(self.scheduler, "mope", None)
+        if steward is not None:  # the hook measures latencies by the clock that it is given
+            steward.clock = lambda: self.now_s
         self._sampling = _attribute("vllm.sampling_params", "SamplingParams")
         self._request = _attribute("vllm.v1.request", "Request")
         self._output = _attribute("vllm.v1.outputs", "ModelRunnerOutput")

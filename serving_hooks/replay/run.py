@@ -106,6 +106,7 @@ def replay(
     num_arrived = num_batches = num_empty = 0
     started = time.process_time()
     while num_arrived < len(records) or in_flight or engine.has_requests():
+        engine.now_s = now
         while num_arrived < len(records) and records[num_arrived].arrival.arrival_s <= now:
             record = records[num_arrived]
             engine.add(
@@ -130,7 +131,7 @@ def replay(
             now = records[num_arrived].arrival.arrival_s
             continue
         batch, done_s = in_flight.popleft()
-        now = max(now, done_s)
+        engine.now_s = now = max(now, done_s)
         num_finished = 0
         for request_id, num_tokens, finished in engine.deliver(batch, is_last):
             record = by_id[request_id]
