@@ -28,6 +28,7 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
 PREDICTORS = ROOT / "mope" / "predictors"
+DASHBOARD = "mope/serving_hooks/dashboards/mope.json"
 DATA_SUFFIXES = {".yaml", ".gz", ".typed"}
 
 
@@ -78,7 +79,7 @@ def test_the_wheel_holds_every_source_and_data_file_and_nothing_else(wheel: zipf
     assert any(name.endswith(".onnx") for name in predictors)
     expected |= predictors
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert found == expected
+    assert found == expected | {DASHBOARD}
     assert "mope/py.typed" in found
 
 
