@@ -28,8 +28,8 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
 PREDICTORS = ROOT / "mope" / "predictors"
-DASHBOARD = "mope/serving_hooks/dashboards/mope.json"
 DATA_SUFFIXES = {".yaml", ".gz", ".typed"}
+DASHBOARD = "mope/serving_hooks/dashboards/mope.json"
 
 
 def package_of(folder: Path) -> str:
