@@ -83,7 +83,7 @@ def options(chosen: HookOptions) -> list[Finding]:
         folder = chosen.state.parent
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
-        if not os.access(folder, os.W_OK):
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
             found.append(Finding(part, "warning", f"state: {folder} cannot be written by this user; nothing is kept"))
     if chosen.store is not None and chosen.state is not None:
         found.append(Finding(part, "note", "store and state: the file keeps this replica's books, Redis those of all"))

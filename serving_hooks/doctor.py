@@ -207,12 +207,9 @@ def _engine(engine: str, compat: ModuleType | None, release: str | None, *, need
 def _probed(engine: str, timeout_s: float) -> Finding:
     """What an engine's hook says of the engine, asked in a process of its own."""
     title, part = ENGINES[engine], "installed"
-    code = f"import json; from mope.serving_hooks.{engine}.compat import probe; print({_MARK!r} + json.dumps(probe()))"
-    quiet = {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
+    here = "import json, sys; sys.path = [folder for folder in sys.path if folder]"  # as where vLLM's own script starts
+    code = f"{here}; from mope.serving_hooks.{engine}.compat import probe; print({_MARK!r} + json.dumps(probe()))"
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],

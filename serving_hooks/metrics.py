@@ -255,7 +255,7 @@ class StewardCollector:
                 gauge.add_metric([client], counts[client, runs])
             yield gauge
         counter = GaugeMetricFamily(
-            "mope_client_counter_weighted_tokens",
+            "mope_client_order_weighted_tokens",
             "What the order goes by: HF by weight, with what is predicted of running requests, and lifts. Compares a "
             "client with others of its group.",
             labels=["client"],

@@ -30,6 +30,7 @@ EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
 PREDICTORS = ROOT / "mope" / "predictors"
 PROFILES = ROOT / "mope" / "fairness" / "profiles"
 DATA_SUFFIXES = {".yaml", ".gz", ".typed"}
+DASHBOARD = "mope/serving_hooks/dashboards/mope.json"
 
 
 def package_of(folder: Path) -> str:
@@ -81,7 +82,7 @@ def test_the_wheel_holds_every_source_and_data_file_and_nothing_else(wheel: zipf
     assert len(profiles) == 2
     expected |= predictors | profiles
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert found == expected
+    assert found == expected | {DASHBOARD}
     assert "mope/py.typed" in found
 
 
