@@ -66,12 +66,23 @@ class Lengths:
             client: who asks, for the mean of its answers.
         """
         if self.recalibrator is not None and carried.quantiles:
-            edges = _edges(carried.quantiles)
-            corrected, cumulative = self.recalibrator.correct(edges, _CUMULATIVE, _target(carried.target))
+            corrected, cumulative = self._corrected(self.recalibrator, carried)
             mean = float(np.diff(cumulative) @ (corrected[1:] + corrected[:-1])) / 2
             return Expected(mean, float(np.interp(0.9, cumulative, corrected)))
         tokens = carried.tokens if carried.tokens is not None else self._means.get(client)
         return Expected(tokens, carried.quantiles[LEVELS.index(0.9)] if carried.quantiles else None)
+
+    def corrected(self, carried: Carried) -> Carried:
+        """What is predicted, as finished requests correct it: for schedulers that take predictions as they come."""
+        if self.recalibrator is None or not carried.quantiles:
+            return carried
+        edges, cumulative = self._corrected(self.recalibrator, carried)
+        mean = float(np.diff(cumulative) @ (edges[1:] + edges[:-1])) / 2
+        return carried._replace(tokens=mean, quantiles=tuple(np.interp(LEVELS, cumulative, edges).tolist()))
+
+    @staticmethod
+    def _corrected(recalibrator: Recalibrator, carried: Carried) -> tuple[Array, Array]:
+        return recalibrator.correct(_edges(carried.quantiles), _CUMULATIVE, _target(carried.target))
 
     def observe(self, carried: Carried, client: str, tokens: int, *, censored: bool) -> None:
         """Learns from a finished request; returns at once.

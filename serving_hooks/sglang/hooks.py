@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from mope.serving_hooks.sglang import admission, policy, settings
+from mope.serving_hooks.sglang import admission, front, policy, settings
 
 
 class Hook(NamedTuple):
@@ -36,6 +36,7 @@ class Hook(NamedTuple):
 
 _SRT = "sglang.srt."
 _SCHEDULER, _POLICY = f"{_SRT}managers.scheduler.Scheduler.", f"{_SRT}managers.schedule_policy."
+_FRONT = f"{_SRT}managers.tokenizer_manager.TokenizerManager."
 _BATCH, _SERVER_ARGS = f"{_SRT}managers.schedule_batch.ScheduleBatch.", f"{_SRT}server_args.ServerArgs."
 
 HOOKS = (
@@ -69,6 +70,8 @@ HOOKS = (
     Hook(
         f"{_BATCH}_get_decode_retraction_order", "AROUND", admission.retraction_order, ("reqs",), False, "victims"
     ),
+    Hook(f"{_FRONT}__init__", "AFTER", front.begin, ("server_args",), True, "clients and predictions"),
+    Hook(f"{_FRONT}generate_request", "AROUND", front.generate_request, ("obj", "request"), True, "clients"),
     Hook(f"{_SCHEDULER}get_internal_state", "AFTER", policy.internal_state, ("recv_req",), False, "/server_info"),
 )
 
