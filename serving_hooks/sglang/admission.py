@@ -70,7 +70,7 @@ def _with_next_token_only(original: Any, adder: Any, req: Any, *args: Any, **kwa
 
 
 def retraction_order(original: Any, reqs: list[Any], *args: Any, **kwargs: Any) -> Any:
-    """Around `ScheduleBatch._get_decode_retraction_order`: whom to keep first, as positions; the last one goes first."""
+    """Around `ScheduleBatch._get_decode_retraction_order`: positions of whom to keep first; the last one goes first."""
     order = original(reqs, *args, **kwargs)
     marks: list[Mark | None] = [getattr(req, ATTRIBUTE, None) for req in reqs]
     fair = next((mark.fair for mark in marks if mark is not None), None)

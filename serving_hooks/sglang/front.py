@@ -2,8 +2,8 @@
 
 Every way into SGLang's Python server (OpenAI's, Anthropic's and its own paths, and `sgl.Engine`) ends in
 `TokenizerManager.generate_request`. There we remove what a caller may not say, ask the engine-neutral `Front` for the
-client and the prediction, and put both into `custom_params`, which reach the scheduler. The same place sees the answers,
-so here is what learns from them: schedulers of several ranks could not do so and still agree.
+client and the prediction, and put both into `custom_params`, which reach the scheduler. The same place sees the
+answers, so here is what learns from them: schedulers of several ranks could not do so and still agree.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mope.errors import UserError
@@ -96,7 +97,10 @@ class FrontEnd:
         elif path in _HEALTH:
             asked = []
         else:
-            asked = [self.front.read("completions", self._as_completion(obj, place, text)) for place, text in enumerate(texts)]
+            asked = [
+                self.front.read("completions", self._as_completion(obj, place, text))
+                for place, text in enumerate(texts)
+            ]
         if len(asked) == 1:
             predicted = [await self.front.predict(asked[0])]
         else:
@@ -209,5 +213,5 @@ async def generate_request(
     async with aclosing(original(manager, obj, request, *args, **kwargs)) as outputs:
         async for output in outputs:
             if end is not None and carried:
-                end.guard.run(lambda: end.saw(carried, output), None, "learning from an answer")
+                end.guard.run(partial(end.saw, carried, output), None, "learning from an answer")
             yield output

@@ -55,9 +55,7 @@ HOOKS = (
     ),
     Hook(f"{_SCHEDULER}_add_request_to_queue", "AFTER", policy.request_queued, ("req",), True, "arrivals"),
     Hook(f"{_POLICY}PrefillAdder.add_one_req", "AROUND", admission.add_one_req, ("req",), True, "admissions"),
-    Hook(
-        f"{_SCHEDULER}process_batch_result", "AFTER", policy.results_processed, ("batch", "result"), True, "charges"
-    ),
+    Hook(f"{_SCHEDULER}process_batch_result", "AFTER", policy.results_processed, ("batch", "result"), True, "charges"),
     Hook(f"{_BATCH}retract_decode", "AFTER", policy.decode_retracted, (), True, "requests that retraction gives up"),
     Hook(
         f"{_POLICY}PrefillAdder._get_running_request_total_token_offset",
@@ -67,9 +65,7 @@ HOOKS = (
         True,
         "predicted_admission",
     ),
-    Hook(
-        f"{_BATCH}_get_decode_retraction_order", "AROUND", admission.retraction_order, ("reqs",), False, "victims"
-    ),
+    Hook(f"{_BATCH}_get_decode_retraction_order", "AROUND", admission.retraction_order, ("reqs",), False, "victims"),
     Hook(f"{_FRONT}__init__", "AFTER", front.begin, ("server_args",), True, "clients and predictions"),
     Hook(f"{_FRONT}generate_request", "AROUND", front.generate_request, ("obj", "request"), True, "clients"),
     Hook(f"{_SCHEDULER}get_internal_state", "AFTER", policy.internal_state, ("recv_req",), False, "/server_info"),

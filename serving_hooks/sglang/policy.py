@@ -1,7 +1,7 @@
 """The scheduler half of the SGLang hook: who waits, in which order, and what is charged.
 
 In English: SGLang sorts its waiting queue in place before it admits from the front; we put the requests that the policy
-would pick first to the front, in that order, and leave the rest in order of arrival. We see requests come
+would pick first to the front, in that order, and leave the rest as they stand. We see requests come
 (`_add_request_to_queue`), be admitted (`PrefillAdder.add_one_req`), grow and end (`process_batch_result`); what left
 the queue by other ways is noticed when the queue is sorted next. SGLang's own code does all the rest.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from mope.serving_hooks.steward import Steward
 if TYPE_CHECKING:
     from mope.fairness.tickets import Ticket
 
-LEAST_PICKS, MOST_PICKS = 64, 512  # successive admissions that are foreseen; those behind wait in order of arrival
+LEAST_PICKS, MOST_PICKS = 64, 512  # successive admissions that are foreseen; of those behind, none is admitted now
 _SWEEP_EVERY = 64  # results between two looks for requests that ended unseen
 ATTRIBUTE = "mope"  # of SGLang's scheduler, its policy and its requests: what we remember of them
 
@@ -61,7 +62,7 @@ class FairScheduling:
     Attributes:
         steward: keeps the policy and its books.
         guard: of all that decides.
-        queued: requests that wait, by our id, in order of arrival.
+        queued: requests that wait, by our id.
         running: requests that were admitted and have not ended, by our id.
         trusted: why what is carried with requests is to be believed; None if a caller may have written it.
     """
@@ -241,7 +242,7 @@ class FairScheduling:
     # -- the order
 
     def order(self, waiting_queue: list[Any], running_batch: Any = None) -> None:
-        """Puts who is next to the front of SGLang's list, in place; the others stay in order of arrival."""
+        """Puts who is next to the front of SGLang's list, in place; the others stay as they stand."""
         self._load = None
         self._look_at_fresh()
         for attempt in (1, 2):
@@ -254,7 +255,6 @@ class FairScheduling:
                 self.reconcile(waiting_queue)
             else:  # the same request twice, or whatever else: SGLang's list stays as it is
                 return
-        rest.sort(key=_number)
         waiting_queue[:] = first + rest
 
     def _picks(self) -> int:
@@ -354,7 +354,7 @@ _number = attrgetter(f"{ATTRIBUTE}.number")
 
 
 def validate_policy(original: Any, schedule_policy: Any, policy: str, *args: Any, **kwargs: Any) -> Any:
-    """Around `SchedulePolicy._validate_and_adjust_policy`: below a policy of ours, SGLang's order is that of arrival."""
+    """Around `SchedulePolicy._validate_and_adjust_policy`: below ours, SGLang's own order is that of arrival."""
     return original(schedule_policy, "fcfs" if policy in compat.POLICIES else policy, *args, **kwargs)
 
 
@@ -404,11 +404,11 @@ def results_processed(result: Any, scheduler: Any, batch: Any, *args: Any, **kwa
 
 
 def decode_retracted(result: Any, *args: Any, **kwargs: Any) -> None:
-    """After `ScheduleBatch.retract_decode`: those that SGLang gives up for want of memory end here, and nowhere else."""
+    """After `ScheduleBatch.retract_decode`: those that SGLang gives up for want of memory end nowhere else."""
     for req in result[2]:
         mark: Mark | None = getattr(req, ATTRIBUTE, None)
         if mark is not None:
-            mark.fair.guard.run(lambda req=req: mark.fair.ended(req, aborted=True), None, "giving up a request")  # type: ignore[misc]
+            mark.fair.guard.run(partial(mark.fair.ended, req, aborted=True), None, "giving up a request")
 
 
 def internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:

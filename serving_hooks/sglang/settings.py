@@ -48,7 +48,7 @@ def parse(text: str, where: str) -> HookOptions:
             text = Path(text.strip()).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(
-                f"{where}: {text.strip()[:80]!r} is neither JSON, such as '{{\"identity\": \"header\"}}', nor a file "
+                f'{where}: {text.strip()[:80]!r} is neither JSON, such as \'{{"identity": "header"}}\', nor a file '
                 f"that can be read ({error.strerror or error})"
             ) from error
     try:

@@ -108,9 +108,7 @@ class Server:
     def send(self, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> tuple[int, Any]:
         """Sends JSON, or asks for what is there; the status and the JSON or text that comes back."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url + path, data, {"content-type": "application/json", **(headers or {})}
-        )
+        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json", **(headers or {})})
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
                 return answer.status, _json_or_text(answer.read())
