@@ -143,15 +143,17 @@ class FairScheduling:
         parameters = req.sampling_params
         cap = getattr(parameters, "max_new_tokens", None)
         carried = Carried.read(getattr(parameters, "custom_params", None)) if not self.bypassed else Carried()
+        known: float | None = None
         if cap is not None and getattr(parameters, "ignore_eos", False):
-            carried = carried._replace(tokens=float(max(cap, 1)), quantiles=())  # its length is no question
-        elif cap == 0 or not self.scheduler.is_generation:
-            carried = carried._replace(tokens=1.0, quantiles=())
+            known = float(max(cap, 1))
+        elif cap == 0 or not self.scheduler.is_generation:  # only to be read
+            known = 1.0
         ticket = self.steward.arrive(
             str(self._number),
             carried,
             len(req.origin_input_ids),
             max_tokens=cap,
+            known_tokens=known,
             fallback_client=self._fallback_client(req),
             load=self._engine_load(),
         )

@@ -164,6 +164,7 @@ def serve(
         *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--served-model-name", "tiny"),
         *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
         *("--grammar-backend", "none", "--disable-cuda-graph", "--mem-fraction-static", "0.2", "--random-seed", "1"),
+        *("--dtype", "float32"),  # so that a batch's size does not decide between tokens that are nearly as likely
         *("--max-total-tokens", "8192", "--max-running-requests", "4", "--host", "127.0.0.1", "--port", str(port)),
         *("--schedule-policy", policy, "--skip-server-warmup"),
         *(("--mope-config", json.dumps(options)) if options is not None else ()),
