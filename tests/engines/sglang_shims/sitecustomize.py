@@ -2,11 +2,12 @@
 
 What is missing there is a torchvision that can be imported, Triton, and the kernels of `sgl_kernel`. SGLang takes its
 plain PyTorch paths for all that a small Llama needs (`SGLANG_USE_CPU_ENGINE=1`), so names that can be imported are
-enough. Prepares an import just before it happens; finds no module by itself.
+enough. Prepares an import just before it happens; finds no module by itself. Brings the faults that a test asks for.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -24,6 +25,10 @@ class _Prepare(MetaPathFinder):
             return None
         if name == "torchvision":
             _declare_operators()
+        elif name == "mope.serving_hooks.sglang.hooks" and os.environ.get("MOPE_TEST_FAULT"):
+            import faults
+
+            faults.bring(os.environ["MOPE_TEST_FAULT"])
         elif name == "sglang" and name not in sys.modules:
             self.looking = True
             try:
