@@ -102,6 +102,16 @@ class Lengths:
         self._factors[key] = (*factors, self.num_observed + self.num_observed // 4 + 4)
         return factors
 
+    def corrected(self, carried: Carried) -> Carried:
+        """What is predicted, as finished requests correct it: for schedulers that take predictions as they come."""
+        if self.recalibrator is None or not carried.quantiles:
+            return carried
+        edges, cumulative = self.recalibrator.correct(
+            _edges(carried.quantiles), _CUMULATIVE, _target(carried.target)
+        )
+        quantiles = tuple(np.interp(LEVELS, cumulative, edges).tolist())
+        return carried._replace(tokens=_mean(edges, cumulative), quantiles=quantiles)
+
     def observe(self, carried: Carried, client: str, tokens: int, *, censored: bool) -> None:
         """Learns from a finished request; returns at once.
 

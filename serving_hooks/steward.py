@@ -22,7 +22,7 @@ from mope.fairness import IDLE, Charge, Ledger, Load, Policy, Ticket
 from mope.fairness.charges import NOTHING
 from mope.fairness.stores import Store, StoreConfig, open_store
 from mope.serving_hooks.carried import Carried
-from mope.serving_hooks.lengths import Lengths
+from mope.serving_hooks.lengths import Expected, Lengths
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.tallies import Tallies, Tally
 
@@ -35,13 +35,20 @@ logger = logging.getLogger("mope")
 class Held:
     """What the steward remembers of a request beside its ticket."""
 
-    __slots__ = ("admitted_s", "arrived_s", "carried", "client", "first_token_s", "nine_tenths", "ticket")
+    __slots__ = ("admitted_s", "arrived_s", "carried", "client", "first_token_s", "nine_tenths", "teaches", "ticket")
 
     def __init__(
-        self, ticket: Ticket, carried: Carried, client: str, nine_tenths: float | None, arrived_s: float
+        self,
+        ticket: Ticket,
+        carried: Carried,
+        client: str,
+        nine_tenths: float | None,
+        arrived_s: float,
+        teaches: bool = True,
     ) -> None:
         self.ticket, self.carried, self.client, self.arrived_s = ticket, carried, client, arrived_s
         self.nine_tenths = nine_tenths
+        self.teaches = teaches  # whether its length says something of others
         self.admitted_s: float | None = None
         self.first_token_s: float | None = None
 
@@ -92,6 +99,7 @@ class Steward:
         prompt_tokens: int,
         *,
         max_tokens: int | None = None,
+        known_tokens: float | None = None,
         fallback_client: str | None = None,
         load: Load = IDLE,
     ) -> Ticket:
@@ -102,14 +110,20 @@ class Steward:
             carried: what the front end said of it.
             prompt_tokens: tokens of its prompt.
             max_tokens: its cap.
+            known_tokens: response tokens where that is no question; what is predicted is passed over.
             fallback_client: who it is from where the front end did not say, such as a LoRA adapter.
             load: what the engine is doing.
         """
         said = carried.client if carried.client is not None else fallback_client
         client = said or "(anonymous)"
-        expected = self.lengths.expected(carried, client)
+        if known_tokens is not None:
+            carried, expected = carried._replace(tokens=None, quantiles=()), Expected(known_tokens)
+        else:
+            expected = self.lengths.expected(carried, client)
         ticket = self.policy.enqueue(request_id, said, prompt_tokens, expected.tokens, max_tokens=max_tokens, load=load)
-        self.held[request_id] = Held(ticket, carried, client, expected.nine_tenths, self.clock())
+        self.held[request_id] = Held(
+            ticket, carried, client, expected.nine_tenths, self.clock(), teaches=known_tokens is None
+        )
         tally = self.tallies.of(client)
         tally.num_arrived += 1
         tally.num_predicted += carried.tokens is not None
@@ -173,7 +187,8 @@ class Steward:
         if begun:
             tally.prompt_tokens += ticket.prompt_tokens if computed is None else min(computed, ticket.prompt_tokens)
             tally.response_tokens += generated
-            self.lengths.observe(held.carried, held.client, generated, censored=aborted or capped)
+            if held.teaches:
+                self.lengths.observe(held.carried, held.client, generated, censored=aborted or capped)
 
     @staticmethod
     def _count_finished(tally: Tally, held: Held, generated: int, now: float) -> None:

@@ -106,9 +106,15 @@ class KeyedOrder(Order):
 
     @override
     def simulate(self, limit: int | None = None) -> list[Ticket]:
-        entries = ((self._key(ticket), ticket.arrival, ticket) for ticket in self._waiting.values())
-        found = sorted(entries) if limit is None else heapq.nsmallest(limit, entries)
-        return [ticket for _, _, ticket in found]
+        heap, limit = self._heap, len(self._waiting) if limit is None else min(limit, len(self._waiting))
+        found: dict[Ticket, tuple[float, int, Ticket]] = {}  # none of them twice, though a restored one is listed so
+        while len(found) < limit:
+            entry = heapq.heappop(heap)
+            if self._waiting.get(entry[2].request_id) is entry[2]:
+                found[entry[2]] = entry
+        for entry in found.values():
+            heapq.heappush(heap, entry)
+        return list(found)
 
     @override
     def __iter__(self) -> Iterator[Ticket]:
@@ -184,36 +190,78 @@ class CounterOrder(_ByClient):
     def simulate(self, limit: int | None = None) -> list[Ticket]:
         limit = self._num_waiting if limit is None else min(limit, self._num_waiting)
         root = self._ledger.root
-        heaps: dict[
-            Group, list[tuple[int, int, Account]]
-        ] = {}  # of each group, its waiting children by what they would have had
+        turns: dict[Group, _Turns] = {}
         left: dict[Account, Iterator[Ticket]] = {}
         num_left: dict[Account, int] = {}
         order: list[Ticket] = []
-        while len(order) < limit:
-            node: Account = root
-            groups: list[Group] = []
-            while isinstance(node, Group):
-                groups.append(node)
-                if node not in heaps:
-                    heaps[node] = node.waiting_children()
-                node = heaps[node][0][2]
-            if node not in left:
-                queue = self._queues[node]
-                left[node], num_left[node] = iter(queue.values()), len(queue)
-            ticket = next(left[node])
-            order.append(ticket)
-            num_left[node] -= 1
-            empty = not num_left[node]
-            for group in reversed(groups):
-                heap = heaps[group]
-                if empty:
-                    heapq.heappop(heap)
-                else:
-                    counter, since, child = heap[0]
-                    heapq.heapreplace(heap, (counter + child.share(ticket.charge.hf), since, child))
-                empty = not heap
+        try:
+            while len(order) < limit:
+                node: Account = root
+                groups: list[_Turns] = []
+                while isinstance(node, Group):
+                    turn = turns.get(node)
+                    if turn is None:
+                        turn = turns[node] = _Turns(node)
+                    groups.append(turn)
+                    node = turn.next()
+                if node not in left:
+                    queue = self._queues[node]
+                    left[node], num_left[node] = iter(queue.values()), len(queue)
+                ticket = next(left[node])
+                order.append(ticket)
+                num_left[node] -= 1
+                empty = not num_left[node]
+                for turn in reversed(groups):
+                    empty = turn.leave() if empty else turn.charge(ticket.charge.hf)
+        finally:
+            for turn in turns.values():
+                turn.restore()
         return order
+
+
+class _Turns:
+    """Children of a group by what they would have had, while admissions are foreseen.
+
+    Takes from the group's heap no more of them than are looked at, and puts them back in the end.
+    """
+
+    __slots__ = ("_foreseen", "_group", "_taken")
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._taken: dict[Account, tuple[int, int, Account]] = {}
+        self._foreseen: list[tuple[int, int, Account]] = []
+
+    def next(self) -> Account:
+        """The child whose turn it would be."""
+        self._look()
+        return self._foreseen[0][2]
+
+    def _look(self) -> None:
+        """Takes the group's next child if it comes before all that were taken."""
+        heap, foreseen = self._group.heap, self._foreseen
+        while (child := self._group.next_child()) is not None and child in self._taken:
+            heapq.heappop(heap)  # listed twice
+        if child is not None and (not foreseen or heap[0] < foreseen[0]):
+            entry = self._taken[child] = heapq.heappop(heap)
+            heapq.heappush(foreseen, entry)
+
+    def charge(self, hf: int) -> bool:
+        """The child whose turn it was would have had `hf` more; False, for it still has requests."""
+        counter, since, child = self._foreseen[0]
+        heapq.heapreplace(self._foreseen, (counter + child.share(hf), since, child))
+        return False
+
+    def leave(self) -> bool:
+        """The child whose turn it was would have no more requests; says whether nobody else has."""
+        heapq.heappop(self._foreseen)
+        self._look()
+        return not self._foreseen
+
+    def restore(self) -> None:
+        """Puts back what was taken."""
+        for entry in self._taken.values():
+            heapq.heappush(self._group.heap, entry)
 
 
 class RoundRobinOrder(_ByClient):
@@ -269,15 +317,17 @@ class RoundRobinOrder(_ByClient):
     @override
     def drop(self, ticket: Ticket) -> None:
         super().take(ticket)
-        account = ticket.account
-        if account not in self._queues:
-            del self._deficit[account]
-            self._turns.remove(account)
-            self._served = None if self._served is account else self._served
-            group, weight = self._standing.pop(account)
-            self._weights[group] -= weight
-            if not self._weights[group]:
-                del self._weights[group]
+        if ticket.account not in self._queues:
+            self._exit(ticket.account)
+
+    def _exit(self, account: Account) -> None:
+        del self._deficit[account]
+        self._turns.remove(account)
+        self._served = None if self._served is account else self._served
+        group, weight = self._standing.pop(account)
+        self._weights[group] -= weight
+        if not self._weights[group]:
+            del self._weights[group]
 
     @override
     def correct(self, account: Account, amount: int) -> None:
@@ -322,16 +372,39 @@ class RoundRobinOrder(_ByClient):
 
     @override
     def simulate(self, limit: int | None = None) -> list[Ticket]:
-        ahead = RoundRobinOrder.__new__(RoundRobinOrder)
-        ahead._quantum, ahead._served, ahead._num_waiting = self._quantum, self._served, self._num_waiting
-        ahead._queues = {account: OrderedDict(queue) for account, queue in self._queues.items()}
-        ahead._turns, ahead._deficit = deque(self._turns), dict(self._deficit)
-        ahead._weights, ahead._standing = dict(self._weights), dict(self._standing)
+        ahead = _RoundsAhead(self)
         order: list[Ticket] = []
-        while (ticket := ahead.next()) is not None and (limit is None or len(order) < limit):
+        while (limit is None or len(order) < limit) and (ticket := ahead.next()) is not None:
             ahead.take(ticket)
             order.append(ticket)
         return order
+
+
+class _RoundsAhead(RoundRobinOrder):
+    """A round-robin order that goes on without the other's taking part. Reads the other's queues, and copies none."""
+
+    def __init__(self, order: RoundRobinOrder) -> None:
+        self._quantum, self._served = order._quantum, order._served
+        self._queues, self._turns, self._deficit = order._queues, deque(order._turns), dict(order._deficit)
+        self._weights, self._standing = dict(order._weights), dict(order._standing)
+        self._heads: dict[Account, tuple[Ticket, Iterator[Ticket]]] = {}  # of each client: its first, and the rest
+
+    @override
+    def _first(self, account: Account) -> Ticket:
+        head = self._heads.get(account)
+        if head is None:
+            rest = iter(self._queues[account].values())
+            head = self._heads[account] = next(rest), rest
+        return head[0]
+
+    @override
+    def drop(self, ticket: Ticket) -> None:
+        account, rest = ticket.account, self._heads[ticket.account][1]
+        following = next(rest, None)
+        if following is None:
+            self._exit(account)
+        else:
+            self._heads[account] = following, rest
 
 
 def _standing(account: Account) -> tuple[Account, int]:

@@ -1,0 +1,217 @@
+"""The front-end half of the SGLang hook: who sent a request, how long its answer is predicted to be, what came of it.
+
+Every way into SGLang's Python server (OpenAI's, Anthropic's and its own paths, and `sgl.Engine`) ends in
+`TokenizerManager.generate_request`. There we remove what a caller may not say, ask the engine-neutral `Front` for the
+client and the prediction, and put both into `custom_params`, which reach the scheduler. The same place sees the
+answers, so here is what learns from them: schedulers of several ranks could not do so and still agree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from mope.errors import UserError
+from mope.serving_hooks.bodies import Kind
+from mope.serving_hooks.carried import Carried, without_ours
+from mope.serving_hooks.guard import Guard
+from mope.serving_hooks.lengths import Lengths
+from mope.serving_hooks.options import HookOptions
+from mope.serving_hooks.sglang import compat
+from mope.serving_hooks.sglang.policy import ATTRIBUTE
+from mope.serving_hooks.sglang.settings import read_options
+
+if TYPE_CHECKING:
+    from mope.serving_hooks.front import Front
+    from mope.serving_hooks.identity import Headers
+
+CONVERSATIONS: dict[str, Kind] = {  # paths whose JSON says more than the text that SGLang makes of it
+    "/v1/chat/completions": "chat",
+    "/v1/responses": "responses",
+    "/v1/messages": "messages",
+}
+_HEALTH = ("/health", "/health_generate")
+SERVER = "(server)"  # the client of the server's own requests
+
+logger = logging.getLogger("mope")
+
+
+class FrontEnd:
+    """Serves one `TokenizerManager`.
+
+    Attributes:
+        options: what the operator chose.
+        guard: of all that is ours here; once it fails, requests go on without client and prediction.
+        front: finds clients and predicts.
+        lengths: corrects predictions by finished requests.
+        num_stripped: requests that came with what only we may write.
+    """
+
+    def __init__(self, server_args: Any, options: HookOptions) -> None:
+        """Reads the file of keys and loads the predictor.
+
+        Args:
+            server_args: SGLang's.
+            options: what the operator chose.
+
+        Raises:
+            ConfigError: a file of keys that cannot be used. A predictor that cannot be loaded is told, and requests
+                go without predictions.
+        """
+        from mope.serving_hooks.front import Front
+        from mope.serving_hooks.identity import Identity
+
+        self.options = options
+        self.guard = Guard(logger)
+        self.lengths = Lengths(recalibrate=options.recalibrate)
+        self.num_stripped = 0
+        identity = Identity(options, keys_checked=bool(server_args.api_key), logger=logger)
+        names = [str(name) for name in (server_args.served_model_name, server_args.model_path) if name]
+        try:
+            self.front: Front = Front.load(options, identity, names)
+        except UserError as error:
+            logger.error("mope predicts nothing, clients are told apart as before: %s", error)
+            self.front = Front(options, identity, None, names)
+        logger.info("mope in SGLang's front end: %s", self.front)
+
+    async def prepare(self, obj: Any, request: Any) -> list[Carried]:
+        """Puts the client and predictions into a request.
+
+        Args:
+            obj: SGLang's `GenerateReqInput`.
+            request: the HTTP request; None from `sgl.Engine`.
+
+        Returns:
+            What was predicted for each of its prompts, or for all of them together, before any correction.
+        """
+        path, headers, body = await _http(request)
+        texts = obj.text if isinstance(obj.text, list) else [obj.text] if isinstance(obj.text, str) else []
+        client = SERVER if path in _HEALTH else self.front.client(headers, body)
+        self.front.count(path)
+        if path in CONVERSATIONS:
+            asked = [self.front.read(CONVERSATIONS[path], body)]
+        elif path in _HEALTH:
+            asked = []
+        else:
+            asked = [
+                self.front.read("completions", self._as_completion(obj, place, text))
+                for place, text in enumerate(texts)
+            ]
+        if len(asked) == 1:
+            predicted = [await self.front.predict(asked[0])]
+        else:
+            predicted = list(await asyncio.gather(*(self.front.predict(one) for one in asked)))
+        carried = [Carried(client, *one) if one is not None else Carried(client) for one in predicted]
+        carried = carried or [Carried(client)]
+        _write(obj, [self.lengths.corrected(one) for one in carried])
+        return carried
+
+    @staticmethod
+    def _as_completion(obj: Any, place: int, text: str) -> dict[str, Any]:
+        parameters = obj.sampling_params
+        if isinstance(parameters, list):
+            parameters = parameters[place] if place < len(parameters) else {}
+        found = parameters if isinstance(parameters, Mapping) else {}
+        return {
+            "prompt": text,
+            "max_tokens": found.get("max_new_tokens"),
+            "temperature": found.get("temperature"),
+            "n": found.get("n"),
+        }
+
+    def saw(self, carried: Sequence[Carried], output: Any) -> None:
+        """Learns from what came of a request, once it has ended."""
+        outputs = output if isinstance(output, list) else [output]
+        for place, one in enumerate(outputs):
+            meta = one.get("meta_info") if isinstance(one, dict) else None
+            reason = meta.get("finish_reason") if isinstance(meta, dict) else None
+            if not isinstance(reason, dict) or meta is None:
+                continue
+            place = one.get("index", place)
+            said = carried[0] if len(carried) == 1 else carried[place] if place < len(carried) else None
+            if said is not None:
+                ended = reason.get("type")
+                self.lengths.observe(
+                    said,
+                    said.client or "",
+                    int(meta.get("completion_tokens", 0)),
+                    censored=ended in ("length", "abort"),
+                )
+
+    def strip(self, obj: Any) -> None:
+        """Removes what only we may write."""
+        given = obj.sampling_params
+        for parameters in given if isinstance(given, list) else [given]:
+            params = parameters.get("custom_params") if isinstance(parameters, dict) else None
+            if isinstance(params, Mapping) and len(kept := without_ours(params)) < len(params):
+                parameters["custom_params"] = kept or None
+                self.num_stripped += 1
+
+
+def _write(obj: Any, carried: Sequence[Carried]) -> None:
+    """Puts what is carried into a request's `custom_params`, beside what its caller put there."""
+    given = obj.sampling_params if obj.sampling_params is not None else {}
+    if isinstance(given, list):
+        said = carried if len(carried) == len(given) else [carried[0]] * len(given)
+        obj.sampling_params = [_with(one, told) for one, told in zip(given, said, strict=True)]
+    elif len(carried) == 1:
+        obj.sampling_params = _with(given, carried[0])
+    else:
+        obj.sampling_params = [_with(given, told) for told in carried]
+
+
+def _with(parameters: Any, carried: Carried) -> Any:
+    written = carried.write()
+    if not written or not isinstance(parameters, Mapping):
+        return parameters
+    before = parameters.get("custom_params")
+    if before is not None and not isinstance(before, Mapping):
+        return parameters  # which SGLang will refuse
+    return {**parameters, "custom_params": {**(before or {}), **written}}
+
+
+async def _http(request: Any) -> tuple[str, Headers, Mapping[str, Any]]:
+    """The path, the headers and the JSON of a request; SGLang has read the body, and Starlette keeps it."""
+    scope = getattr(request, "scope", None)
+    if not isinstance(scope, dict) or scope.get("type") != "http":
+        return "", (), {}
+    path = str(scope.get("path", "")).removeprefix(str(scope.get("root_path", "")))
+    body = await request.json() if getattr(request, "_json", None) is not None else {}
+    return path, scope.get("headers", ()), body if isinstance(body, dict) else {}
+
+
+# -- hooks
+
+
+def begin(result: Any, manager: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """After `TokenizerManager.__init__`: takes up its work if the operator chose a policy of ours.
+
+    Raises:
+        ConfigError: options that cannot be used; the server does not start.
+    """
+    if server_args.schedule_policy in compat.POLICIES and compat.bypassed_front(server_args) is None:
+        setattr(manager, ATTRIBUTE, FrontEnd(server_args, read_options(server_args.schedule_policy)))
+
+
+async def generate_request(
+    original: Any, manager: Any, obj: Any, request: Any = None, *args: Any, **kwargs: Any
+) -> AsyncIterator[Any]:
+    """Around `TokenizerManager.generate_request`: a request goes in with client and prediction."""
+    end: FrontEnd | None = getattr(manager, ATTRIBUTE, None)
+    carried: list[Carried] = []
+    if end is not None and hasattr(obj, "sampling_params"):
+        end.strip(obj)
+        if end.guard.ok and hasattr(obj, "stream"):  # an embedding answers nothing
+            try:
+                carried = await end.prepare(obj, request)
+            except Exception as error:
+                end.guard.fail(error, "reading a request")
+    async with aclosing(original(manager, obj, request, *args, **kwargs)) as outputs:
+        async for output in outputs:
+            if end is not None and carried:
+                end.guard.run(partial(end.saw, carried, output), None, "learning from an answer")
+            yield output

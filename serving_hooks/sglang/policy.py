@@ -1,0 +1,420 @@
+"""The scheduler half of the SGLang hook: who waits, in which order, and what is charged.
+
+In English: SGLang sorts its waiting queue in place before it admits from the front; we put the requests that the policy
+would pick first to the front, in that order, and leave the rest as they stand. We see requests come
+(`_add_request_to_queue`), be admitted (`PrefillAdder.add_one_req`), grow and end (`process_batch_result`); what left
+the queue by other ways is noticed when the queue is sorted next. SGLang's own code does all the rest.
+
+Every tensor-parallel rank runs this by itself on the same requests, and ranks that disagree corrupt outputs without
+any error. So no clock, no measured latency, no thread and no learned figure has a say in order or charges here: what
+is learned is learned in the front end and carried with each request. What may fail on one rank alone (log, file,
+metrics) is kept apart from what decides.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mope.fairness import IDLE, Load
+from mope.serving_hooks.carried import Carried
+from mope.serving_hooks.guard import Guard
+from mope.serving_hooks.options import HookOptions
+from mope.serving_hooks.sglang import compat
+from mope.serving_hooks.sglang.settings import read_options
+from mope.serving_hooks.steward import Steward
+
+if TYPE_CHECKING:
+    from mope.fairness.tickets import Ticket
+
+LEAST_PICKS, MOST_PICKS = 64, 512  # successive admissions that are foreseen; of those behind, none is admitted now
+_SWEEP_EVERY = 64  # results between two looks for requests that ended unseen
+ATTRIBUTE = "mope"  # of SGLang's scheduler, its policy and its requests: what we remember of them
+
+logger = logging.getLogger("mope")
+
+
+class Mark:
+    """What we remember of a request of SGLang's, on the request itself.
+
+    Attributes:
+        fair: the scheduler's half that it belongs to.
+        number: in order of arrival.
+        name: the same as the steward's id: a caller may send two requests with one `rid`.
+        ticket: of the policy.
+        read_tokens: tokens of its prompt that have been read, as far as we saw.
+    """
+
+    __slots__ = ("fair", "name", "number", "read_tokens", "ticket")
+
+    def __init__(self, fair: FairScheduling, number: int, ticket: Ticket) -> None:
+        self.fair, self.number, self.name, self.ticket = fair, number, str(number), ticket
+        self.read_tokens = 0
+
+
+class FairScheduling:
+    """Fair, length-aware scheduling for one scheduler of SGLang's.
+
+    Attributes:
+        steward: keeps the policy and its books.
+        guard: of all that decides.
+        queued: requests that wait, by our id.
+        running: requests that were admitted and have not ended, by our id.
+        trusted: why what is carried with requests is to be believed; None if a caller may have written it.
+    """
+
+    def __init__(self, scheduler: Any, options: HookOptions) -> None:
+        """Takes up its work.
+
+        Args:
+            scheduler: SGLang's.
+            options: `policy` is the one that `--schedule-policy` names.
+
+        Raises:
+            ConfigError: options that cannot be used.
+        """
+        server_args = scheduler.server_args
+        self.scheduler = scheduler
+        self.rank = compat.ranks(scheduler)
+        self.bypassed = compat.bypassed_front(server_args)
+        self.guard = Guard(logger, self._give_up)
+        self.steward = Steward(options.model_copy(update={"recalibrate": False, "state": self._state(options)}))
+        if not self.rank.first:  # the first rank keeps the state for all
+            self.steward.options = self.steward.options.model_copy(update={"state": None, "summary_s": 0})
+        self.steward.exact = self.rank.size > 1
+        self.queued: dict[str, Any] = {}
+        self.running: dict[str, Any] = {}
+        self._fresh: list[Any] = []  # admitted, and not yet seen with what the prefix cache held
+        self._number = 0
+        self._results = 0
+        self._load: Load | None = None
+        self._told_aside = False
+
+    def _state(self, options: HookOptions) -> Path | None:
+        if options.state is None:
+            return None
+        if self.rank.nodes > 1:
+            logger.warning("mope keeps no state: ranks on other machines could not read %s", options.state)
+            return None
+        if self.rank.replica is None:
+            return options.state
+        return options.state.with_name(f"{options.state.stem}-dp{self.rank.replica}{options.state.suffix}")
+
+    def announce(self, applied: int, known: int) -> None:
+        """Says what is on, and what is not."""
+        if not self.rank.first:
+            return
+        options, release = self.steward.options, compat.installed()
+        if compat.standing(release) != "tested":
+            logger.warning("mope: SGLang %s is %s (%s)", release, compat.standing(release), ", ".join(compat.TESTED))
+        if self.bypassed:
+            logger.warning("mope: %s; all requests count as one client without predictions", self.bypassed)
+        if (mode := getattr(self.scheduler.server_args, "disaggregation_mode", "null")) == "decode":
+            logger.warning("mope: SGLang admits by itself where prefill is disaggregated (%s): no order of ours", mode)
+        logger.info(
+            "mope is on: policy %s, %d of %d hooks, clients by %s, predictor %s, predicted admission %s, victims by %s",
+            options.policy,
+            applied,
+            known,
+            options.identity,
+            options.predictor,
+            "on" if options.predicted_admission else "off",
+            options.victims,
+        )
+
+    # -- a request's life
+
+    def arrived(self, req: Any, *, retracted: bool = False) -> None:
+        """A request stands in the queue: a new one, or one that lost its place."""
+        mark: Mark | None = getattr(req, ATTRIBUTE, None)
+        if mark is not None and mark.name in self.running:
+            del self.running[mark.name]
+            self.queued[mark.name] = req
+            self.steward.preempted(mark.name, len(req.output_ids))
+        elif mark is None or mark.name not in self.queued:
+            self._welcome(req)
+
+    def _welcome(self, req: Any) -> None:
+        self._number += 1
+        parameters = req.sampling_params
+        cap = getattr(parameters, "max_new_tokens", None)
+        carried = Carried.read(getattr(parameters, "custom_params", None)) if not self.bypassed else Carried()
+        known: float | None = None
+        if cap is not None and getattr(parameters, "ignore_eos", False):
+            known = float(max(cap, 1))
+        elif cap == 0 or not self.scheduler.is_generation:  # only to be read
+            known = 1.0
+        ticket = self.steward.arrive(
+            str(self._number),
+            carried,
+            len(req.origin_input_ids),
+            max_tokens=cap,
+            known_tokens=known,
+            fallback_client=self._fallback_client(req),
+            load=self._engine_load(),
+        )
+        mark = Mark(self, self._number, ticket)
+        setattr(req, ATTRIBUTE, mark)
+        self.queued[mark.name] = req
+
+    def _fallback_client(self, req: Any) -> str | None:
+        options = self.steward.options
+        by_routing_key = options.identity == "header" and options.client_header.lower() == compat.ROUTING_HEADER
+        if self.bypassed and by_routing_key and getattr(req, "routing_key", None):
+            return str(req.routing_key)  # which a gateway sets, and every front end of SGLang's carries
+        adapter = getattr(req, "lora_id", None)
+        return f"lora/{adapter}" if adapter else None
+
+    def admitted(self, req: Any) -> None:
+        """A request begins to run, or goes on."""
+        mark: Mark | None = getattr(req, ATTRIBUTE, None)
+        if mark is None or mark.name not in self.queued:
+            return
+        del self.queued[mark.name]
+        first = mark.ticket.state == "waiting"
+        self.steward.policy.admit(mark.ticket)
+        self.running[mark.name] = req
+        if first:
+            self.steward.admitted(mark.name)
+            self._fresh.append(req)
+
+    def _look_at_fresh(self) -> None:
+        """Books what the prefix cache held for those who were admitted since."""
+        for req in self._fresh:
+            if (cached := int(req.cached_tokens)) > 0:
+                mark: Mark = getattr(req, ATTRIBUTE)
+                self.steward.cached(mark.name, min(cached, mark.ticket.prompt_tokens))
+        self._fresh.clear()
+
+    def booked(self, batch: Any) -> None:
+        """A step's results are in."""
+        self._load = None
+        self._look_at_fresh()
+        steward = self.steward
+        for req in batch.reqs:
+            mark: Mark | None = getattr(req, ATTRIBUTE, None)
+            if mark is None or mark.name not in self.running:
+                continue  # a request that ended or was retracted since, or is none of ours
+            if req.finished():
+                self.ended(req)
+                continue
+            generated = len(req.output_ids)
+            if not generated:
+                mark.read_tokens = max(mark.read_tokens, compat.read_tokens(req))
+                continue
+            ticket = mark.ticket
+            if not ticket.generated:
+                steward.first_token(mark.name)
+            ticket.generated = generated
+            if generated > ticket.charged_tokens:
+                steward.policy.progress(mark.name, generated)
+        self._results += 1
+        if self._results % _SWEEP_EVERY == 0:
+            for req in [req for req in self.running.values() if req.finished()]:
+                self.ended(req)
+
+    def ended(self, req: Any, *, aborted: bool = False) -> None:
+        """A request is over.
+
+        Args:
+            req: it.
+            aborted: it was given up without SGLang's noting a reason on it.
+        """
+        mark: Mark | None = getattr(req, ATTRIBUTE, None)
+        if mark is None or (self.running.pop(mark.name, None) is None and self.queued.pop(mark.name, None) is None):
+            return
+        reason = type(req.finished_reason).__name__
+        generated = len(req.output_ids_through_stop) if req.finished() else len(req.output_ids)
+        aborted = aborted or reason == "FINISH_ABORT"
+        begun = mark.ticket.state != "waiting"
+        if generated and begun:
+            self.steward.first_token(mark.name)  # nothing happens if it was out already
+        self.steward.ended(
+            mark.name,
+            generated,
+            aborted=aborted,
+            capped=reason == "FINISH_LENGTH",
+            computed=(mark.read_tokens if begun else 0) if aborted and not generated else None,
+        )
+
+    # -- the order
+
+    def order(self, waiting_queue: list[Any], running_batch: Any = None) -> None:
+        """Puts who is next to the front of SGLang's list, in place; the others stay as they stand."""
+        self._load = None
+        self._look_at_fresh()
+        for attempt in (1, 2):
+            first = [self.queued[ticket.request_id] for ticket in self.steward.policy.simulate(self._picks())]
+            chosen = set(first)
+            rest = [req for req in waiting_queue if req not in chosen]
+            if len(first) + len(rest) == len(waiting_queue) == len(self.queued):
+                break
+            if attempt == 1:
+                self.reconcile(waiting_queue)
+            else:  # the same request twice, or whatever else: SGLang's list stays as it is
+                return
+        waiting_queue[:] = first + rest
+
+    def _picks(self) -> int:
+        """How many admissions to foresee: those that can happen now, and some that SGLang may skip."""
+        most = int(getattr(self.scheduler, "max_running_requests", MOST_PICKS) or MOST_PICKS)
+        free = most - len(self.running)
+        return min(MOST_PICKS, max(LEAST_PICKS, free))
+
+    def reconcile(self, waiting_queue: list[Any]) -> None:
+        """Takes note of requests that came to the queue or left it by ways that no hook of ours sees."""
+        here = set(waiting_queue)
+        for req in [req for req in self.queued.values() if req not in here]:
+            self.ended(req, aborted=True)
+        for req in waiting_queue:
+            mark: Mark | None = getattr(req, ATTRIBUTE, None)
+            if mark is None or mark.name not in self.queued:
+                self.arrived(req)
+
+    # -- what the engine is doing
+
+    def _engine_load(self) -> Load:
+        """The same on all ranks: it is counted in requests and tokens of theirs. Once a step."""
+        if self._load is None:
+            running = self.running.values()
+            context = sum(len(req.origin_input_ids) + len(req.output_ids) for req in running)
+            self._load = Load(num_running=len(running), context_tokens=context) if running else IDLE
+        return self._load
+
+    # -- beside the order
+
+    def aside(self, action: Callable[[], None], doing: str) -> None:
+        """Does what may fail on one rank alone; a failure is told once and changes no order."""
+        try:
+            action()
+        except Exception:
+            if not self._told_aside:
+                self._told_aside = True
+                logger.exception("mope failed while %s; requests are scheduled as before", doing)
+
+    def state(self) -> dict[str, Any]:
+        """What goes on, as plain JSON values."""
+        steward, policy = self.steward, self.steward.policy
+        clients = []
+        for account in policy.ledger.clients():
+            if len(clients) == steward.options.metrics_clients:
+                break
+            clients.append(
+                {
+                    "client": "/".join(account.path),
+                    "counter": account.counter,
+                    "service": account.charged.service,
+                    "ufc": account.charged.ufc,
+                    "rfc": account.charged.rfc,
+                    "hf": account.charged.hf,
+                    "waiting": account.num_waiting,
+                    "open": account.num_open,
+                }
+            )
+        return {
+            "policy": steward.options.policy,
+            "on": self.guard.ok,
+            "failure": self.guard.failure,
+            "waiting": len(self.queued),
+            "running": len(self.running),
+            "front_end": self.bypassed or "hooked",
+            "total": dict(zip(("service", "ufc", "rfc", "hf"), policy.ledger.total, strict=True)),
+            "clients": clients,
+            "tallies": {
+                name: {
+                    "arrived": tally.num_arrived,
+                    "finished": tally.num_finished,
+                    "aborted": tally.num_aborted,
+                    "preempted": tally.num_preempted,
+                    "prompt_tokens": tally.prompt_tokens,
+                    "cached_tokens": tally.cached_tokens,
+                    "response_tokens": tally.response_tokens,
+                    "predicted": tally.num_predicted,
+                    "ttft_mean_s": round(tally.ttft_s.mean, 4),
+                    "queue_mean_s": round(tally.queue_s.mean, 4),
+                }
+                for name, tally in steward.tallies.items()
+            },
+        }
+
+    def _give_up(self) -> None:
+        """SGLang goes on in its own order: that of arrival, the same on all ranks."""
+        queue = self.scheduler.waiting_queue
+        known = [req for req in queue if getattr(req, ATTRIBUTE, None) is not None]
+        others = [req for req in queue if getattr(req, ATTRIBUTE, None) is None]
+        queue[:] = sorted(known, key=_number) + others
+
+
+_number = attrgetter(f"{ATTRIBUTE}.number")
+
+
+# -- hooks
+
+
+def validate_policy(original: Any, schedule_policy: Any, policy: str, *args: Any, **kwargs: Any) -> Any:
+    """Around `SchedulePolicy._validate_and_adjust_policy`: below ours, SGLang's own order is that of arrival."""
+    return original(schedule_policy, "fcfs" if policy in compat.POLICIES else policy, *args, **kwargs)
+
+
+def begin(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """After `Scheduler.init_schedule_policy`: takes up its work if the operator chose a policy of ours.
+
+    Raises:
+        ConfigError: options that cannot be used; the server does not start.
+    """
+    name = compat.chosen_policy(scheduler)
+    if name is None:
+        return
+    from mope.serving_hooks.sglang import hooks
+
+    fair = FairScheduling(scheduler, read_options(name))
+    setattr(scheduler, ATTRIBUTE, fair)
+    setattr(scheduler.policy, ATTRIBUTE, fair)
+    fair.announce(len(hooks.applied()), len(hooks.HOOKS))
+
+
+def calc_priority(original: Any, schedule_policy: Any, waiting_queue: list[Any], *args: Any, **kwargs: Any) -> Any:
+    """Around `SchedulePolicy.calc_priority`: SGLang's own order first, then ours over it."""
+    result = original(schedule_policy, waiting_queue, *args, **kwargs)
+    fair: FairScheduling | None = getattr(schedule_policy, ATTRIBUTE, None)
+    if fair is not None:
+        fair.guard.run(lambda: fair.order(waiting_queue), None, "ordering the queue")
+    return result
+
+
+def request_queued(result: Any, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    """After `Scheduler._add_request_to_queue`: it may stand in the queue now, or have been refused."""
+    fair: FairScheduling | None = getattr(scheduler, ATTRIBUTE, None)
+    if fair is None:
+        return
+    queue = scheduler.waiting_queue
+    if queue and queue[-1] is req:
+        fair.guard.run(lambda: fair.arrived(req), None, "adding a request")
+
+
+def results_processed(result: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """After `Scheduler.process_batch_result`: charges what was generated, settles what ended."""
+    fair: FairScheduling | None = getattr(scheduler, ATTRIBUTE, None)
+    if fair is None:
+        return
+    fair.guard.run(lambda: fair.booked(batch), None, "booking a step")
+    fair.aside(fair.steward.between_steps, "keeping its state")
+
+
+def decode_retracted(result: Any, *args: Any, **kwargs: Any) -> None:
+    """After `ScheduleBatch.retract_decode`: those that SGLang gives up for want of memory end nowhere else."""
+    for req in result[2]:
+        mark: Mark | None = getattr(req, ATTRIBUTE, None)
+        if mark is not None:
+            mark.fair.guard.run(partial(mark.fair.ended, req, aborted=True), None, "giving up a request")
+
+
+def internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """After `Scheduler.get_internal_state`: what `/server_info` shows under `mope`."""
+    fair: FairScheduling | None = getattr(scheduler, ATTRIBUTE, None)
+    if fair is not None:
+        fair.aside(lambda: result.internal_state.update({ATTRIBUTE: fair.state()}), "showing its state")
