@@ -106,9 +106,7 @@ class Lengths:
         """What is predicted, as finished requests correct it: for schedulers that take predictions as they come."""
         if self.recalibrator is None or not carried.quantiles:
             return carried
-        edges, cumulative = self.recalibrator.correct(
-            _edges(carried.quantiles), _CUMULATIVE, _target(carried.target)
-        )
+        edges, cumulative = self.recalibrator.correct(_edges(carried.quantiles), _CUMULATIVE, _target(carried.target))
         quantiles = tuple(np.interp(LEVELS, cumulative, edges).tolist())
         return carried._replace(tokens=_mean(edges, cumulative), quantiles=quantiles)
 

@@ -299,7 +299,7 @@ class FairScheduling:
     def state(self) -> dict[str, Any]:
         """What goes on, as plain JSON values."""
         steward, policy = self.steward, self.steward.policy
-        clients = []
+        clients: list[Any] = []
         for account in policy.ledger.clients():
             if len(clients) == steward.options.metrics_clients:
                 break
