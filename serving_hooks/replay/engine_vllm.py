@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -198,6 +199,7 @@ def load_vllm() -> Any:
         raise MissingExtraError(MISSING)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())  # some releases set it up later
     return importlib.import_module("vllm")
 
 

@@ -20,6 +20,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,36 +147,53 @@ def run(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command on each release and tell how it went; the status is the number of releases where it failed."""
+    """Run a command on each release and tell how it went.
+
+    Returns:
+        How many releases it failed on. One that can't be fetched is told and left out, for want of a network is no
+        failure of the code; with --strict it counts.
+    """
     parser = argparse.ArgumentParser(description="Run the same command on many vLLM releases.")
     parser.add_argument("--cache", type=Path, default=Path("runs", "vllm"), help="folder of releases and environment")
     parser.add_argument("--releases", default=",".join(RELEASES), help="releases, separated by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="releases that are run at a time")
+    parser.add_argument("--strict", action="store_true", help="count a release that can't be fetched as failed")
     parser.add_argument("command", nargs="*", help="after --; by default the tests of the replay")
     arguments = parser.parse_args(argv)
     command = arguments.command or ["python", "-m", "pytest", "-q", "-x", *TESTS]
     cache = arguments.cache.resolve()
     cache.mkdir(parents=True, exist_ok=True)
-    failed = 0
+    fetched, num_left_out = [], 0
     for version in arguments.releases.split(","):
         started = time.monotonic()
         try:
             tree(version, cache)
-            fetched_s, started = time.monotonic() - started, time.monotonic()
-            done = run(version, command, cache)
         except FetchError as error:
-            print(f"{version:>8}  not fetched: {error}", flush=True)
-            failed += 1
-            continue
-        failed += done.returncode != 0
-        last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
-        print(
-            f"{version:>8}  {'ok' if done.returncode == 0 else 'FAILED'}  fetched in {fetched_s:.0f} s, ran "
-            f"{time.monotonic() - started:.0f} s: {''.join(last)}",
-            flush=True,
-        )
-        if done.returncode:
-            print(done.stdout[-6000:], done.stderr[-6000:], sep="\n", flush=True)
-    return failed
+            num_left_out += 1
+            print(f"{version:>8}  left out, not fetched: {error}", flush=True)
+        else:
+            fetched.append((version, time.monotonic() - started))
+
+    def timed(version: str) -> tuple[subprocess.CompletedProcess[str], float]:
+        started = time.monotonic()
+        return run(version, command, cache), time.monotonic() - started
+
+    num_failed = 0
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for (version, fetch_s), (done, run_s) in zip(
+            fetched, pool.map(timed, [one for one, _ in fetched]), strict=True
+        ):
+            last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
+            verdict = "FAILED" if done.returncode else "ok"
+            print(
+                f"{version:>8}  {verdict}  fetched in {fetch_s:.0f} s, ran {run_s:.0f} s: {''.join(last)}", flush=True
+            )
+            if done.returncode:
+                num_failed += 1
+                print(done.stdout[-6000:], done.stderr[-6000:], sep="\n", flush=True)
+    cpu = os.times()
+    print(f"{len(fetched)} releases, {cpu.children_user + cpu.children_system:.0f} s of processor time")
+    return num_failed + (num_left_out if arguments.strict else 0)
 
 
 def _pip(python: Path, *arguments: str, settings: Mapping[str, str] | None = None) -> None:

@@ -105,7 +105,7 @@ def test_scarce_memory_preempts_and_every_answer_is_still_whole(batches_in_fligh
     assert sum(one.num_preemptions for one in ample.records) == 0
     preempted = [one for one in scarce.records if one.num_preemptions]
     assert len(preempted) > 5
-    assert all(one.recomputed_tokens > one.arrival.prompt_tokens for one in preempted)
+    assert all(one.recomputed_tokens > 0 for one in preempted)
     assert scarce.end_s > ample.end_s
 
 
@@ -202,7 +202,7 @@ def test_a_cache_smaller_than_one_request_is_an_error() -> None:
 def test_the_stated_capacity_is_what_vllm_reaches() -> None:
     """A queue that never empties is served at the estimated rate, up to the beginning and the end of the run."""
     (found,) = compare(
-        ReplayConfig(requests=300, seeds=1, load=3.0, policies=("fcfs",)),
+        ReplayConfig(workload=("vtc-overload",), requests=400, seeds=1, load=3.0, policies=("fcfs",)),
         EngineSettings(max_num_seqs=32),
         {"profile": PROFILE},
         VllmEngine,
