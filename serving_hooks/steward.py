@@ -78,7 +78,12 @@ class Steward:
         self.options = options
         self.clock = clock
         self.exact = False  # whether measured latencies may not change what is charged, because ranks must agree
-        ledger = Ledger(weights=options.weights, idle_clients=options.idle_clients, max_clients=options.max_clients)
+        ledger = Ledger(
+            weights=options.weights,
+            lift_settled=options.lift == "settled",
+            idle_clients=options.idle_clients,
+            max_clients=options.max_clients,
+        )
         self.policy = Policy(options, ledger=ledger)
         self.lengths = Lengths(recalibrate=options.recalibrate)
         self.tallies = Tallies(options.metrics_clients)

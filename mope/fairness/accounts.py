@@ -21,6 +21,7 @@ class Account:
         name: the last part of its path.
         parent: the group that it belongs to; None at the root.
         counter: charges over weight, plus lifts: what the order goes by.
+        ahead: what its open requests are charged, over its weight: a part of the counter that is not settled yet.
         charged: all charges of this account and those below it, after corrections; not kept at the root.
         num_waiting: waiting requests of this account and those below it.
         num_open: requests of this account and those below it that were charged and are not closed.
@@ -31,6 +32,7 @@ class Account:
     __slots__ = (
         "_divisor",
         "_factor",
+        "ahead",
         "charged",
         "counter",
         "idle",
@@ -45,7 +47,7 @@ class Account:
         exact = Fraction(str(weight)) if weight != 1 else _ONE
         self.name, self.parent = name, parent
         self._factor, self._divisor = exact.denominator, exact.numerator
-        self.counter = 0
+        self.counter = self.ahead = 0
         self.charged = NOTHING
         self.num_waiting = self.num_open = 0
         self.since: int | None = None

@@ -55,6 +55,11 @@ class FairnessConfig(BaseModel):
     default_tokens: float = Field(
         256, ge=1, le=1e6, description="response tokens assumed of a request that carries no usable prediction"
     )
+    lift: Literal["settled", "charged"] = Field(
+        "settled",
+        description="where a client that comes back is lifted to: the least counter of those who wait, without what "
+        "their requests in flight are charged ahead, or with it as in VTC's artifact",
+    )
     ageing: float = Field(
         2.0,
         ge=0,

@@ -9,7 +9,9 @@ the earliest arrival: so names, hashes and the order of dictionaries decide noth
 
 **Lift** (as in VTC, Sheng et al., OSDI 2024). A child that had no waiting request and gets one is lifted to the least
 counter among its siblings that have some; where none has, to that of the sibling that was last to have some. Time spent
-away is no credit.
+away is no credit. That counter is taken without what its requests in flight are charged ahead (`lift_settled`): a
+prediction that turns out too high is refunded to whom it was charged, but not to whom was lifted to it, who would wait
+until the other has had as much again. VTC's artifact lifts to the whole counter, and so does `lift_settled=False`.
 
 **Bound.** Let f and g be children of one node, H the largest charge of one admission over the weight of whom it is
 charged to, and E the most that the requests which a child has in flight at one moment are charged wrongly by, all
@@ -29,8 +31,8 @@ and this is VTC's 2 U. `tests/property/test_fairness_bound.py` checks these figu
 admissions of others, the least counter.
 
 **Memory.** An account without waiting or open requests is idle. When more than `idle_clients` are, those longest idle
-are looked at: one whose counter does not exceed the least of its waiting siblings is forgotten, for the lift would take
-it there anyway; one with debt stays, up to `max_clients` in all, and is only then forgotten with its debt, which is
+are looked at: one whose counter does not exceed where a lift would take it is forgotten, for it would come back there
+anyway; one with debt stays, up to `max_clients` in all, and is only then forgotten with its debt, which is
 counted.
 
 **Cost.** Finding the next in turn and charging it: O(depth log n) for n children with waiting requests, amortised, by a
@@ -72,7 +74,12 @@ class Ledger:
     """
 
     def __init__(
-        self, *, weights: Mapping[str, float] | None = None, idle_clients: int = 100_000, max_clients: int = 1_000_000
+        self,
+        *,
+        weights: Mapping[str, float] | None = None,
+        idle_clients: int = 100_000,
+        max_clients: int = 1_000_000,
+        lift_settled: bool = True,
     ) -> None:
         """Empty books.
 
@@ -80,7 +87,9 @@ class Ledger:
             weights: entitlement by path, its parts joined by `/`; 1 where none is given.
             idle_clients: accounts without requests that are kept though they have no debt.
             max_clients: accounts in all.
+            lift_settled: whether a lift leaves out what requests in flight are charged ahead.
         """
+        self._lift_settled = lift_settled
         self._weights = dict(weights or {})
         self._idle_clients, self._max_clients = idle_clients, max_clients
         self.root = Group("", None)
@@ -128,7 +137,7 @@ class Ledger:
             raise ConfigError("the root is a group already")
         group = self._opened(Group, client.name, parent, client.path)
         group.counter, group.charged, group.since = client.counter, client.charged, client.since
-        group.num_waiting, group.num_open = client.num_waiting, client.num_open
+        group.num_waiting, group.num_open, group.ahead = client.num_waiting, client.num_open, client.ahead
         if parent.last is client:
             parent.last = group
         if group.num_waiting or group.num_open:
@@ -137,6 +146,7 @@ class Ledger:
         heapq.heapify(parent.heap)
         parent.list_waiting(group)
         client.become_child(group)
+        client.ahead = sum(found.charge.hf for found in self._open.values() if found.account is client)
         if client.since is not None:
             group.num_children_waiting = 1
             group.list_waiting(client)
@@ -214,12 +224,17 @@ class Ledger:
             heapq.heappush(heap, entry)
         return found
 
-    def _lift(self, node: Account, parent: Group) -> None:
-        least = parent.next_child()
+    def _level(self, parent: Group) -> int:
+        """Where a child of a group would be lifted to now."""
+        least = parent.next_child() or parent.last
         if least is None:
-            least = parent.last
-        if least is not None and least.counter > node.counter:
-            node.counter = least.counter
+            return 0
+        return least.counter - least.ahead if self._lift_settled else least.counter
+
+    def _lift(self, node: Account, parent: Group) -> None:
+        level = self._level(parent)
+        if level > node.counter:
+            node.counter = level
             self.num_lifts += 1
 
     # -- what is charged
@@ -258,8 +273,9 @@ class Ledger:
             return False
         if charge is not None and charge != found.charge:
             self._book(found.account, found.charge, charge)
-        node = found.account
+        node, hf = found.account, (charge if charge is not None else found.charge).hf
         while node.parent is not None:
+            node.ahead -= node.share(hf)
             node.num_open -= 1
             if not node.num_open and not node.num_waiting:
                 self._rest(node)
@@ -307,7 +323,9 @@ class Ledger:
             was = node.charged
             node.charged = Charge(was[0] + service, was[1] + ufc, was[2] + rfc, was[3] + hf)
             # the difference of two shares, not the share of the difference: rounding cancels when all is closed
-            self._move(node, parent, hf if node.is_plain else node.share(new[3]) - node.share(old[3]))
+            moved = hf if node.is_plain else node.share(new[3]) - node.share(old[3])
+            node.ahead += moved
+            self._move(node, parent, moved)
             node, parent = parent, parent.parent
         if self.follow_touched:
             self._touched[account] = self._touched.get(account, 0) + hf
@@ -362,7 +380,12 @@ class Ledger:
         if not isinstance(snapshot, Mapping) or snapshot.get("version") != VERSION:
             found = snapshot.get("version") if isinstance(snapshot, Mapping) else type(snapshot).__name__
             raise ConfigError(f"a ledger's snapshot has version {found!r}; expected {VERSION}: start without it")
-        fresh = Ledger(weights=self._weights, idle_clients=self._idle_clients, max_clients=self._max_clients)
+        fresh = Ledger(
+            weights=self._weights,
+            idle_clients=self._idle_clients,
+            max_clients=self._max_clients,
+            lift_settled=self._lift_settled,
+        )
         try:
             fresh._take_over(snapshot)
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -400,6 +423,7 @@ class Ledger:
             node = accounts[position]
             while node.parent is not None:
                 node.num_open += 1
+                node.ahead += node.share(charge[3])
                 node = node.parent
         for account in accounts[1:]:  # whoever only waited is idle until it is told again who waits
             if not account.num_open:
@@ -449,8 +473,7 @@ class Ledger:
         parent = account.parent
         if parent is None or parent.last is account or (isinstance(account, Group) and account.children):
             return False
-        least = parent.next_child() or parent.last
-        in_debt = account.counter > max(parent.forgotten, least.counter if least is not None else 0)
+        in_debt = account.counter > max(parent.forgotten, self._level(parent))
         if in_debt and self.num_accounts <= self._max_clients:
             return False
         if in_debt:

@@ -62,7 +62,12 @@ class Policy:
         self.ledger = (
             ledger
             if ledger is not None
-            else Ledger(weights=config.weights, idle_clients=config.idle_clients, max_clients=config.max_clients)
+            else Ledger(
+                weights=config.weights,
+                lift_settled=config.lift == "settled",
+                idle_clients=config.idle_clients,
+                max_clients=config.max_clients,
+            )
         )
         self._ahead = config.policy != "vtc"  # whether an admission is charged what it is predicted to need
         self._order = _order(config, self.ledger)

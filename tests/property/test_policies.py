@@ -32,7 +32,7 @@ def test_vtc_is_what_was_published_pick_by_pick(seed, name, slots, num_clients):
     """Ours and a plain re-telling of the paper's algorithm run the same requests, token by token."""
     rng = random.Random(seed)
     as_vtc = {"alpha": 1, "beta": 0, "delta": 0} if name == "equinox" else {}
-    ours, reference = policy(name, **as_vtc), ReferenceVtc(predicts=name != "vtc")
+    ours, reference = policy(name, lift="charged", **as_vtc), ReferenceVtc(predicts=name != "vtc")
     running: dict[str, int] = {}
     arrived = 0
     while arrived < 120 or running or len(ours):
@@ -54,6 +54,29 @@ def test_vtc_is_what_was_published_pick_by_pick(seed, name, slots, num_clients):
                 ours.finish(request, running.pop(request))
     for account in ours.ledger.clients():
         assert account.counter == reference.counters[account.name] * UNIT
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10**6), slots=st.integers(1, 6), lift=st.sampled_from(["settled", "charged"]))
+def test_equinox_without_latency_and_resources_is_vtc_with_prediction(seed, slots, lift):
+    arrivals = workload(seed, ["a", "b", "c", "t/x", "t/y"], 120, error=1.0)
+    blind = Engine(policy("equinox", alpha=1, beta=0, delta=0, lift=lift), slots)
+    vtc = Engine(policy("vtc-predicted", lift=lift), slots)
+    assert blind.run(arrivals) == vtc.run(arrivals)
+    assert blind.policy.ledger.snapshot() == vtc.policy.ledger.snapshot()
+
+
+@pytest.mark.parametrize(("lift", "light_first"), [("settled", True), ("charged", False)])
+def test_who_comes_back_does_not_pay_for_predictions_of_others(lift, light_first):
+    """A flood is predicted far too long, a light client joins, then the flood's answers turn out short."""
+    queue = policy("vtc-predicted", lift=lift)
+    for number in range(40):
+        queue.enqueue(f"f{number}", "flood", 10, 5000)
+    running = [queue.admit().request_id for _ in range(8)]
+    queue.enqueue("light", "light", 10, 10)
+    for request in running:
+        queue.finish(request, 10)
+    assert (queue.peek().request_id == "light") == light_first
 
 
 @settings(max_examples=60)

@@ -1,0 +1,160 @@
+"""Both halves of the hook in a real server, asked by the OpenAI client: a flood, a light client, and who hangs up.
+
+No predictor runs here: answers are cut by `max_tokens`, which would tell it the true length. What is known of lengths
+is each client's running mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import tiny_vllm
+from tiny_vllm import NAME, Server, serve
+
+pytestmark = pytest.mark.skipif(tiny_vllm.MISSING is not None, reason=str(tiny_vllm.MISSING))
+
+FLOOD, LIGHT = "sk-flood-0001", "sk-light-0002"
+NUM_FLOOD, NUM_LIGHT = 160, 12
+
+
+@dataclass
+class Served:
+    """What one server did.
+
+    Attributes:
+        ttft_s: mean seconds to the first token, by client.
+        texts: answers in order of sending, flood first.
+        seconds: until all were answered.
+        metrics: what the hook's port says at the end.
+        log: what the server printed.
+    """
+
+    ttft_s: dict[str, float]
+    texts: list[str]
+    seconds: float
+    metrics: str
+    log: str
+
+
+async def ask(client: Any, number: int, max_tokens: int, hang_up: bool = False) -> tuple[float, str]:
+    """Seconds to the first token, and the whole answer."""
+    start, first, text = time.monotonic(), 0.0, ""
+    stream = await client.completions.create(
+        model=NAME,
+        prompt=f"{number} the quick brown fox jumps over",
+        max_tokens=max_tokens,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True, "vllm_xargs": {"mope_client": "mallory"}},  # forged: must not count
+    )
+    async for part in stream:
+        first = first or time.monotonic() - start
+        text += part.choices[0].text
+        if hang_up:
+            await stream.close()
+            break
+    return first, text
+
+
+async def traffic(url: str) -> tuple[dict[str, float], list[str], float]:
+    import httpx
+    from openai import AsyncOpenAI
+
+    limits = httpx.Limits(max_connections=400, max_keepalive_connections=0)
+    clients = {
+        key: AsyncOpenAI(
+            base_url=f"{url}/v1", api_key=key, timeout=300, max_retries=0, http_client=httpx.AsyncClient(limits=limits)
+        )
+        for key in (FLOOD, LIGHT)
+    }
+    start = time.monotonic()
+    flood = [asyncio.create_task(ask(clients[FLOOD], number, 64)) for number in range(NUM_FLOOD)]
+    gone = [asyncio.create_task(ask(clients[FLOOD], 900 + number, 300, hang_up=True)) for number in range(8)]
+    light = []
+    for number in range(NUM_LIGHT):
+        await asyncio.sleep(0.25)
+        light.append(asyncio.create_task(ask(clients[LIGHT], 500 + number, 12)))
+    answers = {"flood": await asyncio.gather(*flood), "light": await asyncio.gather(*light)}
+    seconds = time.monotonic() - start
+    await asyncio.gather(*gone)
+    for client in clients.values():
+        await client.close()
+    ttft_s = {name: sum(first for first, _ in found) / len(found) for name, found in answers.items()}
+    return ttft_s, [text for found in answers.values() for _, text in found], seconds
+
+
+def run(folder: Any, policy: str) -> Served:
+    keys = folder / "keys.json"
+    keys.write_text(json.dumps({FLOOD: "flood", LIGHT: "light"}))
+    mope = {"policy": policy, "predictor": "none", "api_keys": str(keys), "metrics_port": 0, "summary_s": 1}
+    options = ["--api-key", FLOOD, LIGHT, "--middleware", "mope.serving_hooks.vllm.Middleware"]
+    options += ["--scheduler-cls", "mope.serving_hooks.vllm.make_scheduler"]
+    options += ["--additional-config", json.dumps({"mope": mope}), "--no-enable-prefix-caching"]
+    with serve(folder, options) as server:
+        asyncio.run(warm(server))
+        ttft_s, texts, seconds = asyncio.run(traffic(server.url))
+        metrics = read_metrics(server)
+    return Served(ttft_s, texts, seconds, metrics, server.printed())
+
+
+async def warm(server: Server) -> None:
+    headers = {"authorization": f"Bearer {LIGHT}"}
+    status, _ = await asyncio.to_thread(
+        server.post, "/v1/completions", {"model": NAME, "prompt": "the fox", "max_tokens": 2}, headers
+    )
+    assert status == 200
+
+
+def read_metrics(server: Server) -> str:
+    """The hook's metrics once nothing runs any more."""
+    found = re.search(r"http://127\.0\.0\.1:\d+/metrics", server.printed())
+    assert found is not None, server.printed()[-3000:]
+    for _ in range(60):
+        with urllib.request.urlopen(found.group(), timeout=10) as answer:
+            text: str = answer.read().decode()
+        if re.search(r"^mope_requests_running\S* 0(\.0)?$", text, re.M) or "mope_requests_running" not in text:
+            return text
+        time.sleep(0.5)
+    return text
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
+    return {policy: run(tmp_path_factory.mktemp(policy), policy) for policy in ("fcfs", "equinox")}
+
+
+def test_the_light_client_waits_ten_times_less(served: dict[str, Served]) -> None:
+    assert served["fcfs"].ttft_s["light"] > 10 * served["equinox"].ttft_s["light"], {
+        policy: one.ttft_s for policy, one in served.items()
+    }
+
+
+def test_answers_are_the_same(served: dict[str, Served]) -> None:
+    assert served["equinox"].texts == served["fcfs"].texts
+    assert all(served["equinox"].texts)
+
+
+def test_nobody_pays_with_throughput(served: dict[str, Served]) -> None:
+    """Over HTTP, on a machine that does other things: only that it is not another order of magnitude."""
+    assert served["equinox"].seconds < 1.3 * served["fcfs"].seconds
+
+
+def test_metrics_know_clients_by_their_keys_and_nobody_else(served: dict[str, Served]) -> None:
+    for one in served.values():
+        assert 'client="flood"' in one.metrics
+        assert 'client="light"' in one.metrics
+        assert "mallory" not in one.metrics
+        assert FLOOD not in one.metrics
+
+
+def test_the_server_says_that_it_is_on(served: dict[str, Served]) -> None:
+    assert "mope is on: policy equinox" in served["equinox"].log
+    assert "mope has failed" not in served["equinox"].log
+    assert re.search(r"equinox: \d+ running, \d+ waiting of \d clients", served["equinox"].log)
