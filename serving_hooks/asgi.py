@@ -186,8 +186,15 @@ def parsed(body: bytes) -> dict[str, Any] | None:
 
 
 def written(body: Mapping[str, Any]) -> bytes:
-    """JSON, as servers read it."""
-    return json.dumps(body, separators=(",", ":")).encode("ascii")
+    """JSON, as servers read it.
+
+    Raises:
+        Refused: it is nested as deep as can just be read, and cannot be written any more.
+    """
+    try:
+        return json.dumps(body, separators=(",", ":")).encode("ascii")
+    except RecursionError:
+        raise Refused("the JSON is nested too deeply") from None
 
 
 def may_hold(body: bytes, name: str) -> bool:

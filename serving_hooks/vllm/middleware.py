@@ -278,8 +278,11 @@ async def _forged_form(scope: Scope, body: bytes) -> bool:
     async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    async with Request(scope, receive).form() as form:
-        said = [value for name, value in form.multi_items() if name == "vllm_xargs" and isinstance(value, str)]
+    try:
+        async with Request(scope, receive).form() as form:
+            said = [value for name, value in form.multi_items() if name == "vllm_xargs" and isinstance(value, str)]
+    except Exception:  # no form: vLLM refuses it for the same reason, whatever kind of exception tells of that
+        return False
     for value in said:
         try:
             found = json.loads(value)

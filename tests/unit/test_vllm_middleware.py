@@ -25,6 +25,16 @@ from mope.serving_hooks.vllm import middleware as module
 from mope.serving_hooks.vllm.settings import hook_options, llm_names, num_api_servers
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello there"}], "max_tokens": 50}
+FIELDS = (
+    *("prompt", "messages", "input", "instructions", "system", "max_tokens", "max_completion_tokens", "n", "tools"),
+    *("temperature", "response_format", "text", "chat_template_kwargs", "reasoning", "thinking", "model", "user"),
+    *("vllm_xargs", "sampling_params", "priority", "structured_outputs"),
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
 FORGED = {"mope_client": "eve", "mope_tokens": 1, "mope_new": "x"}
 ALICE = [(b"x-client-id", b"acme/alice")]
 
@@ -245,6 +255,28 @@ def test_errors_of_the_engine_are_its_own() -> None:
     with pytest.raises(ZeroDivisionError, match="of the engine"):
         post(middleware, engine, CHAT)
     assert middleware.guard.ok
+
+
+@pytest.mark.parametrize("kind", [Middleware, PriorityMiddleware])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/anything"])
+def test_no_depth_of_nesting_turns_it_off(kind: Any, path: str) -> None:
+    engine, middleware = without_predictor(kind)
+    statuses = set()
+    for depth in (*range(850, 1000, 5), 5000):  # around what Python reads
+        body = b'{"vllm_xargs": {"mope_client": "eve"}, "a": ' + b"[" * depth + b"]" * depth + b"}"
+        statuses.add(post(middleware, engine, body, path, headers=[])[0]["status"])
+        assert middleware.guard.ok
+    assert statuses >= {200}
+    assert b"mope_" not in engine.bodies[0]
+
+
+@given(body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6), path=st.sampled_from(sorted(module.PATHS)))
+@pytest.mark.parametrize("kind", [Middleware, PriorityMiddleware])
+def test_whatever_a_caller_writes_it_stays_on(kind: Any, body: dict[str, Any], path: str) -> None:
+    engine, middleware = without_predictor(kind, mope={"identity": "user"})
+    post(middleware, engine, body, path)
+    assert middleware.guard.ok
+    assert len(engine.bodies) == 1
 
 
 FORGERIES = [
