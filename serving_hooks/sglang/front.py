@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,9 @@ class FrontEnd:
             predicted = [await self.front.predict(asked[0])]
         else:
             predicted = list(await asyncio.gather(*(self.front.predict(one) for one in asked)))
-        carried = [Carried(client, *one) if one is not None else Carried(client) for one in predicted]
+        carried = [
+            Carried(client, *one) if one is not None and isfinite(one.tokens) else Carried(client) for one in predicted
+        ]
         carried = carried or [Carried(client)]
         _write(obj, [self.lengths.corrected(one) for one in carried])
         return carried

@@ -25,7 +25,7 @@ from typing import Any
 
 SHIMS = Path(__file__).parent / "sglang_shims"
 VOCABULARY = 512
-READY_S = 1200.0
+READY_S = 1800.0
 KEY = "a-key-of-the-server"
 
 
