@@ -16,7 +16,7 @@ from mope.serving_hooks.sglang.policy import ATTRIBUTE
 if TYPE_CHECKING:
     from mope.serving_hooks.sglang.policy import FairScheduling, Mark
 
-_OUTLIVED = 0.25  # of its prediction: what a request is taken to need still, however long it has run
+_OUTLIVED = 0.5  # of its prediction: what a request is taken to need still, however long it has run
 
 
 def running_offset(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:

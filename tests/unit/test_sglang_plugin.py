@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from enum import Enum
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -233,3 +235,14 @@ def test_releases_stand_as_they_were_tested(release: str | None, standing: str) 
 def test_front_ends_without_plugins_are_known(arguments: dict[str, Any], told: str | None) -> None:
     found = compat.bypassed_front(SimpleNamespace(**arguments))
     assert found is None if told is None else told in str(found)
+
+
+def test_the_readme_says_what_is_so() -> None:
+    readme = (Path(hooks.__file__).parent / "README.md").read_text(encoding="utf-8")
+    listed = re.search(r"<!-- releases -->\n(.*?)\n<!-- /releases -->", readme, re.DOTALL)
+    assert listed is not None
+    assert listed.group(1) == ", ".join(compat.TESTED)
+    assert commands.START in readme
+    assert f"{len(hooks.HOOKS)} of {len(hooks.HOOKS)} hooks" in readme
+    for name in compat.POLICIES:
+        assert f"`{name}`" in readme
