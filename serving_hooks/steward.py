@@ -221,7 +221,7 @@ class Steward:
             if self.policy.ledger.num_accounts <= _SMALL and not (self._saving and self._saving.is_alive()):
                 kept = self.snapshot()
                 path = self.options.state
-                self._saving = threading.Thread(target=_write, args=(path, kept), name="mope-saving", daemon=True)
+                self._saving = threading.Thread(target=write_state, args=(path, kept), name="mope-saving", daemon=True)
                 self._saving.start()
 
     def exchange(self) -> None:
@@ -260,7 +260,7 @@ class Steward:
         if self.options.state is not None:
             if self._saving is not None:
                 self._saving.join(5.0)
-            _write(self.options.state, self.snapshot())
+            write_state(self.options.state, self.snapshot())
 
     def _open_store(self) -> Store | None:
         if self.options.store is None:
@@ -294,7 +294,7 @@ def _settled(had: int, ahead: int, before: int, after: int) -> int:
     return had + ahead + after - before
 
 
-def _write(path: Path, kept: dict[str, Any]) -> None:
+def write_state(path: Path, kept: dict[str, Any]) -> None:
     """Writes beside the file and renames, so that there is always a whole one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

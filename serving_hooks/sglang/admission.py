@@ -16,6 +16,8 @@ from mope.serving_hooks.sglang.policy import ATTRIBUTE
 if TYPE_CHECKING:
     from mope.serving_hooks.sglang.policy import FairScheduling, Mark
 
+_OUTLIVED = 0.5  # of its prediction: what a request is taken to need still, however long it has run
+
 
 def running_offset(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Around `PrefillAdder._get_running_request_total_token_offset`: what is kept free for a running request."""
@@ -49,7 +51,7 @@ def has_room(fair: FairScheduling, req: Any) -> bool:
 def _need(req: Any, rounding: int) -> tuple[int, float]:
     """Tokens that a request holds once it runs, and those that it is predicted to add."""
     ticket, generated = getattr(req, ATTRIBUTE).ticket, len(req.output_ids)
-    remaining = max(1.0, ticket.predicted_tokens - generated)
+    remaining = max(1.0, ticket.predicted_tokens - generated, _OUTLIVED * ticket.predicted_tokens)
     cap = req.sampling_params.max_new_tokens
     if cap is not None:
         remaining = min(remaining, max(1.0, float(cap - generated)))

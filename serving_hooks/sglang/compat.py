@@ -89,3 +89,13 @@ def read_tokens(req: Any) -> int:
     """Tokens of a request's prompt that are in the KV cache, computed or found there."""
     holder = getattr(req, "kv", None)
     return int(getattr(req if holder is None else holder, "kv_committed_len", 0) or 0)
+
+
+def probe() -> list[str]:
+    """What is not as this hook expects, as far as that can be seen without an engine; empty if all is.
+
+    Imports SGLang, which takes some 10 s and may crash: not for a process that has other things to do.
+    """
+    from mope.serving_hooks.sglang.hooks import HOOKS, mismatch
+
+    return [found for hook in HOOKS if (found := mismatch(hook)) is not None]

@@ -9,10 +9,14 @@ answers, so here is what learns from them: schedulers of several ranks could not
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
+from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mope.errors import UserError
@@ -24,6 +28,7 @@ from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import compat
 from mope.serving_hooks.sglang.policy import ATTRIBUTE
 from mope.serving_hooks.sglang.settings import read_options
+from mope.serving_hooks.steward import write_state
 
 if TYPE_CHECKING:
     from mope.serving_hooks.front import Front
@@ -34,6 +39,7 @@ CONVERSATIONS: dict[str, Kind] = {  # paths whose JSON says more than the text t
     "/v1/responses": "responses",
     "/v1/messages": "messages",
 }
+_KEEP_EVERY_S = 60.0
 _HEALTH = ("/health", "/health_generate")
 SERVER = "(server)"  # the client of the server's own requests
 
@@ -69,6 +75,9 @@ class FrontEnd:
         self.guard = Guard(logger)
         self.lengths = Lengths(recalibrate=options.recalibrate)
         self.num_stripped = 0
+        self._kept = _kept_beside(options.state)
+        self._kept_s = time.monotonic()
+        self._restore()
         identity = Identity(options, keys_checked=bool(server_args.api_key), logger=logger)
         names = [str(name) for name in (server_args.served_model_name, server_args.model_path) if name]
         try:
@@ -76,6 +85,10 @@ class FrontEnd:
         except UserError as error:
             logger.error("mope predicts nothing, clients are told apart as before: %s", error)
             self.front = Front(options, identity, None, names)
+        if server_args.enable_metrics:
+            from mope.serving_hooks.front_metrics import front_collector
+
+            front_collector(self.front.snapshot, options)  # beside SGLang's own, at its /metrics
         logger.info("mope in SGLang's front end: %s", self.front)
 
     async def prepare(self, obj: Any, request: Any) -> list[Carried]:
@@ -105,7 +118,9 @@ class FrontEnd:
             predicted = [await self.front.predict(asked[0])]
         else:
             predicted = list(await asyncio.gather(*(self.front.predict(one) for one in asked)))
-        carried = [Carried(client, *one) if one is not None else Carried(client) for one in predicted]
+        carried = [
+            Carried(client, *one) if one is not None and isfinite(one.tokens) else Carried(client) for one in predicted
+        ]
         carried = carried or [Carried(client)]
         _write(obj, [self.lengths.corrected(one) for one in carried])
         return carried
@@ -142,6 +157,25 @@ class FrontEnd:
                     censored=ended in ("length", "abort"),
                 )
 
+        self._keep()
+
+    def _keep(self) -> None:
+        """Writes down what was learned, now and then, away from the event loop."""
+        if self._kept is not None and time.monotonic() - self._kept_s >= _KEEP_EVERY_S:
+            self._kept_s = time.monotonic()
+            lessons = {"lengths": self.lengths.to_json()}
+            asyncio.get_running_loop().run_in_executor(None, write_state, self._kept, lessons)
+
+    def _restore(self) -> None:
+        if self._kept is None:
+            return
+        try:
+            self.lengths.restore(json.loads(self._kept.read_text(encoding="utf-8"))["lengths"])
+        except FileNotFoundError:
+            logger.info("mope: no lessons in %s yet", self._kept)
+        except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+            logger.warning("mope starts without lessons: %s cannot be read (%s)", self._kept, error)
+
     def strip(self, obj: Any) -> None:
         """Removes what only we may write."""
         given = obj.sampling_params
@@ -150,6 +184,10 @@ class FrontEnd:
             if isinstance(params, Mapping) and len(kept := without_ours(params)) < len(params):
                 parameters["custom_params"] = kept or None
                 self.num_stripped += 1
+
+
+def _kept_beside(state: Path | None) -> Path | None:
+    return None if state is None else state.with_name(f"{state.stem}-lengths{state.suffix}")
 
 
 def _write(obj: Any, carried: Sequence[Carried]) -> None:

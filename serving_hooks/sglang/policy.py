@@ -13,14 +13,15 @@ metrics) is kept apart from what decides.
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mope.fairness import IDLE, Load
+from mope.serving_hooks import metrics
 from mope.serving_hooks.carried import Carried
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.options import HookOptions
@@ -64,7 +65,9 @@ class FairScheduling:
         guard: of all that decides.
         queued: requests that wait, by our id.
         running: requests that were admitted and have not ended, by our id.
-        trusted: why what is carried with requests is to be believed; None if a caller may have written it.
+        rank: which of the schedulers this is.
+        bypassed: why what is carried with requests may be a caller's word; None if only our front end writes it.
+        metrics: what serves them; None if nobody asked.
     """
 
     def __init__(self, scheduler: Any, options: HookOptions) -> None:
@@ -82,8 +85,8 @@ class FairScheduling:
         self.rank = compat.ranks(scheduler)
         self.bypassed = compat.bypassed_front(server_args)
         self.guard = Guard(logger, self._give_up)
-        self.steward = Steward(options.model_copy(update={"recalibrate": False, "state": self._state(options)}))
-        if not self.rank.first:  # the first rank keeps the state for all
+        self.steward = Steward(self._own(options))
+        if not self.rank.first:  # the first rank keeps the state and speaks for all
             self.steward.options = self.steward.options.model_copy(update={"state": None, "summary_s": 0})
         self.steward.exact = self.rank.size > 1
         self.queued: dict[str, Any] = {}
@@ -93,16 +96,22 @@ class FairScheduling:
         self._results = 0
         self._load: Load | None = None
         self._told_aside = False
+        self.metrics: metrics.Exporter | None = None
 
-    def _state(self, options: HookOptions) -> Path | None:
-        if options.state is None:
-            return None
-        if self.rank.nodes > 1:
+    def _own(self, options: HookOptions) -> HookOptions:
+        """Options of this rank: without what would part it from others, with a file of its own for each replica."""
+        changes: dict[str, Any] = {"recalibrate": False}  # predictions come corrected from the front end
+        if options.state is not None and self.rank.nodes > 1:
             logger.warning("mope keeps no state: ranks on other machines could not read %s", options.state)
-            return None
-        if self.rank.replica is None:
-            return options.state
-        return options.state.with_name(f"{options.state.stem}-dp{self.rank.replica}{options.state.suffix}")
+            changes["state"] = None
+        elif options.state is not None and self.rank.replica is not None:
+            changes["state"] = options.state.with_name(
+                f"{options.state.stem}-dp{self.rank.replica}{options.state.suffix}"
+            )
+        if options.store is not None and self.rank.size > 1:
+            logger.warning("mope shares no counters: %d ranks would hear of them at different times", self.rank.size)
+            changes["store"] = None
+        return options.model_copy(update=changes)
 
     def announce(self, applied: int, known: int) -> None:
         """Says what is on, and what is not."""
@@ -124,6 +133,10 @@ class FairScheduling:
             options.predictor,
             "on" if options.predicted_admission else "off",
             options.victims,
+        )
+        atexit.register(self.aside, self.steward.close, "keeping its state")
+        self.metrics = metrics.start(
+            self.steward, self.guard, rank=self.rank.replica or 0, engine=f"SGLang {compat.installed()}"
         )
 
     # -- a request's life

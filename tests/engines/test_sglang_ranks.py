@@ -75,5 +75,8 @@ def test_ranks_give_up_alike(folder: Path, stock: list[tuple[int, ...]]) -> None
 
 
 def test_ranks_that_disagree_would_be_noticed(folder: Path, stock: list[tuple[int, ...]]) -> None:
-    outcomes, _, _ = answers(folder, "equinox", {"MOPE_TEST_FAULT": "ranks-disagree"})
+    """Wrong answers, or ranks that wait for each other's numbers until the server ends."""
+    variables = {**VARIABLES, "MOPE_TEST_FAULT": "ranks-disagree"}
+    with serve(folder, "equinox", OPTIONS, TWO_RANKS, variables) as server:
+        outcomes = ask_all(server, load())
     assert [one.output for one in outcomes] != stock

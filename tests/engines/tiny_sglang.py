@@ -25,7 +25,7 @@ from typing import Any
 
 SHIMS = Path(__file__).parent / "sglang_shims"
 VOCABULARY = 512
-READY_S = 400.0
+READY_S = 1800.0
 KEY = "a-key-of-the-server"
 
 
@@ -252,7 +252,7 @@ class Outcome:
         tokens: what SGLang counted.
         cached_tokens: of its prompt, found in the prefix cache.
         retractions: times that it lost its place.
-        reason: why it ended; None if it was abandoned.
+        reason: why it ended; "lost" if the connection broke; None if it was abandoned.
     """
 
     ask: Ask
@@ -280,6 +280,8 @@ async def _ask_all(server: Server, asks: Sequence[Ask], headers: Mapping[str, st
 
 
 async def _ask(session: Any, url: str, ask: Ask, start: float, headers: Mapping[str, str]) -> Outcome:
+    import aiohttp
+
     await asyncio.sleep(max(0.0, start + ask.at_s - time.monotonic()))
     sent = time.monotonic()
     first: float | None = None
@@ -300,6 +302,8 @@ async def _ask(session: Any, url: str, ask: Ask, start: float, headers: Mapping[
 
     try:
         await asyncio.wait_for(read(), ask.give_up_s)
+    except aiohttp.ClientError:
+        return Outcome(ask, first, time.monotonic() - start, tuple(output), reason="lost")
     except (asyncio.TimeoutError, TimeoutError):
         return Outcome(ask, first, time.monotonic() - start, tuple(output))
     meta = last.get("meta_info", {})

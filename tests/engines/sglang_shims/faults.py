@@ -62,39 +62,23 @@ def front_raises():
     FrontEnd.prepare = prepare
 
 
-def predictor_raises():
-    """The predictor fails at every request."""
-
-    def predict(self, requests):
-        raise RuntimeError("a fault on purpose")
-
-    _predict_by(predict)
-
-
-def predictor_hangs():
-    """The predictor takes far longer than any deadline."""
+def predictor_misbehaves():
+    """The predictor fails, hangs or says what is no number, as the prompt bids."""
     from mope.predictor import LengthPredictor
-
-    original = LengthPredictor.predict_batch
-
-    def predict(self, requests, *args, **kwargs):
-        time.sleep(20)
-        return original(self, requests, *args, **kwargs)
-
-    _predict_by(predict)
-
-
-def predictor_says_nan():
-    """Predictions are not numbers."""
     from mope.serving_hooks.front import Front, Predicted
 
-    async def predict(self, asked):
-        return Predicted(float("nan"), (float("nan"),) * 14, "x|y|z")
+    predict_batch, predict = LengthPredictor.predict_batch, Front.predict
 
-    Front.predict = predict
+    def failing(self, requests, *args, **kwargs):
+        for request in requests:
+            if request.prompt == "raise":
+                raise RuntimeError("a fault on purpose")
+            if request.prompt == "hang":
+                time.sleep(20)
+        return predict_batch(self, requests, *args, **kwargs)
 
+    async def saying(self, asked):
+        said = {"nan": float("nan"), "infinite": float("inf")}.get(asked.requests[0].prompt if asked.requests else "")
+        return await predict(self, asked) if said is None else Predicted(said, (said,) * 14, "llm|family|mode")
 
-def _predict_by(predict):
-    from mope.predictor import LengthPredictor
-
-    LengthPredictor.predict_batch = predict
+    LengthPredictor.predict_batch, Front.predict = failing, saying

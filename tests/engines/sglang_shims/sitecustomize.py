@@ -54,9 +54,11 @@ def _stand_in_for_triton():
     """SGLang's own stand-in for Triton, which it uses on macOS alone."""
     import torch
 
-    stand_ins = Path(find_spec("sglang").origin).with_name("_platform_stubs.py")
-    if not stand_ins.exists():
-        return  # before 0.5.20: install triton, without its dependencies
+    # releases before 0.5.20 have none: then that of a newer one further down the path
+    places = (Path(folder) / "sglang" / "_platform_stubs.py" for folder in sys.path)
+    stand_ins = next((place for place in places if place.exists()), None)
+    if stand_ins is None:
+        return
     spec = spec_from_file_location("_sglang_platform_stand_ins", stand_ins)
     module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,0 +1,141 @@
+"""The command that starts SGLang with this hook, and what is often wrong with one.
+
+Reads words as they are typed in a shell; imports no SGLang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+from mope.errors import ConfigError
+from mope.serving_hooks.checks import Finding
+from mope.serving_hooks.options import HookOptions
+from mope.serving_hooks.sglang import compat, settings
+
+START = """\
+python -m sglang.launch_server --model-path MODEL --api-key KEY \\
+  --schedule-policy equinox --mope-config '{"metrics_port": 9477}'"""
+_PART = "command"
+_HTTP_S = 10.0
+
+
+def flags(words: Sequence[str]) -> dict[str, list[str]]:
+    """Flags with their values, as SGLang reads them: `--a b`, `--a=b`.
+
+    Returns:
+        All values of each flag; a flag without one has "".
+    """
+    found: dict[str, list[str]] = {}
+    name = None
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            found.setdefault(name, []).append(value)
+            name = None if equals else name
+        elif name is not None:
+            found[name][-1] = word
+            name = None
+    return found
+
+
+def options(typed: dict[str, list[str]]) -> HookOptions:
+    """The options in `--mope-config`, or in the environment.
+
+    Raises:
+        ConfigError: they cannot be used.
+    """
+    text = typed.get(settings.FLAG, [os.environ.get(settings.VARIABLE, "")])[-1]
+    given = settings.parse(text, settings.FLAG if settings.FLAG in typed else settings.VARIABLE)
+    policy = typed.get("--schedule-policy", [""])[-1]
+    if policy not in compat.POLICIES:
+        return given
+    if "policy" in given.model_fields_set and given.policy != policy:
+        raise ConfigError(
+            f"{settings.FLAG} says policy {given.policy!r} and --schedule-policy {policy!r}: name it once"
+        )
+    return HookOptions.read({**given.model_dump(exclude_unset=True), "policy": policy}, settings.FLAG)
+
+
+def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
+    """What is wrong with a command, or not as one may think.
+
+    Args:
+        words: of the command.
+        chosen: its options; None if they cannot be used.
+    """
+    typed = flags(words)
+    found: list[Finding] = []
+
+    def tell(status: Any, text: str) -> None:
+        found.append(Finding(_PART, status, text))
+
+    policy = typed.get("--schedule-policy", ["fcfs"])[-1]
+    if policy not in compat.POLICIES:
+        tell(
+            "failed",
+            f"nothing of mope is on: --schedule-policy is {policy}, expected one of {', '.join(compat.POLICIES)}",
+        )
+    if "--enable-priority-scheduling" in typed:
+        tell("failed", "--enable-priority-scheduling: SGLang takes it with its own fcfs and lof alone; leave it out")
+    allowed = os.environ.get("SGLANG_PLUGINS", "")
+    if allowed and "mope" not in [name.strip() for name in allowed.split(",")]:
+        tell("failed", f"SGLANG_PLUGINS={allowed} keeps mope from being loaded: add mope to it")
+    workers = typed.get("--tokenizer-worker-num", ["1"])[-1]
+    if workers != "1":
+        tell(
+            "warning",
+            f"--tokenizer-worker-num {workers}: SGLang loads no plugins there, so no request has a client or a "
+            "prediction; take 1",
+        )
+    for name in ("--use-ray", "--grpc-mode", "--smg-grpc-mode"):
+        if name in typed:
+            tell("warning", f"{name}: SGLang loads no plugins in that front end, so all requests are one client")
+    if typed.get("--disaggregation-mode", ["null"])[-1] == "decode":
+        tell(
+            "warning",
+            "--disaggregation-mode decode: SGLang admits there by itself; the hook belongs on prefill servers",
+        )
+    if "--max-queued-requests" in typed:
+        tell("warning", "--max-queued-requests turns the newcomer away: a flood then locks the others out")
+    if chosen is None:
+        return found
+    if chosen.identity == "api-key" and chosen.api_keys is None and "--api-key" not in typed:
+        tell("warning", "identity api-key, but neither --api-key nor api_keys: all callers are one client")
+    many = typed.get("--dp-size", typed.get("--data-parallel-size", ["1"]))[-1]
+    if many != "1":
+        shown = f"; metrics at port {chosen.metrics_port} and the next ones" if chosen.metrics_port else ""
+        tell("note", f"--dp-size {many}: each replica keeps books of its own{shown}")
+    if not any(finding.status == "failed" for finding in found):
+        tell("ok", f"policy {chosen.policy}, clients by {chosen.identity}, predictor {chosen.predictor}")
+    return found
+
+
+def running(url: str) -> list[Finding]:
+    """Whether a server has the hook on, by its `/server_info`.
+
+    Args:
+        url: of its API.
+    """
+    part = "active"
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/server_info", timeout=_HTTP_S) as answer:
+            states = json.load(answer)["internal_states"]
+    except (OSError, ValueError, KeyError) as error:
+        return [Finding(part, "failed", f"{url}/server_info does not answer as SGLang's does: {error}")]
+    found = []
+    for number, state in enumerate(states):
+        ours = state.get("mope") if isinstance(state, dict) else None
+        where = url if len(states) == 1 else f"{url}, replica {number}"
+        if not isinstance(ours, dict):
+            found.append(Finding(part, "failed", f"{where}: no policy of mope's is on"))
+        elif not ours.get("on"):
+            found.append(Finding(part, "failed", f"{where}: the hook has failed and is off: {ours.get('failure')}"))
+        else:
+            front = ours.get("front_end")
+            text = f"{where}: policy {ours.get('policy')}, {ours.get('running')} running, {ours.get('waiting')} waiting"
+            found.append(Finding(part, "ok" if front == "hooked" else "warning", f"{text}; front end: {front}"))
+    return found

@@ -1,0 +1,169 @@
+"""Measures the hook in real SGLang servers on the CPU: a flood beside a light client, short memory, its own cost.
+
+    python tests/bench/sglang_hook.py --output model_cards/results/DATE-sglang/figures.json
+
+Two servers stand side by side, one as SGLang is and one with the hook, and get the same load in turn, so that whatever
+else the machine does falls on both alike. Needs what `make engines-sglang` installs. Takes some 20 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from mope.serving_hooks.options import HookOptions
+from mope.serving_hooks.sglang import compat
+from mope.serving_hooks.sglang.policy import FairScheduling
+from tests.engines import test_sglang_admission as admission
+from tests.engines.test_sglang_http import OPTIONS, SHORT_OF_MEMORY, UNIT, charged, flood, settled
+from tests.engines.tiny_sglang import Outcome, Server, ask_all, serve
+from tests.sglang_stand_ins import Req, scheduler
+
+QUIET = ("--sleep-on-idle",)  # the server that is not asked leaves the machine to the other
+
+
+def figures_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """What one load came to."""
+    last = max(one.end_s for one in outcomes)
+    ttft = {
+        client: [one.ttft_s for one in outcomes if one.ask.client == client and one.ttft_s is not None]
+        for client in ("flood", "light")
+    }
+    return {
+        "light_ttft_mean_s": round(statistics.fmean(ttft["light"]), 3),
+        "light_ttft_max_s": round(max(ttft["light"]), 3),
+        "flood_ttft_mean_s": round(statistics.fmean(ttft["flood"]), 3),
+        "tokens_per_s": round(sum(one.tokens for one in outcomes) / last, 1),
+        "seconds": round(last, 2),
+        "retractions": sum(one.retractions for one in outcomes),
+        "cached_tokens": sum(one.cached_tokens for one in outcomes),
+    }
+
+
+def sharing(folder: Path, rounds: int) -> dict[str, Any]:
+    """A flood beside a light client."""
+    arguments = (*SHORT_OF_MEMORY, *QUIET)
+    found: dict[str, list[dict[str, float]]] = {"fcfs": [], "equinox": []}
+    equal, exact = [], []
+    booked = {"flood": 0.0, "light": 0.0}
+    with serve(folder, "fcfs", arguments=arguments) as stock, serve(folder, "equinox", OPTIONS, arguments) as ours:
+        for server in (stock, ours):
+            ask_all(server, flood(seed=99)[:8])  # warm
+        before = _service(ours)
+        for number in range(rounds):
+            turn: list[tuple[str, Server]] = [("fcfs", stock), ("equinox", ours)]
+            outcomes = {name: ask_all(server, flood(seed=number)) for name, server in (turn, turn[::-1])[number % 2]}
+            equal.append([one.output for one in outcomes["fcfs"]] == [one.output for one in outcomes["equinox"]])
+            for name, some in outcomes.items():
+                found[name].append(figures_of(some))
+            for client in booked:
+                booked[client] += charged(outcomes["equinox"], client)
+            after = _service(ours)
+            exact.append({client: after[client] - before[client] for client in booked} == booked)
+            print(number, found["fcfs"][-1], found["equinox"][-1], equal[-1], exact[-1], flush=True)
+    pairs = list(zip(found["fcfs"], found["equinox"], strict=True))
+    return {
+        "rounds": found,
+        "outputs_equal": equal,
+        "charges_exact": exact,
+        "light_ttft_lower_by": [round(one["light_ttft_mean_s"] / two["light_ttft_mean_s"], 1) for one, two in pairs],
+        "throughput_ratio": [round(two["tokens_per_s"] / one["tokens_per_s"], 3) for one, two in pairs],
+        "throughput_ratio_median": round(
+            statistics.median(two["tokens_per_s"] / one["tokens_per_s"] for one, two in pairs), 3
+        ),
+    }
+
+
+def _service(server: Server) -> dict[str, float]:
+    return {client["client"]: client["service"] / UNIT for client in settled(server)["clients"]}
+
+
+def memory(folder: Path, rounds: int) -> dict[str, Any]:
+    """Callers ask for far more tokens than they get."""
+    arguments = (*admission.LITTLE_MEMORY, *QUIET)
+    found: dict[str, list[dict[str, float]]] = {"fcfs": [], "equinox": []}
+    with (
+        serve(folder, "fcfs", arguments=arguments) as stock,
+        serve(folder, "equinox", admission.OPTIONS, arguments) as ours,
+    ):
+        for number in range(rounds):
+            for name, server in (("fcfs", stock), ("equinox", ours)):
+                outcomes = ask_all(server, admission.load(number))
+                found[name].append(
+                    {
+                        "running": round(admission.mean_running(outcomes), 2),
+                        "seconds": round(max(one.end_s for one in outcomes), 2),
+                        "retractions": sum(one.retractions for one in outcomes),
+                        "requests": len(outcomes),
+                        "tokens": sum(one.tokens for one in outcomes),
+                    }
+                )
+                print(number, name, found[name][-1], flush=True)
+    return {
+        "rounds": found,
+        "running_ratio": [
+            round(two["running"] / one["running"], 2) for one, two in zip(found["fcfs"], found["equinox"], strict=True)
+        ],
+    }
+
+
+def order_ms() -> dict[str, dict[str, float]]:
+    """Milliseconds of CPU of ordering a queue, the best of some; 512 admissions are foreseen, the most there are."""
+    found: dict[str, dict[str, float]] = {}
+    for name in compat.POLICIES:
+        for num_requests in (1_000, 10_000):
+            for num_clients in (2, num_requests // 10, num_requests):
+                stand_in = scheduler(name)
+                stand_in.max_running_requests = 100_000
+                fair = FairScheduling(stand_in, HookOptions.model_validate({"policy": name, "predictor": "none"}))
+                for number in range(num_requests):
+                    client = f"client-{number * 7919 % num_clients}"
+                    req = Req(client, 20 + number % 50, 500, float(50 + number * 31 % 300))
+                    stand_in.waiting_queue.append(req)
+                    fair.arrived(req)
+                taken = []
+                for _ in range(15):
+                    start = time.process_time()
+                    fair.order(stand_in.waiting_queue)
+                    taken.append(time.process_time() - start)
+                found.setdefault(name, {})[f"{num_requests} requests of {num_clients} clients"] = round(
+                    1e3 * min(taken), 2
+                )
+    return found
+
+
+def main() -> None:
+    """Measures and writes the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each server gets each load")
+    chosen = parser.parse_args()
+    report: dict[str, Any] = {
+        "command": "python " + " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in ("sglang", "torch", "transformers")},
+        "order_ms": order_ms(),
+    }
+    random.seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        report["flood beside a light client"] = sharing(Path(folder), chosen.rounds)
+        report["memory that is short"] = memory(Path(folder), chosen.rounds)
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    chosen.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The front-end half of the SGLang hook: what it takes away from requests, puts into them, and learns from answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mope.serving_hooks.carried import Carried
+from mope.serving_hooks.front import Predicted
+from mope.serving_hooks.options import HookOptions
+from mope.serving_hooks.sglang import front
+from mope.serving_hooks.sglang.policy import ATTRIBUTE
+
+QUANTILES = tuple(float(tokens) for tokens in range(10, 150, 10))
+
+
+def server_args(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        **{
+            "schedule_policy": "equinox",
+            "api_key": None,
+            "served_model_name": "tiny",
+            "model_path": "models/tiny",
+            "enable_metrics": False,
+            "tokenizer_worker_num": 1,
+            **changes,
+        }
+    )
+
+
+def http(path: str, body: Mapping[str, Any], **headers: str) -> Any:
+    async def read() -> Mapping[str, Any]:
+        return body
+
+    lines = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return SimpleNamespace(scope={"type": "http", "path": path, "headers": lines}, _json=body, json=read)
+
+
+def obj(**changes: Any) -> Any:
+    """As SGLang's `GenerateReqInput`."""
+    return SimpleNamespace(**{"text": None, "input_ids": None, "sampling_params": None, "stream": False, **changes})
+
+
+class Manager:
+    """As SGLang's `TokenizerManager`: remembers what reached it, answers what it is told to."""
+
+    def __init__(self, *answers: Any, options: Mapping[str, Any] | None = None, predicts: bool = True) -> None:
+        self.answers = answers
+        self.reached: list[Any] = []
+        self.closed = False
+        end = front.FrontEnd(server_args(), HookOptions.model_validate({"predictor": "none", **(options or {})}))
+        if predicts:
+            end.front.predict = self.predict  # type: ignore[method-assign]
+        self.asked: list[Any] = []
+        setattr(self, ATTRIBUTE, end)
+        self.end = end
+
+    async def predict(self, asked: Any) -> Predicted | None:
+        self.asked.extend(asked.requests)
+        length = len(asked.requests[0].prompt) if asked.requests else 0
+        return Predicted(float(length), QUANTILES, "tiny||chat") if length else None
+
+    async def generate_request(self, obj: Any, request: Any = None) -> Any:
+        self.reached.append(obj)
+        try:
+            for answer in self.answers:
+                yield answer
+        finally:
+            self.closed = True
+
+    def ask(self, obj: Any, request: Any = None) -> list[Any]:
+        async def run() -> list[Any]:
+            hooked = front.generate_request(Manager.generate_request, self, obj, request)
+            return [answer async for answer in hooked]
+
+        return asyncio.run(run())
+
+
+def told(obj: Any, place: int | None = None) -> dict[str, Any]:
+    parameters = obj.sampling_params if place is None else obj.sampling_params[place]
+    found: dict[str, Any] = parameters["custom_params"]
+    return found
+
+
+def test_callers_cannot_say_what_only_we_may() -> None:
+    manager = Manager("answer", options={"identity": "none"}, predicts=False)
+    forged = obj(text="hi", sampling_params={"custom_params": {"mope_client": "acme", "mope_tokens": 1, "theirs": 2}})
+    assert manager.ask(forged) == ["answer"]
+    assert told(forged) == {"theirs": 2}
+    batch = obj(text=["a", "b"], sampling_params=[{"custom_params": {"mope_client": "acme"}}, {}])
+    manager.ask(batch)
+    assert batch.sampling_params == [{"custom_params": None}, {}]
+    assert manager.end.num_stripped == 2
+
+
+def test_chat_is_predicted_from_its_messages_and_not_from_the_template() -> None:
+    manager = Manager(options={"identity": "header"})
+    asked = obj(text="<|user|>w1<|assistant|>", sampling_params={"max_new_tokens": 9})
+    messages = [{"role": "user", "content": "five"}]
+    manager.ask(asked, http("/v1/chat/completions", {"messages": messages}, x_client_id="acme/alice"))
+    assert [request.prompt for request in manager.asked] == ["five"]
+    carried = Carried.read(told(asked))
+    assert (carried.client, carried.target) == ("acme/alice", "tiny||chat")
+    assert carried.quantiles == pytest.approx(QUANTILES, rel=0.2)
+    assert asked.sampling_params["max_new_tokens"] == 9
+
+
+def test_each_prompt_of_a_batch_has_its_own_prediction() -> None:
+    manager = Manager(options={"identity": "none", "recalibrate": False})
+    batch = obj(text=["a", "bbb"], sampling_params={"temperature": 0.5, "max_new_tokens": 7})
+    manager.ask(batch)
+    assert [told(batch, place)["mope_tokens"] for place in (0, 1)] == [1.0, 3.0]
+    assert [one["max_new_tokens"] for one in batch.sampling_params] == [7, 7]
+    assert [request.max_tokens for request in manager.asked] == [7, 7]
+
+
+def test_token_ids_have_a_client_and_no_prediction() -> None:
+    manager = Manager(options={"identity": "header"})
+    asked = obj(input_ids=[[1], [2]])
+    manager.ask(asked, http("/generate", {}, x_client_id="acme"))
+    assert told(asked) == {"mope_client": "acme"}
+
+
+def test_the_servers_own_requests_are_the_servers() -> None:
+    manager = Manager(options={"identity": "header"})
+    asked = obj(input_ids=[0], sampling_params={"max_new_tokens": 1})
+    manager.ask(asked, http("/health_generate", {}, x_client_id="somebody"))
+    assert told(asked) == {"mope_client": front.SERVER}
+
+
+def test_finished_answers_teach_and_correct_later_predictions() -> None:
+    meta = {"finish_reason": {"type": "stop"}, "completion_tokens": 400}
+    manager = Manager({"meta_info": {"finish_reason": None}}, {"meta_info": meta}, options={"identity": "none"})
+    before = obj(text="x" * 50)
+    manager.ask(before)
+    for _ in range(60):
+        manager.ask(obj(text="x" * 50))
+    manager.end.lengths.close()
+    after = obj(text="x" * 50)
+    manager.ask(after)
+    assert manager.end.lengths.num_observed == 61
+    assert told(after)["mope_tokens"] > 2 * told(before)["mope_tokens"]
+
+
+def test_a_request_that_is_given_up_closes_what_is_behind_it() -> None:
+    manager = Manager("first", "second", options={"identity": "none"})
+
+    async def run() -> None:
+        hooked = front.generate_request(Manager.generate_request, manager, obj(text="x"))
+        assert await hooked.__anext__() == "first"
+        await hooked.aclose()
+
+    asyncio.run(run())
+    assert manager.closed
+
+
+def test_after_a_fault_requests_go_on_without_and_forgeries_still_go(caplog: pytest.LogCaptureFixture) -> None:
+    manager = Manager("answer", options={"identity": "none"})
+
+    async def failing(asked: Any) -> None:
+        raise RuntimeError("a fault on purpose")
+
+    manager.end.front.predict = failing  # type: ignore[method-assign]
+    for _ in range(2):
+        forged = obj(text="x", sampling_params={"custom_params": {"mope_client": "acme"}})
+        assert manager.ask(forged) == ["answer"]
+        assert forged.sampling_params == {"custom_params": None}
+    assert caplog.text.count("is off until the next start") == 1
+
+
+def test_predictions_that_are_no_numbers_are_none() -> None:
+    manager = Manager(options={"identity": "none"})
+
+    async def nonsense(asked: Any) -> Predicted:
+        return Predicted(float("nan"), (float("nan"),) * 14, "x||y")
+
+    manager.end.front.predict = nonsense  # type: ignore[method-assign]
+    asked = obj(text="x", sampling_params={})
+    manager.ask(asked)
+    assert asked.sampling_params == {}
+    assert manager.end.guard.ok
+
+
+def test_a_predictor_that_is_not_there_is_told(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    options = HookOptions(predictor=str(tmp_path / "nowhere"))
+    assert str(front.FrontEnd(server_args(), options).front).endswith("no predictions")
+    assert "mope predicts nothing" in caplog.text
+
+
+def test_lessons_are_kept_beside_the_state(tmp_path: Path) -> None:
+    options = {"identity": "none", "state": tmp_path / "state.json"}
+    manager = Manager(options=options)
+    manager.end._kept_s = float("-inf")
+    manager.answers = ({"meta_info": {"finish_reason": {"type": "stop"}, "completion_tokens": 5}},)
+    manager.ask(obj(text="x"))
+    kept = json.loads((tmp_path / "state-lengths.json").read_text(encoding="utf-8"))
+    assert kept["lengths"]["means"]
+    assert Manager(options=options).end.lengths.to_json()["means"] == kept["lengths"]["means"]
+
+
+@pytest.mark.parametrize(("policy", "workers", "on"), [("equinox", 1, True), ("fcfs", 1, False), ("equinox", 2, False)])
+def test_it_begins_where_a_policy_of_ours_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, policy: str, workers: int, on: bool
+) -> None:
+    monkeypatch.setenv("MOPE_OPTIONS", '{"predictor": "none"}')
+    manager = SimpleNamespace()
+    front.begin(None, manager, server_args(schedule_policy=policy, tokenizer_worker_num=workers))
+    assert hasattr(manager, ATTRIBUTE) == on

@@ -1,0 +1,248 @@
+"""The SGLang hook's door: what is registered, how options come in, what its doctor says. Without SGLang."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from enum import Enum
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mope.errors import ConfigError
+from mope.serving_hooks.options import HookOptions
+from mope.serving_hooks.sglang import commands, compat, hooks, plugin, settings
+
+
+class HookType(Enum):
+    """As SGLang's."""
+
+    BEFORE = "before"
+    AFTER = "after"
+    AROUND = "around"
+
+
+# targets as a release has them: the parameters of each after `self`
+FITTING = {
+    "add_cli_args": "parser",
+    "_validate_and_adjust_policy": "policy, tree_cache",
+    "init_schedule_policy": "",
+    "calc_priority": "waiting_queue, running_batch=None, processed_tokens=0",
+    "_add_request_to_queue": "req, is_retracted=False",
+    "add_one_req": "req, has_chunked_req, truncation_align_size",
+    "process_batch_result": "batch, result",
+    "retract_decode": "server_args",
+    "_get_running_request_total_token_offset": "req",
+    "_get_decode_retraction_order": "reqs, server_args",
+    "generate_request": "obj, request=None",
+    "__init__": "server_args, port_args",
+    "get_internal_state": "recv_req",
+}
+
+
+@pytest.fixture
+def sglang(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts modules with SGLang's names and our idea of its functions in place; call it with what differs."""
+
+    def install(**changes: str | None) -> list[tuple[str, Any, HookType]]:
+        parameters = {**FITTING, **changes}
+        registered: list[tuple[str, Any, HookType]] = []
+        registry = SimpleNamespace(register=lambda *found: registered.append(found), _patched=set())
+        found: dict[str, ModuleType] = {}
+
+        def module(name: str) -> ModuleType:
+            if name not in found:
+                found[name] = ModuleType(name)
+                found[name].__path__ = []  # type: ignore[attr-defined]
+                monkeypatch.setitem(sys.modules, name, found[name])
+                parent, _, last = name.rpartition(".")
+                if parent:
+                    setattr(module(parent), last, found[name])
+            return found[name]
+
+        module("sglang.srt.plugins.hook_registry").__dict__.update(HookRegistry=registry, HookType=HookType)
+        for hook in hooks.HOOKS:
+            where, kind, name = hook.target.rsplit(".", 2)
+            owner = module(where).__dict__.setdefault(kind, type(kind, (), {}))
+            if parameters[name] is not None:
+                setattr(owner, name, eval(f"lambda self, {parameters[name]}: None"))
+        monkeypatch.setattr(plugin, "_process_title", lambda: "python")
+        return registered
+
+    return install
+
+
+def test_all_hooks_are_registered_where_all_fit(sglang: Any, caplog: pytest.LogCaptureFixture) -> None:
+    registered = sglang()
+    plugin.register()
+    assert [target for target, _, _ in registered] == [hook.target for hook in hooks.HOOKS]
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"calc_priority": "queue"}, "calc_priority takes (queue), expected (waiting_queue, ...)"),
+        ({"add_one_req": None}, "add_one_req cannot be found (AttributeError"),
+    ],
+)
+def test_nothing_is_registered_where_a_hook_that_is_needed_does_not_fit(
+    sglang: Any, caplog: pytest.LogCaptureFixture, changed: dict[str, str | None], told: str
+) -> None:
+    registered = sglang(**changed)
+    plugin.register()
+    assert registered == []
+    assert len(caplog.records) == 1
+    assert told in caplog.text
+
+
+def test_it_goes_without_a_hook_that_is_not_needed(sglang: Any, caplog: pytest.LogCaptureFixture) -> None:
+    registered = sglang(_get_decode_retraction_order=None)
+    plugin.register()
+    assert len(registered) == len(hooks.HOOKS) - 1
+    assert "mope goes without victims" in caplog.text
+
+
+def test_processes_without_a_target_are_left_alone(sglang: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = sglang()
+    monkeypatch.setattr(plugin, "_process_title", lambda: "sglang::detokenizer")
+    plugin.register()
+    assert registered == []
+
+
+# -- options
+
+
+@pytest.fixture
+def parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    monkeypatch.delenv(settings.VARIABLE, raising=False)
+    found = argparse.ArgumentParser()
+    found.add_argument("--schedule-policy", choices=["fcfs", "lpm"], default="fcfs")
+    settings.add_arguments(None, found)
+    settings.add_arguments(None, found)  # a second parser, or the same one again
+    return found
+
+
+def test_options_of_the_command_line_reach_other_processes(parser: argparse.ArgumentParser) -> None:
+    chosen = parser.parse_args(["--schedule-policy", "equinox", "--mope-config", '{"identity": "header"}'])
+    assert chosen == argparse.Namespace(schedule_policy="equinox")  # which SGLang makes its own arguments of
+    assert settings.read_options("equinox").identity == "header"
+    assert settings.read_options("vtc").policy == "vtc"
+
+
+def test_options_may_stand_in_a_file(parser: argparse.ArgumentParser, tmp_path: Any) -> None:
+    file = tmp_path / "mope.json"
+    file.write_text('{"predictor": "none"}', encoding="utf-8")
+    parser.parse_args(["--mope-config", str(file)])
+    assert settings.read_options("equinox").predictor == "none"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ('{"identiti": "header"}', "did you mean 'identity'"),
+        ("[1]", "neither JSON"),
+        ("{", "no JSON"),
+        ("nowhere.json", "neither JSON"),
+    ],
+)
+def test_options_that_cannot_be_used_end_the_command(
+    parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str], given: str, told: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--mope-config", given])
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_two_policies_are_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(settings.VARIABLE, '{"policy": "vtc"}')
+    assert settings.read_options("vtc").policy == "vtc"
+    with pytest.raises(ConfigError, match="says policy 'vtc' and --schedule-policy 'equinox'"):
+        settings.read_options("equinox")
+
+
+# -- the doctor
+
+
+def mistakes(command: str, monkeypatch: pytest.MonkeyPatch, **variables: str) -> list[tuple[str, str]]:
+    for name in ("SGLANG_PLUGINS", settings.VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    words = command.split()
+    try:
+        chosen: HookOptions | None = commands.options(commands.flags(words))
+    except ConfigError:
+        chosen = None
+    return [(finding.status, finding.text) for finding in commands.mistakes(words, chosen)]
+
+
+def test_a_good_command_is_called_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = mistakes("sglang serve --model-path M --api-key K --schedule-policy=equinox", monkeypatch)
+    assert found == [("ok", "policy equinox, clients by api-key, predictor chat-small")]
+    words = commands.START.replace("\\\n", " ").split("'")
+    assert json.loads(words[1]) == {"metrics_port": 9477}
+    assert mistakes(words[0].replace("--mope-config", ""), monkeypatch)[-1][0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("command", "variables", "status", "told"),
+    [
+        ("--schedule-policy lpm", {}, "failed", "nothing of mope is on"),
+        ("--schedule-policy vtc --enable-priority-scheduling", {}, "failed", "leave it out"),
+        ("--schedule-policy vtc", {"SGLANG_PLUGINS": "other"}, "failed", "keeps mope from being loaded"),
+        ("--schedule-policy vtc --tokenizer-worker-num 4", {}, "warning", "no request has a client"),
+        ("--schedule-policy vtc --max-queued-requests 9", {}, "warning", "locks the others out"),
+        ("--schedule-policy vtc", {}, "warning", "all callers are one client"),
+        ("--schedule-policy vtc --dp-size 2", {}, "note", "books of its own"),
+    ],
+)
+def test_mistakes_are_told(
+    monkeypatch: pytest.MonkeyPatch, command: str, variables: dict[str, str], status: str, told: str
+) -> None:
+    assert any(found == status and told in text for found, text in mistakes(command, monkeypatch, **variables))
+
+
+@pytest.mark.parametrize(
+    ("release", "standing"),
+    [
+        (None, "not installed"),
+        ("0.5.10", "older than 0.5.11, which is the oldest that can work"),
+        (compat.TESTED[-1], "tested"),
+        (f"{compat.TESTED[0]}.post1", "tested"),
+        ("0.5.18", "between tested ones"),
+        ("0.6.0", "newer than the tested ones"),
+    ],
+)
+def test_releases_stand_as_they_were_tested(release: str | None, standing: str) -> None:
+    assert compat.standing(release) == standing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"tokenizer_worker_num": 1}, None),
+        ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num 2"),
+        ({"use_ray": True}, "--use-ray"),
+        ({"smg_grpc_mode": True}, "--smg-grpc-mode"),
+    ],
+)
+def test_front_ends_without_plugins_are_known(arguments: dict[str, Any], told: str | None) -> None:
+    found = compat.bypassed_front(SimpleNamespace(**arguments))
+    assert found is None if told is None else told in str(found)
+
+
+def test_the_readme_says_what_is_so() -> None:
+    readme = (Path(hooks.__file__).parent / "README.md").read_text(encoding="utf-8")
+    listed = re.search(r"<!-- releases -->\n(.*?)\n<!-- /releases -->", readme, re.DOTALL)
+    assert listed is not None
+    assert listed.group(1) == ", ".join(compat.TESTED)
+    assert commands.START in readme
+    assert f"{len(hooks.HOOKS)} of {len(hooks.HOOKS)} hooks" in readme
+    for name in compat.POLICIES:
+        assert f"`{name}`" in readme
