@@ -53,12 +53,10 @@ def front_collector(
         prometheus = require("prometheus_client", "metrics of the front end", "vllm")
         if any(name in os.environ for name in SEVERAL):
             return FrontWriter(snapshot, options)
-        collector = FrontCollector(snapshot, options)
-        (registry or prometheus.REGISTRY).register(collector)
+        return FrontCollector(snapshot, options, registry or prometheus.REGISTRY)
     except Exception as error:
         logger.warning("mope's front end is not in the metrics of this server: %s", error)
         return None
-    return collector
 
 
 def _labels(options: HookOptions) -> dict[str, str]:
@@ -72,10 +70,25 @@ def _labels(options: HookOptions) -> dict[str, str]:
 
 
 class FrontCollector:
-    """Asked at each scrape. Raises nothing: without a snapshot there are no figures."""
+    """Asked at each scrape, and then raises nothing: without a snapshot there are no figures."""
 
-    def __init__(self, snapshot: Snapshot, options: HookOptions) -> None:
-        self._snapshot, self._options = snapshot, options
+    def __init__(self, snapshot: Snapshot, options: HookOptions, registry: CollectorRegistry) -> None:
+        """Registers itself.
+
+        Args:
+            snapshot: the counters.
+            options: what is on.
+            registry: where.
+
+        Raises:
+            ValueError: another front end is registered there.
+        """
+        self._snapshot, self._options, self._registry = snapshot, options, registry
+        registry.register(self)
+
+    def close(self) -> None:
+        """Is shown no more."""
+        self._registry.unregister(self)
 
     def collect(self) -> Iterator[Metric]:
         """The front end's metrics."""

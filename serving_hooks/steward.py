@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from pydantic import ValidationError
 
 from mope.errors import ConfigError, UserError
 from mope.fairness import IDLE, Charge, Ledger, Load, Policy, Ticket
-from mope.fairness.charges import NOTHING
 from mope.fairness.stores import Store, StoreConfig, open_store
 from mope.serving_hooks.carried import Carried
 from mope.serving_hooks.lengths import Expected, Lengths
@@ -181,14 +181,13 @@ class Steward:
         ticket, tally = held.ticket, self.tallies.of(held.client)
         begun = held.admitted_s is not None
         latency_s = now - held.admitted_s if held.admitted_s is not None and not self.exact else None
-        ahead, before = self.policy.ledger.charged(request_id) or NOTHING, ticket.account.charged
         if aborted:
-            self.policy.abort(request_id, generated, computed_tokens=computed, latency_s=latency_s)
+            given = self.policy.abort(request_id, generated, computed_tokens=computed, latency_s=latency_s)
             tally.num_aborted += 1
         else:
-            self.policy.finish(request_id, generated, latency_s=latency_s)
+            given = self.policy.finish(request_id, generated, latency_s=latency_s)
             self._count_finished(tally, held, generated, now)
-        tally.charged = Charge(*map(_settled, tally.charged, ahead, before, ticket.account.charged))
+        tally.charged = Charge(*map(add, tally.charged, given))
         if begun:
             tally.prompt_tokens += ticket.prompt_tokens if computed is None else min(computed, ticket.prompt_tokens)
             tally.response_tokens += generated
@@ -287,11 +286,6 @@ class Steward:
             logger.warning("mope starts with empty books: %s cannot be read (%s)", path, error)
         else:
             logger.info("mope: went on with the state in %s", path)
-
-
-def _settled(had: int, ahead: int, before: int, after: int) -> int:
-    """What a client was charged for requests that ended, with one more: what was charged ahead, and its correction."""
-    return had + ahead + after - before
 
 
 def write_state(path: Path, kept: dict[str, Any]) -> None:

@@ -92,7 +92,11 @@ def weighted_tokens(service: Service, config: FairnessConfig) -> float:
 
 def ufc(service: Service, config: FairnessConfig) -> float:
     """The user's counter, see the head of this module; never negative."""
-    tokens = weighted_tokens(service, config)
+    return discounted(weighted_tokens(service, config), service, config)
+
+
+def discounted(tokens: float, service: Service, config: FairnessConfig) -> float:
+    """UFC of `tokens` weighted tokens."""
     match config.ufc:
         case "discount":
             return tokens / (1.0 + config.delta * service.latency_s)
@@ -119,21 +123,17 @@ def rfc(service: Service, config: FairnessConfig) -> float:
             return service.gpu_utilization * service.latency_s
 
 
-def charge(service: Service, user: float, resources: float, config: FairnessConfig, rfc_scale: float) -> Charge:
+def charge(tokens: float, user: float, resources: float, config: FairnessConfig, rfc_scale: float) -> Charge:
     """All counters of one request, as they are booked.
 
     Args:
-        service: what it got and took.
+        tokens: its weighted tokens W.
         user: its UFC.
         resources: its RFC.
         config: the formulas.
         rfc_scale: weighted tokens that one unit of RFC counts as in HF.
     """
-    tokens = weighted_tokens(service, config)
     score = max(config.alpha * user + config.beta * rfc_scale * resources, LEAST_SCORE * tokens)
-    return Charge(millionths(tokens), millionths(user), millionths(resources), millionths(score))
-
-
-def millionths(amount: float) -> int:
-    """`amount`, finite and not negative, as a whole number of millionths."""
-    return int(amount * UNIT + 0.5)
+    return Charge(
+        int(tokens * UNIT + 0.5), int(user * UNIT + 0.5), int(resources * UNIT + 0.5), int(score * UNIT + 0.5)
+    )

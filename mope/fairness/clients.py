@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 from mope.errors import ConfigError
 
@@ -28,6 +29,8 @@ def client_path(client: str | Sequence[str] | None) -> Path:
     Raises:
         ConfigError: not a name, or deeper than `MAX_DEPTH`.
     """
+    if isinstance(client, str) and len(client) <= MAX_NAME:
+        return _named(client)
     parts: Sequence[str] = client.split("/", MAX_DEPTH - 1) if isinstance(client, str) else client or ()
     if len(parts) > MAX_DEPTH or not all(isinstance(part, str) for part in parts):
         raise ConfigError(
@@ -35,6 +38,11 @@ def client_path(client: str | Sequence[str] | None) -> Path:
         )
     named = tuple(part if len(part) <= MAX_NAME else _shortened(part) for part in parts if part)
     return named or ANONYMOUS
+
+
+@lru_cache(maxsize=8192)  # who asks once asks again
+def _named(client: str) -> Path:
+    return tuple(part for part in client.split("/", MAX_DEPTH - 1) if part) or ANONYMOUS
 
 
 def _shortened(name: str) -> str:

@@ -7,10 +7,10 @@ something that is possible, and counted, for no prediction may ever stop an engi
 
 from __future__ import annotations
 
-from math import isfinite
+from math import inf, isfinite
 from typing import NamedTuple, Protocol, SupportsFloat
 
-from mope.fairness.charges import MAX_TOKENS, Charge, Service, charge, rfc, ufc
+from mope.fairness.charges import MAX_TOKENS, Charge, Service, charge, discounted, rfc, ufc, weighted_tokens
 from mope.fairness.config import FairnessConfig
 from mope.fairness.mapper import IDLE, Load, MetricsMapper
 from mope.fairness.profiles import Profile, load_profile
@@ -113,9 +113,7 @@ class CostEstimator:
 
     def price(self, prompt_tokens: int, response_tokens: float, load: Load = IDLE, *, cached_tokens: int = 0) -> Charge:
         """What a request is charged for tokens that are in range already, see `response_tokens` and `count`."""
-        service = self._service(prompt_tokens, response_tokens, cached_tokens, load)
-        config = self.config
-        return charge(service, ufc(service, config), rfc(service, config), config, self.rfc_scale)
+        return self._charge(self._service(prompt_tokens, response_tokens, cached_tokens, load))
 
     def measured(
         self,
@@ -142,34 +140,30 @@ class CostEstimator:
         self, prompt_tokens: int, response_tokens: int, cached_tokens: int, latency_s: float | None, load: Load
     ) -> Charge:
         """The charge of `measured`, without the rest."""
-        service, config = self._measured(prompt_tokens, response_tokens, cached_tokens, latency_s, load), self.config
-        return charge(service, ufc(service, config), rfc(service, config), config, self.rfc_scale)
+        return self._charge(self._measured(prompt_tokens, response_tokens, cached_tokens, latency_s, load))
 
     def _measured(
         self, prompt_tokens: int, response_tokens: int, cached_tokens: int, latency_s: float | None, load: Load
     ) -> Service:
         prompt, response, cached = self.count(prompt_tokens), self.count(response_tokens), self.count(cached_tokens)
-        service = self._service(prompt, float(response), cached, load)
-        if latency_s is None or self._blind:
-            return service
-        if not isfinite(latency_s) or latency_s <= 0:
-            self.num_clamped += 1
-            return service
-        gpu_s = service.gpu_utilization * service.latency_s  # the work is the same, however long it took
+        if latency_s is not None and not 0 < latency_s < inf:
+            self.num_clamped += not self._blind
+            latency_s = None
+        if latency_s is None or self._mapper is None or self._blind:
+            return self._service(prompt, float(response), cached, load)
+        cached = min(cached, prompt)
+        work_s = self._mapper.work_s(prompt, response, load, cached_tokens=cached)  # the same, however long it took
+        idle_s = latency_s
+        if self.config.ufc == "slowdown":
+            idle_s = self._mapper.estimate(prompt, response, cached_tokens=cached).latency_s
         return Service(
-            service.prompt_tokens,
-            service.cached_tokens,
-            service.response_tokens,
-            latency_s,
-            service.idle_latency_s,
-            response / latency_s,
-            min(1.0, gpu_s / latency_s),
+            prompt, cached, float(response), latency_s, idle_s, response / latency_s, min(1.0, work_s / latency_s)
         )
 
     def response_tokens(self, prediction: Predicted | SupportsFloat | None, max_tokens: int | None = None) -> float:
         """A prediction as a number of tokens from 1 to `MAX_TOKENS`, and no more than `max_tokens`."""
         try:
-            number = float(getattr(prediction, "mean", prediction))  # type: ignore[arg-type]
+            number = prediction if type(prediction) is float else float(getattr(prediction, "mean", prediction))  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
             self.num_clamped += prediction is not None
             number = self.config.default_tokens
@@ -208,5 +202,11 @@ class CostEstimator:
             service.prompt_tokens + int(-(-service.response_tokens // 1)),
             user,
             resources,
-            charge(service, user, resources, self.config, self.rfc_scale),
+            self._charge(service),
         )
+
+    def _charge(self, service: Service) -> Charge:
+        config = self.config
+        tokens = weighted_tokens(service, config)
+        user, resources = discounted(tokens, service, config), rfc(service, config)
+        return charge(tokens, user, resources, config, self.rfc_scale)

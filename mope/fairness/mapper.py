@@ -113,3 +113,12 @@ class MetricsMapper:
             min(work_s / latency_s, 1.0),
             prompt_tokens + ceil(response_tokens),
         )
+
+    def work_s(self, prompt_tokens: int, response_tokens: float, load: Load = IDLE, *, cached_tokens: int = 0) -> float:
+        """Seconds of the GPU's binding resource that a request would take: arguments as in `estimate`."""
+        work_s = self._costs.prefill_work_s(prompt_tokens - cached_tokens)
+        if response_tokens > 1.0:
+            own_context = prompt_tokens + 0.5 * response_tokens
+            context = load.context_tokens + own_context
+            work_s += (response_tokens - 1.0) * self._costs.step_work_s(load.num_running + 1, context, own_context)
+        return work_s

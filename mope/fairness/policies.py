@@ -200,6 +200,11 @@ class Policy:
         return len(self._front) + len(self._order)
 
     @property
+    def num_blocked(self) -> int:
+        """Waiting requests that stand aside until `unblock`."""
+        return len(self._passed_over)
+
+    @property
     def num_front(self) -> int:
         """Requests in the lane of those that were preempted."""
         return len(self._front)
@@ -241,15 +246,15 @@ class Policy:
         self._front.append(ticket)
         self._front.sort(key=lambda other: other.arrival)
 
-    def finish(self, request_id: str, response_tokens: int, *, latency_s: float | None = None) -> None:
-        """A request is complete: what it was charged becomes what it was given.
+    def finish(self, request_id: str, response_tokens: int, *, latency_s: float | None = None) -> Charge:
+        """A request is complete: what it was charged becomes what it was given, which is returned.
 
         Args:
             request_id: the engine's name for it; one that is not here is none of ours, and nothing happens.
             response_tokens: tokens of the answer.
             latency_s: seconds from admission to the end; None takes the mapper's figure, see `CostEstimator.measured`.
         """
-        self._end(request_id, response_tokens, None, latency_s)
+        return self._end(request_id, response_tokens, None, latency_s)
 
     def abort(
         self,
@@ -258,8 +263,8 @@ class Policy:
         *,
         computed_tokens: int | None = None,
         latency_s: float | None = None,
-    ) -> None:
-        """A request is given up, waiting or running: it is charged what it was given until then.
+    ) -> Charge:
+        """A request is given up, waiting or running: it is charged what it was given until then, which is returned.
 
         Args:
             request_id: the engine's name for it; one that is not here is none of ours, and nothing happens.
@@ -267,7 +272,7 @@ class Policy:
             computed_tokens: tokens of its prompt that were read; all of them if None and it has begun to run.
             latency_s: as in `finish`.
         """
-        self._end(request_id, generated, computed_tokens, latency_s)
+        return self._end(request_id, generated, computed_tokens, latency_s)
 
     def victims(self, request_ids: Iterable[str]) -> list[str]:
         """Running requests by who should be preempted first; those that are not here stay at the end.
@@ -307,10 +312,11 @@ class Policy:
         if before is not None:
             self._order.correct(ticket.account, charge.hf - before.hf)
 
-    def _end(self, request_id: str, generated: int, computed: int | None, latency_s: float | None) -> None:
+    def _end(self, request_id: str, generated: int, computed: int | None, latency_s: float | None) -> Charge:
         ticket = self._tickets.pop(request_id, None)
         if ticket is None:
-            return
+            return NOTHING
+        given = NOTHING
         if ticket.state == "waiting":
             self._order.drop(ticket)
             self.ledger.leave(ticket.account)
@@ -324,6 +330,7 @@ class Policy:
                 self._adjust(ticket, given)
             self.ledger.close(request_id, given)
         ticket.generated, ticket.state = generated, "gone"
+        return given
 
 
 def _order(config: FairnessConfig, ledger: Ledger) -> Order:

@@ -36,6 +36,7 @@ from mope.serving_hooks.asgi import (
 from mope.serving_hooks.bodies import Asked, Kind, kind_of
 from mope.serving_hooks.carried import PREFIX, Carried
 from mope.serving_hooks.front import Front, Predicted
+from mope.serving_hooks.front_metrics import FrontCollector, FrontWriter, front_collector
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.identity import Identity
 from mope.serving_hooks.options import HookOptions
@@ -76,6 +77,7 @@ class _VllmMiddleware(BodyMiddleware):
     def __init__(self, app: App) -> None:
         super().__init__(app, Guard(_logger))
         self.front: Front | None = None
+        self._shown: FrontCollector | FrontWriter | None = None
 
     async def begin(self, scope: Scope) -> None:
         """Reads the options and loads the predictor.
@@ -90,9 +92,12 @@ class _VllmMiddleware(BodyMiddleware):
         names = llm_names(config, arguments)
         self.front = await asyncio.get_running_loop().run_in_executor(None, Front.load, options, identity, names)
         _logger.info("mope %s: %s", type(self).__name__, self.front)
+        self._shown = front_collector(self.front.snapshot, options)  # beside vLLM's own, at its /metrics
 
     def end(self) -> None:
         """Ends the predictor's threads."""
+        if self._shown is not None:
+            self._shown.close()
         if self.front is not None:
             self.front.close()
 

@@ -192,6 +192,8 @@ class FairQueue(RequestQueue):
     def _anyone(self) -> bool:
         if not self.requests:
             return False
+        if not (self._steward.options.predicted_admission or self._steward.policy.num_blocked):
+            return True
         ticket = self._steward.policy.peek() if self.head is None else self.head
         if ticket is not None and not self._room(ticket):
             self.head = ticket

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
 
 from mope.serving_hooks import asgi
 from mope.serving_hooks import vllm as hooks
@@ -37,6 +38,14 @@ JSON = st.recursive(
 )
 FORGED = {"mope_client": "eve", "mope_tokens": 1, "mope_new": "x"}
 ALICE = [(b"x-client-id", b"acme/alice")]
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
+    """A server's own, for each test another."""
+    own = CollectorRegistry(auto_describe=True)
+    monkeypatch.setattr("prometheus_client.REGISTRY", own)
+    return own
 
 
 class Engine:
@@ -397,6 +406,21 @@ def test_it_starts_and_ends_with_the_server(tiny: Path, caplog: pytest.LogCaptur
     assert [message["type"] for message in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
     (line,) = [record.getMessage() for record in caplog.records if record.name == "vllm.mope"]
     assert line.startswith("mope Middleware: clients by header x-client-id; lengths by ")
+
+
+def test_its_counters_are_in_the_servers_metrics_while_it_runs(tiny: Path, registry: CollectorRegistry) -> None:
+    engine, middleware = with_tiny(tiny)
+    shown: list[str] = []
+
+    async def answering(*arguments: Any) -> None:
+        shown.append(generate_latest(registry).decode())
+        await Engine.__call__(engine, *arguments)
+        shown.append(generate_latest(registry).decode())
+
+    middleware.app = answering
+    lives(middleware, engine)
+    shown.append(generate_latest(registry).decode())
+    assert ["mope_front_on{" in text for text in shown] == [True, True, False]
 
 
 @pytest.mark.parametrize(
