@@ -5,6 +5,7 @@
 #                    GPU, give the address of the CPU wheels that pytorch.org shows under "Start locally"
 #   DEMO_OUTPUT      where `make demo` saves the predictor (default: runs/demo)
 #   PYTEST_FLAGS     further arguments to pytest, for example PYTEST_FLAGS="-k splits -x"
+#   ENGINE_TESTS     which tests `make engines` and `make engines-sglang` run (default: all that are the engine's)
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
@@ -32,10 +33,10 @@ test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 engines: $(VLLM)/.installed ## run the hook in vLLM's real engine and server on the CPU (4 GB on disk, about ten minutes)
-	$(VLLM)/bin/python -m pytest -p no:cacheprovider tests/engines -k vllm $(PYTEST_FLAGS)
+	$(VLLM)/bin/python -m pytest -p no:cacheprovider $(if $(ENGINE_TESTS),$(ENGINE_TESTS),tests/engines -k vllm) $(PYTEST_FLAGS)
 
 engines-sglang: $(SGLANG)/.installed ## run the hook in SGLang's real servers on the CPU (2 GB on disk, about half an hour)
-	$(SGLANG)/bin/python -m pytest -p no:cacheprovider tests/engines -k sglang $(PYTEST_FLAGS)
+	$(SGLANG)/bin/python -m pytest -p no:cacheprovider $(if $(ENGINE_TESTS),$(ENGINE_TESTS),tests/engines -k sglang) $(PYTEST_FLAGS)
 
 lint: $(INSTALLED) build/typed ## check style and types
 	$(BIN)/ruff check .
