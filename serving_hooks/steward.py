@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -53,6 +53,18 @@ class Held:
         self.first_token_s: float | None = None
 
 
+class _Ended(NamedTuple):
+    """A request that is over and not booked yet."""
+
+    request_id: str
+    held: Held
+    generated: int
+    aborted: bool
+    capped: bool
+    computed: int | None
+    at_s: float
+
+
 class Steward:
     """Serves the hook of one scheduler.
 
@@ -63,6 +75,8 @@ class Steward:
         tallies: what happened, by client.
         held: requests that wait or run, by id.
         store: where replicas share counters; None where none do.
+        patience: requests that may be over and not booked yet. What they were charged ahead stands until then, as if
+            they still ran; several booked in a row take a third of the time that each takes alone, between other work.
     """
 
     def __init__(self, options: HookOptions, clock: Callable[[], float] = time.monotonic) -> None:
@@ -88,6 +102,11 @@ class Steward:
         self.lengths = Lengths(recalibrate=options.recalibrate)
         self.tallies = Tallies(options.metrics_clients)
         self.held: dict[str, Held] = {}
+        self.patience = 0
+        self._new: list[Held] = []  # requests that arrived, began and had a first token since the last settlement
+        self._begun: list[Held] = []
+        self._first: list[Held] = []
+        self._over: list[_Ended] = []
         self.num_invalid = 0  # requests whose client or size could not be used as it came
         self.store = self._open_store()
         self._saved_s = self._told_s = clock()
@@ -107,6 +126,7 @@ class Steward:
         known_tokens: float | None = None,
         fallback_client: str | None = None,
         load: Load = IDLE,
+        arrived_s: float | None = None,
     ) -> Ticket:
         """A request begins to wait.
 
@@ -118,7 +138,10 @@ class Steward:
             known_tokens: response tokens where that is no question; what is predicted is passed over.
             fallback_client: who it is from where the front end did not say, such as a LoRA adapter.
             load: what the engine is doing.
+            arrived_s: when it came, by `clock`; None for now.
         """
+        if self._over and self.policy.find(request_id) is not None:  # one of that name is over, but not booked
+            self.settle()
         said = carried.client or fallback_client
         client = said or "(anonymous)"
         if known_tokens is not None:
@@ -126,12 +149,13 @@ class Steward:
         else:
             expected = self.lengths.expected(carried, client)
         ticket = self.policy.enqueue(request_id, said, prompt_tokens, expected.tokens, max_tokens=max_tokens, load=load)
-        self.held[request_id] = Held(
-            ticket, carried, client, expected.nine_tenths, self.clock(), teaches=known_tokens is None
-        )
-        tally = self.tallies.of(client)
-        tally.num_arrived += 1
-        tally.num_predicted += carried.tokens is not None
+        if arrived_s is None:
+            arrived_s = self.clock()
+        held = Held(ticket, carried, client, expected.nine_tenths, arrived_s, known_tokens is None)
+        self.held[request_id] = held
+        self._new.append(held)
+        if len(self._new) > self.patience:
+            self.settle()
         return ticket
 
     def admitted(self, request_id: str) -> None:
@@ -139,7 +163,9 @@ class Steward:
         held = self.held.get(request_id)
         if held is not None and held.admitted_s is None:
             held.admitted_s = self.clock()
-            self.tallies.of(held.client).queue_s.add(held.admitted_s - held.arrived_s)
+            self._begun.append(held)
+            if not self.patience:
+                self.settle()
 
     def cached(self, request_id: str, cached_tokens: int) -> None:
         """The prefix cache held so many tokens of its prompt."""
@@ -153,7 +179,9 @@ class Steward:
         held = self.held.get(request_id)
         if held is not None and held.first_token_s is None:
             held.first_token_s = self.clock()
-            self.tallies.of(held.client).ttft_s.add(held.first_token_s - held.arrived_s)
+            self._first.append(held)
+            if not self.patience:
+                self.settle()
 
     def preempted(self, request_id: str, generated: int) -> None:
         """It lost its place, and waits in front of all others."""
@@ -177,7 +205,34 @@ class Steward:
         held = self.held.pop(request_id, None)
         if held is None:
             return
-        now = self.clock()
+        self._over.append(_Ended(request_id, held, generated, aborted, capped, computed, self.clock()))
+        if len(self._over) > self.patience or held.ticket.state != "running":  # who waits leaves the queue at once
+            self.settle()
+
+    def settle(self) -> None:
+        """Books what has happened: to be called now and then, and when nothing runs, where `patience` is not 0."""
+        of = self.tallies.of
+        if self._new:
+            for held in self._new:
+                tally = of(held.client)
+                tally.num_arrived += 1
+                tally.num_predicted += held.carried.tokens is not None
+            self._new.clear()
+        if self._begun:
+            for held in self._begun:
+                of(held.client).queue_s.add((held.admitted_s or held.arrived_s) - held.arrived_s)
+            self._begun.clear()
+        if self._first:
+            for held in self._first:
+                of(held.client).ttft_s.add((held.first_token_s or held.arrived_s) - held.arrived_s)
+            self._first.clear()
+        if self._over:
+            over, self._over = self._over, []
+            for one in over:
+                self._book(one)
+
+    def _book(self, over: _Ended) -> None:
+        request_id, held, generated, aborted, capped, computed, now = over
         ticket, tally = held.ticket, self.tallies.of(held.client)
         begun = held.admitted_s is not None
         latency_s = now - held.admitted_s if held.admitted_s is not None and not self.exact else None
@@ -248,10 +303,12 @@ class Steward:
 
     def snapshot(self) -> dict[str, Any]:
         """Books and lessons as plain JSON values."""
+        self.settle()
         return {"version": 1, "ledger": self.policy.ledger.snapshot(), "lengths": self.lengths.to_json()}
 
     def close(self) -> None:
         """Stops its threads and keeps the state."""
+        self.settle()
         self.lengths.close()
         if self.store is not None:
             self.exchange()

@@ -39,6 +39,7 @@ else:
     _Base = object
 
 _TOKENS_LATE = 64  # by which a charge may lag behind an answer that has outgrown its prediction
+_STEPS_LATE = 8  # by which books may lag behind what has happened: work that is done together takes less time
 
 logger = logging.getLogger("vllm.mope")  # below vLLM's own, so that its settings print it
 
@@ -72,8 +73,10 @@ class FairMixin(_Base):
         except Exception as error:
             self.mope_guard.fail(error, "starting")
             return
+        self.mope.patience = _STEPS_LATE
         self._queue = self.waiting = FairQueue(self.mope, self.mope_guard, self._load, self._has_room)
         self._step = self._looked = 0
+        self._fresh: list[Request] = []  # requests that run, and had no token when they were last looked at
         self._due: dict[int, list[str]] = {}  # step of the engine -> requests to look at then
         self._begun: dict[str, Request] = {}  # requests that have run, until they end
         self._tokens_a_step = 1 + int(getattr(self, "num_spec_tokens", 0) or 0)
@@ -126,7 +129,7 @@ class FairMixin(_Base):
             request_ids = list(request_ids)
         result = super().finish_requests(request_ids, *args, **kwargs)
         if self.mope is not None:
-            self.mope_guard.run(self._book_ended, None, "booking requests that were given up")
+            self.mope_guard.run(self._after_aborts, None, "booking requests that were given up")
         return result
 
     def shutdown(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,8 +173,9 @@ class FairMixin(_Base):
             if request_id not in self._begun:
                 self._begun[request_id] = request
                 steward.admitted(request_id)
-                steward.cached(request_id, started.num_computed_tokens)
-                self._look_in(request_id, 1)
+                if started.num_computed_tokens:
+                    steward.cached(request_id, started.num_computed_tokens)
+                self._fresh.append(request)
         self._mind_the_head(output)
 
     def _mind_the_head(self, output: Any) -> None:
@@ -186,20 +190,44 @@ class FairMixin(_Base):
         config = self.scheduler_config
         has_slot = len(self.running) < config.max_num_seqs
         has_budget = output.total_num_scheduled_tokens < config.max_num_batched_tokens
-        if has_slot and has_budget and not policy.num_front and self._step % 2:
+        may_be_passed = not policy.num_front and head.num_bypassed < policy.config.bypass
+        if has_slot and has_budget and may_be_passed and self._step % 2:
             policy.block(head)
 
     def _after_output(self) -> None:
+        steward = self.mope
+        if steward is None:
+            return
+        if self._fresh:
+            self._look_at_fresh(steward)
         self._book_ended()
         for step in range(self._looked + 1, self._step + 1):
             for request_id in self._due.pop(step, ()):
                 self._look_at(request_id)
         self._looked = self._step
-        if self.mope is not None:
-            self.mope.exchange()  # the engine may be idle from here on
+        if self._step % _STEPS_LATE == 0 or not self.running:  # the engine may be idle from here on
+            self._queue.catch_up()
+            steward.settle()
+        steward.exchange()
+
+    def _after_aborts(self) -> None:
+        self._book_ended()
+        if self.mope is not None and not self.running:
+            self.mope.settle()
+
+    def _look_at_fresh(self, steward: Steward) -> None:
+        """Whether their first tokens are out."""
+        still = []
+        for request in self._fresh:
+            if request.num_output_tokens:
+                steward.first_token(request.request_id)
+                self._look_at(request.request_id)
+            elif request.request_id in self._begun:
+                still.append(request)
+        self._fresh = still
 
     def _look_at(self, request_id: str) -> None:
-        """Whether its first token is out, and whether it has outgrown what it was charged."""
+        """Whether it has outgrown what it was charged."""
         steward, request = self.mope, self._begun.get(request_id)
         if steward is None or request is None:
             return
@@ -208,18 +236,14 @@ class FairMixin(_Base):
             return
         generated = request.num_output_tokens
         ticket.generated = generated
-        if generated:
-            steward.first_token(request_id)
         if generated > ticket.charged_tokens and ticket.state == "running":
             steward.policy.progress(request_id, generated)
-        if not generated or steward.options.policy == "vtc":
-            self._look_in(request_id, 1)
-        else:
+        step = self._step + 1
+        if steward.options.policy != "vtc":
             left = max(_TOKENS_LATE, int(ticket.charged_tokens) - generated)
-            self._look_in(request_id, max(1, min(256, left // self._tokens_a_step)))
-
-    def _look_in(self, request_id: str, steps: int) -> None:
-        self._due.setdefault(self._step + steps, []).append(request_id)
+            step += min(256, left // self._tokens_a_step)
+            step -= step % -_STEPS_LATE  # several of them in the same step
+        self._due.setdefault(step, []).append(request_id)
 
     def _book_ended(self) -> None:
         """vLLM lists what ended since its last step: by itself, or given up."""
