@@ -19,8 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engines"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "engines"))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from mope.serving_hooks.vllm import compat
 from tests.engines import test_vllm_end_to_end as over_http
