@@ -235,6 +235,14 @@ class Policy:
         ticket.cached_tokens = self.estimator.count(cached_tokens)
         self._adjust(ticket, self._price(ticket, ticket.generated))
 
+    def extend(self, request_id: str, prompt_tokens: int) -> None:
+        """The prompt of a request that has begun grows by so many tokens, as in a session whose input is streamed."""
+        ticket = self._tickets.get(request_id)
+        if ticket is None or ticket.state == "waiting":
+            return
+        ticket.prompt_tokens = self.estimator.count(ticket.prompt_tokens + prompt_tokens)
+        self._adjust(ticket, self._price(ticket, ticket.generated))
+
     def preempt(self, request_id: str, generated: int) -> None:
         """A running request loses its place: it is charged what it was given, and goes to the front lane."""
         ticket = self._tickets.get(request_id)

@@ -38,7 +38,12 @@ class FairQueue(RequestQueue):
     """
 
     def __init__(
-        self, steward: Steward, guard: Guard, load: Callable[[], Load], room: Callable[[Ticket], bool]
+        self,
+        steward: Steward,
+        guard: Guard,
+        load: Callable[[], Load],
+        room: Callable[[Ticket], bool],
+        generated: Callable[[Request], int],
     ) -> None:
         """An empty queue.
 
@@ -47,8 +52,9 @@ class FairQueue(RequestQueue):
             guard: of the scheduler.
             load: what the engine is doing now.
             room: whether there is room for a request by what is predicted of all.
+            generated: tokens that a request was given.
         """
-        self._steward, self._guard, self._load, self._room = steward, guard, load, room
+        self._steward, self._guard, self._load, self._room, self._generated = steward, guard, load, room, generated
         self.requests: dict[str, Request] = {}
         self._plain: deque[Request] | None = None  # once something went wrong: all requests, in order
         self.head: Ticket | None = None
@@ -150,8 +156,6 @@ class FairQueue(RequestQueue):
             arrived_s: when that was; None for now.
         """
         steward = self._steward
-        if request.request_id in steward.held:  # a session's next input: what it had until now is settled
-            steward.ended(request.request_id, request.num_output_tokens, aborted=False)
         parameters = request.sampling_params
         carried = Carried.read(getattr(parameters, "extra_args", None) if parameters is not None else None)
         adapter = getattr(request, "lora_request", None)
@@ -178,7 +182,10 @@ class FairQueue(RequestQueue):
             return
         self.catch_up()
         self.head = None
-        self.announce(request)
+        if request.request_id in self._steward.held:  # a session goes on, before all who have not begun
+            self._steward.policy.preempt(request.request_id, self._generated(request))
+        else:
+            self.announce(request)
 
     def _stands_behind(self, request: Request) -> bool:
         """Whether its client has others here that the policy knows of and that go first in any case."""
@@ -214,7 +221,7 @@ class FairQueue(RequestQueue):
         if ticket is None:
             self._add(request)
         elif request.status == RequestStatus.PREEMPTED or request.num_output_tokens:
-            self._steward.preempted(request_id, request.num_output_tokens)
+            self._steward.preempted(request_id, self._generated(request))
         else:
             self._steward.policy.give_back(request_id)
 
@@ -223,7 +230,7 @@ class FairQueue(RequestQueue):
         self.head = None
         self._steward.ended(
             request.request_id,
-            request.num_output_tokens,
+            self._generated(request),
             aborted=not request.is_finished() or request.status == RequestStatus.FINISHED_ABORTED,
             capped=request.status == RequestStatus.FINISHED_LENGTH_CAPPED,
         )

@@ -74,11 +74,12 @@ class FairMixin(_Base):
             self.mope_guard.fail(error, "starting")
             return
         self.mope.patience = _STEPS_LATE
-        self._queue = self.waiting = FairQueue(self.mope, self.mope_guard, self._load, self._has_room)
+        self._queue = self.waiting = FairQueue(self.mope, self.mope_guard, self._load, self._has_room, self.generated)
         self._step = self._looked = 0
         self._fresh: list[Request] = []  # requests that run, and had no token when they were last looked at
         self._due: dict[int, list[str]] = {}  # step of the engine -> requests to look at then
         self._begun: dict[str, Request] = {}  # requests that have run, until they end
+        self._earlier: dict[str, int] = {}  # tokens of a session's earlier answers
         self._tokens_a_step = 1 + int(getattr(self, "num_spec_tokens", 0) or 0)
         self._block_size = int(getattr(self, "block_size", None) or self.cache_config.block_size)
         self._capacity = int(self.cache_config.num_gpu_blocks or 0) * self._block_size  # tokens of KV cache
@@ -130,6 +131,15 @@ class FairMixin(_Base):
         result = super().finish_requests(request_ids, *args, **kwargs)
         if self.mope is not None:
             self.mope_guard.run(self._after_aborts, None, "booking requests that were given up")
+        return result
+
+    def _update_request_as_session(self, session: Request, *args: Any, **kwargs: Any) -> Any:
+        """A session with streamed input goes on: vLLM makes a prompt of what it has, and adds the next input to it."""
+        generated = session.num_output_tokens
+        result = super()._update_request_as_session(session, *args, **kwargs)
+        if self.mope is not None:
+            more = session.num_tokens - session.num_computed_tokens
+            self.mope_guard.run(lambda: self._next_input(session, generated, more), None, "booking a session's input")
         return result
 
     def shutdown(self, *args: Any, **kwargs: Any) -> Any:
@@ -215,6 +225,16 @@ class FairMixin(_Base):
         if self.mope is not None and not self.running:
             self.mope.settle()
 
+    def _next_input(self, session: Request, generated: int, prompt_tokens: int) -> None:
+        """A session stays one request whose prompt grows; earlier answers are no longer among its output tokens."""
+        if self.mope is not None and session.request_id in self.mope.held:
+            self._earlier[session.request_id] = self._earlier.get(session.request_id, 0) + generated
+            self.mope.policy.extend(session.request_id, prompt_tokens)
+
+    def generated(self, request: Request) -> int:
+        """Tokens that a request was given, in all of its session."""
+        return request.num_output_tokens + (self._earlier.get(request.request_id, 0) if self._earlier else 0)
+
     def _look_at_fresh(self, steward: Steward) -> None:
         """Whether their first tokens are out."""
         still = []
@@ -234,8 +254,7 @@ class FairMixin(_Base):
         ticket = steward.policy.find(request_id)
         if ticket is None:
             return
-        generated = request.num_output_tokens
-        ticket.generated = generated
+        ticket.generated = generated = self.generated(request)
         if generated > ticket.charged_tokens and ticket.state == "running":
             steward.policy.progress(request_id, generated)
         step = self._step + 1
@@ -257,13 +276,15 @@ class FairMixin(_Base):
                     steward.ended(request_id, 0, aborted=True, computed=0)
                     continue
                 computed = min(request.num_computed_tokens, request.num_prompt_tokens)
+                generated = self.generated(request)
                 steward.ended(
                     request_id,
-                    request.num_output_tokens,
+                    generated,
                     aborted=request.status == RequestStatus.FINISHED_ABORTED,
                     capped=request.status == RequestStatus.FINISHED_LENGTH_CAPPED,
-                    computed=computed if not request.num_output_tokens else None,
+                    computed=computed if not generated else None,
                 )
+            self._earlier.pop(request_id, None)
 
     # -- what the engine is doing
 
@@ -283,7 +304,7 @@ class FairMixin(_Base):
         for request in self.running:
             ticket = steward.policy.find(request.request_id)
             if ticket is not None:
-                ticket.generated = request.num_output_tokens
+                ticket.generated = self.generated(request)
                 running.append(self._in_blocks(request.num_tokens, ticket.predicted_remaining))
         need = self._in_blocks(candidate.prompt_tokens + candidate.generated, candidate.predicted_remaining)
         return fits(need, running, self._capacity, margin=steward.options.kv_margin)

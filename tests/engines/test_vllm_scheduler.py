@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines import tiny_vllm
-from tests.engines.vllm_engine import Asked, EngineInProcess, flood_and_light, mean_ttft, services
+from tests.engines.vllm_engine import LENGTH, Asked, EngineInProcess, flood_and_light, mean_ttft, services
 
 pytestmark = pytest.mark.skipif(tiny_vllm.MISSING is not None, reason=str(tiny_vllm.MISSING))
 
@@ -155,6 +155,38 @@ def test_thousands_of_requests_with_random_aborts(model, engine):
         elif number in begun:
             expected[one.client] += one.prompt_tokens + 2 * delivered[number]
     assert services(running.scheduler) == {name: expected[name] for name in services(running.scheduler)}
+
+
+def test_a_session_whose_input_is_streamed_is_one_request(model):
+    """Three inputs of 20 tokens, three answers of 6: each is charged once, and a flood beside it changes nothing."""
+    running = EngineInProcess(model, {"policy": "equinox"})
+    core, turns = running.engine.engine_core.engine_core, []
+
+    def say(resumable: bool) -> None:
+        from vllm import SamplingParams
+
+        given = {LENGTH: 6, "mope_client": "session"}
+        request = running.engine.input_processor.process_inputs(
+            "session",
+            {"prompt_token_ids": Asked(0, "", 20, 0, seed=len(turns)).prompt()},
+            SamplingParams(max_tokens=50, temperature=0.0, extra_args=given),
+            supported_tasks=("generate",),
+            resumable=resumable,
+        )
+        core.add_request(*core.preprocess_add_request(request))
+
+    def speak(step: int, one: EngineInProcess) -> None:
+        session = one.scheduler.requests.get("session")
+        waits = session is None or session.status.name == "WAITING_FOR_STREAMING_REQ"
+        if len(turns) <= 3 and waits and step < 400:
+            say(resumable=len(turns) < 3)  # the fourth input only says that it was the last
+            turns.append(step)
+
+    flood = flood_and_light(num_light=0)
+    running.run(flood, speak)
+    assert len(turns) == 4
+    settled(running)
+    assert services(running.scheduler) == {**served(flood), "session": 3 * (20 + 2 * 6)}
 
 
 def test_several_answers_to_one_prompt(model):

@@ -76,7 +76,7 @@ class Asked:
 def freeze_once() -> None:
     """Takes all that lives now, which is what was imported, out of the garbage collector's sight for good.
 
-    Of each engine's life vLLM looks through all objects six times, and freezes and unfreezes them between: seconds of it.
+    In each engine's life vLLM looks through all objects six times, and freezes and unfreezes them in between.
     """
     if gc.freeze is not _left_alone:
         gc.freeze()
