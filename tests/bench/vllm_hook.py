@@ -98,11 +98,11 @@ def main() -> None:
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "versions": {"vllm": compat.installed(), "torch": version("torch")},
     }
+    report["over HTTP"] = http()  # first: settings for the engine in this process would be the servers', too
+    print(report["over HTTP"], flush=True)
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_vllm.make_model(Path(folder))
         report["in process"] = [in_process(model, 10_001 * seed, chosen.flood) for seed in range(chosen.rounds)]
-    report["over HTTP"] = http()
-    print(report["over HTTP"])
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     chosen.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
