@@ -18,7 +18,7 @@ LENGTH = "test_length"  # in extra_args: after how many tokens the answer ends
 
 
 def prepare() -> None:
-    """Settings that vLLM reads when it is imported."""
+    """Settings that vLLM reads when it is imported; and one thread: the model is tiny, other tests run beside it."""
     os.environ.update(
         HF_HUB_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
@@ -27,6 +27,9 @@ def prepare() -> None:
         VLLM_LOGGING_LEVEL="WARNING",
         VLLM_CPU_KVCACHE_SPACE="1",
     )
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def ending_processor() -> type:
