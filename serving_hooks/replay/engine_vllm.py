@@ -271,8 +271,9 @@ def _register_fake_class() -> None:
             "forward": lambda self, input_ids, positions: None,
             "compute_logits": lambda self, hidden_states: None,
         }
+        adapters = {"supports_lora": True, "packed_modules_mapping": {}, "embedding_modules": {}}
         module = importlib.import_module("torch.nn").Module
-        registry.register_model(FAKE_CLASS, type(FAKE_CLASS, (module,), {**nothing, **forward}))
+        registry.register_model(FAKE_CLASS, type(FAKE_CLASS, (module,), {**nothing, **forward, **adapters}))
 
 
 def _kv_cache_config(block_size: int, num_blocks: int) -> Any:
