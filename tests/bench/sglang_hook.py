@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -33,7 +34,26 @@ from tests.engines.test_sglang_http import OPTIONS, SHORT_OF_MEMORY, UNIT, charg
 from tests.engines.tiny_sglang import Outcome, Server, ask_all, serve
 from tests.sglang_stand_ins import Req, scheduler
 
-QUIET = ("--sleep-on-idle",)  # the server that is not asked leaves the machine to the other
+NUM_FLOOD = 160  # requests: the server is busy with them until long after the light client's last
+QUIET = ("--sleep-on-idle", "--decode-log-interval", "1")  # who is not asked leaves the machine to the other
+_BATCH = re.compile(r"(Prefill|Decode) batch.*?#running-req: (\d+)")
+
+
+class Steps:
+    """Batches that a server has run since the last look, by its log: a measure that no other program moves."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._seen = len(server.printed())
+
+    def since(self) -> dict[str, float]:
+        """Their number, and the mean size of those that decoded."""
+        time.sleep(1.0)  # until the last one is told
+        printed = self._server.printed()
+        found = _BATCH.findall(printed[self._seen :])
+        self._seen = len(printed)
+        decoding = [int(running) for kind, running in found if kind == "Decode"]
+        return {"steps": len(found), "decode_batch_mean": round(statistics.fmean(decoding), 2)}
 
 
 def figures_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -64,16 +84,18 @@ def sharing(folder: Path, rounds: int) -> dict[str, Any]:
         for server in (stock, ours):
             ask_all(server, flood(seed=99)[:8])  # warm
         before = _service(ours)
+        steps = {"fcfs": Steps(stock), "equinox": Steps(ours)}
         for number in range(rounds):
             turn: list[tuple[str, Server]] = [("fcfs", stock), ("equinox", ours)]
-            outcomes = {name: ask_all(server, flood(seed=number)) for name, server in (turn, turn[::-1])[number % 2]}
+            load = flood(NUM_FLOOD, seed=number)
+            outcomes = {name: ask_all(server, load) for name, server in (turn, turn[::-1])[number % 2]}
             equal.append([one.output for one in outcomes["fcfs"]] == [one.output for one in outcomes["equinox"]])
             for name, some in outcomes.items():
-                found[name].append(figures_of(some))
+                found[name].append({**figures_of(some), **steps[name].since()})
             for client in booked:
                 booked[client] += charged(outcomes["equinox"], client)
             after = _service(ours)
-            exact.append({client: after[client] - before[client] for client in booked} == booked)
+            exact.append({client: after[client] - before.get(client, 0.0) for client in booked} == booked)
             print(number, found["fcfs"][-1], found["equinox"][-1], equal[-1], exact[-1], flush=True)
     pairs = list(zip(found["fcfs"], found["equinox"], strict=True))
     return {
@@ -81,6 +103,7 @@ def sharing(folder: Path, rounds: int) -> dict[str, Any]:
         "outputs_equal": equal,
         "charges_exact": exact,
         "light_ttft_lower_by": [round(one["light_ttft_mean_s"] / two["light_ttft_mean_s"], 1) for one, two in pairs],
+        "steps_ratio": [round(two["steps"] / one["steps"], 3) for one, two in pairs],
         "throughput_ratio": [round(two["tokens_per_s"] / one["tokens_per_s"], 3) for one, two in pairs],
         "throughput_ratio_median": round(
             statistics.median(two["tokens_per_s"] / one["tokens_per_s"] for one, two in pairs), 3
@@ -100,6 +123,7 @@ def memory(folder: Path, rounds: int) -> dict[str, Any]:
         serve(folder, "fcfs", arguments=arguments) as stock,
         serve(folder, "equinox", admission.OPTIONS, arguments) as ours,
     ):
+        steps = {"fcfs": Steps(stock), "equinox": Steps(ours)}
         for number in range(rounds):
             for name, server in (("fcfs", stock), ("equinox", ours)):
                 outcomes = ask_all(server, admission.load(number))
@@ -110,17 +134,17 @@ def memory(folder: Path, rounds: int) -> dict[str, Any]:
                         "retractions": sum(one.retractions for one in outcomes),
                         "requests": len(outcomes),
                         "tokens": sum(one.tokens for one in outcomes),
+                        **steps[name].since(),
                     }
                 )
                 print(number, name, found[name][-1], flush=True)
+    pairs = list(zip(found["fcfs"], found["equinox"], strict=True))
     return {
         "rounds": found,
-        "running_ratio": [
-            round(two["running"] / one["running"], 2) for one, two in zip(found["fcfs"], found["equinox"], strict=True)
-        ],
-        "times_as_quick": [
-            round(one["seconds"] / two["seconds"], 2) for one, two in zip(found["fcfs"], found["equinox"], strict=True)
-        ],
+        "running_ratio": [round(two["running"] / one["running"], 2) for one, two in pairs],
+        "times_as_quick": [round(one["seconds"] / two["seconds"], 2) for one, two in pairs],
+        "decode_batch_ratio": [round(two["decode_batch_mean"] / one["decode_batch_mean"], 2) for one, two in pairs],
+        "steps_ratio": [round(two["steps"] / one["steps"], 3) for one, two in pairs],
     }
 
 
