@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mope.serving_hooks.options import HookOptions
@@ -40,20 +42,30 @@ _BATCH = re.compile(r"(Prefill|Decode) batch.*?#running-req: (\d+)")
 
 
 class Steps:
-    """Batches that a server has run since the last look, by its log: a measure that no other program moves."""
+    """What a server has done since the last look, in measures that other programs hardly move."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._seen = len(server.printed())
+        self._first = psutil.Process(server.process.pid)
+        self._seen, self._cpu_s = len(server.printed()), self._spent_s()
+
+    def _spent_s(self) -> float:
+        """Processor seconds of all its processes."""
+        times = [one.cpu_times() for one in (self._first, *self._first.children(recursive=True))]
+        return sum(one.user + one.system for one in times)
 
     def since(self) -> dict[str, float]:
-        """Their number, and the mean size of those that decoded."""
+        """Batches that its log tells of, the mean size of those that decoded, and processor seconds."""
         time.sleep(1.0)  # until the last one is told
-        printed = self._server.printed()
-        found = _BATCH.findall(printed[self._seen :])
-        self._seen = len(printed)
+        printed, cpu_s = self._server.printed(), self._spent_s()
+        found, spent_s = _BATCH.findall(printed[self._seen :]), cpu_s - self._cpu_s
+        self._seen, self._cpu_s = len(printed), cpu_s
         decoding = [int(running) for kind, running in found if kind == "Decode"]
-        return {"steps": len(found), "decode_batch_mean": round(statistics.fmean(decoding), 2)}
+        return {
+            "steps": len(found),
+            "decode_batch_mean": round(statistics.fmean(decoding), 2),
+            "cpu_s": round(spent_s, 2),
+        }
 
 
 def figures_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -104,6 +116,7 @@ def sharing(folder: Path, rounds: int) -> dict[str, Any]:
         "charges_exact": exact,
         "light_ttft_lower_by": [round(one["light_ttft_mean_s"] / two["light_ttft_mean_s"], 1) for one, two in pairs],
         "steps_ratio": [round(two["steps"] / one["steps"], 3) for one, two in pairs],
+        "cpu_ratio": [round(two["cpu_s"] / one["cpu_s"], 3) for one, two in pairs],
         "throughput_ratio": [round(two["tokens_per_s"] / one["tokens_per_s"], 3) for one, two in pairs],
         "throughput_ratio_median": round(
             statistics.median(two["tokens_per_s"] / one["tokens_per_s"] for one, two in pairs), 3
