@@ -1,7 +1,8 @@
 """`mope doctor`: what is installed, what would work, what is active, and what to type, on one screen.
 
 Works without any engine. What could crash or hang, the import of an engine, happens in a process of its own. What an
-engine's hook can say of itself is in its package: `compat` (releases, `probe`) and `commands` (`START`, `mistakes`).
+engine's hook can say of itself is in its package: `compat` (releases, `probe`) and `commands` (`START`, `mistakes`, and
+`running` and `api_key` where its servers say more of themselves).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ EXAMPLE = """\
 mope doctor vllm
 mope doctor vllm -- vllm serve my/model --scheduler-cls mope.serving_hooks.vllm.make_scheduler
 mope doctor vllm --url http://127.0.0.1:8000 --metrics-port 9477
+mope doctor sglang --url http://127.0.0.1:30000 --api-key KEY
 mope doctor options"""
 
 
@@ -76,6 +78,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--url", metavar="URL", help="a server that runs, such as http://127.0.0.1:8000")
     parser.add_argument("--metrics-port", type=int, metavar="N", help="its metrics_port, where it does not say")
+    parser.add_argument("--api-key", metavar="KEY", help="of that server, sent as a bearer token and written nowhere")
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="S", help="seconds that importing the engine may take (120)"
     )
@@ -93,7 +96,14 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("a command, but of which engine? Type mope doctor vllm -- COMMAND")
     if arguments.url is not None and urlsplit(arguments.url).scheme not in ("http", "https"):
         raise ConfigError(f"--url: got {arguments.url!r}; expected an address such as http://127.0.0.1:8000")
-    report = examine(engine, words, url=arguments.url, metrics_port=arguments.metrics_port, timeout_s=arguments.timeout)
+    report = examine(
+        engine,
+        words,
+        url=arguments.url,
+        api_key=arguments.api_key,
+        metrics_port=arguments.metrics_port,
+        timeout_s=arguments.timeout,
+    )
     if arguments.json:
         print(json.dumps(report))
     else:
@@ -111,6 +121,7 @@ def examine(
     words: Sequence[str] = (),
     *,
     url: str | None = None,
+    api_key: str | None = None,
     metrics_port: int | None = None,
     timeout_s: float = 120.0,
 ) -> dict[str, Any]:
@@ -120,6 +131,7 @@ def examine(
         engine: `vllm` or `sglang`; None for no engine.
         words: the command that starts it; none for an example.
         url: of a server that runs.
+        api_key: of that server, where the command has none.
         metrics_port: of that server, where its API server does not say.
         timeout_s: for importing the engine.
 
@@ -130,7 +142,7 @@ def examine(
     compat, commands = (_part(engine, "compat"), _part(engine, "commands")) if engine is not None else (None, None)
     release = compat.installed() if compat is not None else None
     found = [Finding("installed", "ok", f"mope {own_version()}, Python {sys.version.split()[0]}")]
-    found += _packages()
+    found += _packages(engine or "vllm")
     if engine is not None:
         found += _engine(engine, compat, release, needed=url is None)
         if release is not None and hasattr(compat, "probe"):
@@ -147,7 +159,11 @@ def examine(
     found += [checks.predictor(name) for name in names]
     if url is not None:
         port = metrics_port if metrics_port is not None else chosen.metrics_port if chosen is not None else None
-        found += running(url, port)
+        if commands is not None and hasattr(commands, "running"):
+            found += commands.running(url, api_key or commands.api_key(words))
+            found += [_at_port(url, port)] if port else []
+        else:
+            found += running(url, port)
     return {
         "mope": own_version(),
         "engine": engine,
@@ -165,16 +181,16 @@ def _part(engine: str, name: str) -> ModuleType | None:
     return import_module(f"{where}.{name}") if find_spec(where) and find_spec(f"{where}.{name}") else None
 
 
-def _packages() -> list[Finding]:
+def _packages(extra: str) -> list[Finding]:
     runtimes = _versions(("onnxruntime", "onnxruntime-gpu", "torch"))
     exporter = _versions(("prometheus-client",))
     with_onnx = any(name.startswith("onnx") for name in runtimes)
-    missing = "no onnxruntime, which the packaged predictors need: pip install 'mope-llm[vllm]'"
+    missing = f"no onnxruntime, which the packaged predictors need: pip install 'mope-llm[{extra}]'"
     return [
         Finding("installed", "ok", ", ".join(runtimes)) if with_onnx else Finding("installed", "warning", missing),
         Finding("installed", "ok", ", ".join(exporter))
         if exporter
-        else Finding("installed", "warning", "no prometheus-client, so no metrics: pip install 'mope-llm[vllm]'"),
+        else Finding("installed", "warning", f"no prometheus-client, so no metrics: pip install 'mope-llm[{extra}]'"),
     ]
 
 
@@ -264,8 +280,13 @@ def running(url: str, metrics_port: int | None = None) -> list[Finding]:
     if not metrics_port:
         text = "whether the scheduler is on is in the server's log (mope is on: ...), or at its metrics_port"
         return [*found, Finding(part, "note", text)]
+    return [*found, _at_port(url, metrics_port)]
+
+
+def _at_port(url: str, port: int) -> Finding:
+    """What the hook says at its port on the machine of a server."""
     host = urlsplit(url).hostname or "127.0.0.1"
-    return [*found, _scheduler(f"http://{f'[{host}]' if ':' in host else host}:{metrics_port}/metrics")]
+    return _scheduler(f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics")
 
 
 def _scheduler(address: str) -> Finding:

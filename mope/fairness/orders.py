@@ -270,7 +270,8 @@ class RoundRobinOrder(_ByClient):
     In its turn a client may spend its quantum and what it did not spend before; what it has not spent when it has no
     more requests is gone. A group's quantum is divided among its clients that wait, by their weights within it, so
     inventing users gains nothing.
-    Finding the next costs O(1), amortised over quanta, and O(n) where all must save for several rounds.
+    Finding the next costs O(1), amortised over quanta, and O(n) where all must save for several rounds. `simulate`
+    costs O(n), and O(log n) for each request, where no two clients of a group wait, else as much as finding one by one.
     """
 
     def __init__(self, quantum: float) -> None:
@@ -284,6 +285,8 @@ class RoundRobinOrder(_ByClient):
         self._turns: deque[Account] = deque()
         self._deficit: dict[Account, int] = {}
         self._served: Account | None = None  # whose turn has begun: its quantum is granted
+        self._costs: dict[Account, int] = {}  # HF of each client's first request
+        self._alone: dict[Account, int] = {}  # what a client is granted in a round if no other of its group waits
         self._standing: dict[Account, tuple[Account, int]] = {}  # a client's outermost group, its weight within it
         self._weights: dict[Account, int] = {}  # of each outermost group, those of its clients that wait, added up
 
@@ -292,12 +295,14 @@ class RoundRobinOrder(_ByClient):
         if ticket.account not in self._deficit:
             self._enter(ticket.account)
         super().add(ticket)
+        self._costs[ticket.account] = self._first(ticket.account).charge.hf
 
     def _enter(self, account: Account) -> None:
         self._deficit[account] = 0
         self._turns.append(account)
         group, weight = self._standing[account] = _standing(account)
         self._weights[group] = self._weights.get(group, 0) + weight
+        self._alone[account] = group.share_of(self._quantum * weight) // weight or 1
 
     @override
     def restore(self, ticket: Ticket) -> None:
@@ -308,6 +313,7 @@ class RoundRobinOrder(_ByClient):
             self._served = account
         self._deficit[account] += ticket.charge.hf
         super().add(ticket)
+        self._costs[account] = self._first(account).charge.hf
 
     @override
     def take(self, ticket: Ticket) -> None:
@@ -319,9 +325,11 @@ class RoundRobinOrder(_ByClient):
         super().take(ticket)
         if ticket.account not in self._queues:
             self._exit(ticket.account)
+        else:
+            self._costs[ticket.account] = self._first(ticket.account).charge.hf
 
     def _exit(self, account: Account) -> None:
-        del self._deficit[account]
+        del self._deficit[account], self._costs[account], self._alone[account]
         self._turns.remove(account)
         self._served = None if self._served is account else self._served
         group, weight = self._standing.pop(account)
@@ -372,11 +380,46 @@ class RoundRobinOrder(_ByClient):
 
     @override
     def simulate(self, limit: int | None = None) -> list[Ticket]:
+        if len(self._weights) == len(self._turns):
+            return self._simulate_alone(self._num_waiting if limit is None else min(limit, self._num_waiting))
         ahead = _RoundsAhead(self)
         order: list[Ticket] = []
         while (limit is None or len(order) < limit) and (ticket := ahead.next()) is not None:
             ahead.take(ticket)
             order.append(ticket)
+        return order
+
+    def _simulate_alone(self, limit: int) -> list[Ticket]:
+        """`simulate` where no two clients of a group wait: grants stay the same, so rounds can be reckoned."""
+        deficit, costs, alone = self._deficit, self._costs, self._alone
+        due = [  # the round in which each can pay for its first request, and its place in it
+            (-((deficit[account] - costs[account]) // alone[account]), place, account)
+            for place, account in enumerate(self._turns)
+        ]
+        due = [entry if entry[0] > 0 else (1, *entry[1:]) for entry in due]
+        if due and self._served is due[0][2]:  # this one's turn has begun, so its next comes after all others'
+            account = self._served
+            due[0] = (0 if costs[account] <= deficit[account] else due[0][0], len(due), account)
+        heapq.heapify(due)
+        left: dict[Account, tuple[Ticket, Iterator[Ticket]]] = {}
+        saved: dict[Account, tuple[int, int]] = {}  # what was not spent, and the round in which that was so
+        order: list[Ticket] = []
+        while len(order) < limit:
+            now, place, account = due[0]
+            if account in left:
+                (ticket, rest), (have, since) = left[account], saved[account]
+            else:
+                rest = iter(self._queues[account].values())
+                ticket, have, since = next(rest), deficit[account], 0
+            order.append(ticket)
+            following = next(rest, None)
+            if following is None:
+                heapq.heappop(due)
+                continue
+            have += (now - since) * alone[account] - ticket.charge.hf
+            left[account], saved[account] = (following, rest), (have, now)
+            lacks = -((have - following.charge.hf) // alone[account])
+            heapq.heapreplace(due, (now + max(0, lacks), place, account))
         return order
 
 
@@ -387,6 +430,7 @@ class _RoundsAhead(RoundRobinOrder):
         self._quantum, self._served = order._quantum, order._served
         self._queues, self._turns, self._deficit = order._queues, deque(order._turns), dict(order._deficit)
         self._weights, self._standing = dict(order._weights), dict(order._standing)
+        self._costs, self._alone = dict(order._costs), dict(order._alone)
         self._heads: dict[Account, tuple[Ticket, Iterator[Ticket]]] = {}  # of each client: its first, and the rest
 
     @override
@@ -405,6 +449,7 @@ class _RoundsAhead(RoundRobinOrder):
             self._exit(account)
         else:
             self._heads[account] = following, rest
+            self._costs[account] = following.charge.hf
 
 
 def _standing(account: Account) -> tuple[Account, int]:

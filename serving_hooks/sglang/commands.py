@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
@@ -114,17 +115,30 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
     return found
 
 
-def running(url: str) -> list[Finding]:
+def api_key(words: Sequence[str]) -> str | None:
+    """The key that a command's server will want of its callers; None if it wants none."""
+    return flags(words).get("--api-key", [""])[-1] or None
+
+
+def running(url: str, key: str | None = None) -> list[Finding]:
     """Whether a server has the hook on, by its `/server_info`.
 
     Args:
         url: of its API.
+        key: what it wants as a bearer token, if anything.
     """
     part = "active"
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/server_info", timeout=_HTTP_S) as answer:
-            states = json.load(answer)["internal_states"]
-    except (OSError, ValueError, KeyError) as error:
+        asked = urllib.request.Request(f"{url.rstrip('/')}/server_info", headers=headers)
+        with urllib.request.urlopen(asked, timeout=_HTTP_S) as answer:
+            states = list(json.load(answer)["internal_states"])
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            wanted = "another key" if key else "a key"
+            return [Finding(part, "failed", f"{url} wants {wanted} (HTTP {error.code}): give it with --api-key")]
+        return [Finding(part, "failed", f"{url}/server_info does not answer as SGLang's does: {error}")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return [Finding(part, "failed", f"{url}/server_info does not answer as SGLang's does: {error}")]
     found = []
     for number, state in enumerate(states):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from importlib.metadata import entry_points
 from typing import Any, NamedTuple, get_args
 
 from mope.fairness.config import PolicyName
@@ -16,6 +17,7 @@ POLICIES: tuple[str, ...] = tuple(name for name in get_args(PolicyName) if name 
 OLDEST = "0.5.11"
 # releases that the tests ran whole engines of, the newest last
 TESTED = ("0.5.17", "0.5.20", "0.5.23")
+GROUP, PLUGIN = "sglang.srt.plugins", "mope.serving_hooks.sglang.plugin:register"  # how SGLang finds us
 ROUTING_HEADER = "x-smg-routing-key"  # carried to the scheduler by every front end of SGLang's
 
 installed = partial(releases.installed, ("sglang",))
@@ -96,6 +98,8 @@ def probe() -> list[str]:
 
     Imports SGLang, which takes some 10 s and may crash: not for a process that has other things to do.
     """
-    from mope.serving_hooks.sglang.hooks import HOOKS, mismatch
+    from mope.serving_hooks.sglang.hooks import HOOKS, in_words, mismatch
 
-    return [found for hook in HOOKS if (found := mismatch(hook)) is not None]
+    known = {found.value for found in entry_points(group=GROUP)}
+    lost = [] if PLUGIN in known else [f"no plugin {PLUGIN} is installed in {GROUP}; install mope-llm anew"]
+    return lost + in_words(found for hook in HOOKS if (found := mismatch(hook)) is not None)

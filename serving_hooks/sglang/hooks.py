@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 from mope.serving_hooks.sglang import admission, front, policy, settings
@@ -34,6 +34,7 @@ class Hook(NamedTuple):
     purpose: str
 
 
+_NOT_FOUND = " cannot be found "
 _SRT = "sglang.srt."
 _SCHEDULER, _POLICY = f"{_SRT}managers.scheduler.Scheduler.", f"{_SRT}managers.schedule_policy."
 _FRONT = f"{_SRT}managers.tokenizer_manager.TokenizerManager."
@@ -78,10 +79,19 @@ def mismatch(hook: Hook) -> str | None:
         function = pkgutil.resolve_name(hook.target)
         found = [name for name in inspect.signature(inspect.unwrap(function)).parameters if name != "self"]
     except Exception as error:  # whatever importing an engine may raise
-        return f"{hook.target} cannot be found ({type(error).__name__}: {error})"
+        return f"{hook.target}{_NOT_FOUND}({type(error).__name__}: {error})"
     if tuple(found[: len(hook.parameters)]) != hook.parameters:
         return f"{hook.target} takes ({', '.join(found)}), expected ({', '.join((*hook.parameters, '...'))})"
     return None
+
+
+def in_words(wrong: Iterable[str]) -> list[str]:
+    """What `mismatch` said of several hooks, what many have in common said once: an SGLang that cannot be imported."""
+    told = list(wrong)
+    reasons = [found.partition(_NOT_FOUND)[2] for found in told]
+    many = {reason: reasons.count(reason) for reason in reasons if reason and reasons.count(reason) > 2}
+    rest = [found for found, reason in zip(told, reasons, strict=True) if reason not in many]
+    return [f"{number} functions cannot be found {reason}" for reason, number in many.items()] + rest
 
 
 def applied() -> list[Hook]:

@@ -23,7 +23,7 @@ def register() -> None:
 
     if _process_title().startswith(_IDLE_PROCESSES):
         return
-    from mope.serving_hooks.sglang.hooks import HOOKS, mismatch
+    from mope.serving_hooks.sglang.hooks import HOOKS, in_words, mismatch
 
     wrong = {hook.target: found for hook in HOOKS if (found := mismatch(hook)) is not None}
     missing = [wrong[hook.target] for hook in HOOKS if hook.required and hook.target in wrong]
@@ -33,7 +33,7 @@ def register() -> None:
             "mope does not fit this SGLang (%s, %s) and registers nothing, so its policies cannot be chosen: %s",
             release,
             compat.standing(release),
-            "; ".join(missing),
+            "; ".join(in_words(missing)),
         )
         return
     for hook in HOOKS:

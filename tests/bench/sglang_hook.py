@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
+import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -31,7 +36,36 @@ from tests.engines.test_sglang_http import OPTIONS, SHORT_OF_MEMORY, UNIT, charg
 from tests.engines.tiny_sglang import Outcome, Server, ask_all, serve
 from tests.sglang_stand_ins import Req, scheduler
 
-QUIET = ("--sleep-on-idle",)  # the server that is not asked leaves the machine to the other
+NUM_FLOOD = 160  # requests: the server is busy with them until long after the light client's last
+QUIET = ("--sleep-on-idle", "--decode-log-interval", "1")  # who is not asked leaves the machine to the other
+_BATCH = re.compile(r"(Prefill|Decode) batch.*?#running-req: (\d+)")
+
+
+class Steps:
+    """What a server has done since the last look, in measures that other programs hardly move."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._first = psutil.Process(server.process.pid)
+        self._seen, self._cpu_s = len(server.printed()), self._spent_s()
+
+    def _spent_s(self) -> float:
+        """Processor seconds of all its processes."""
+        times = [one.cpu_times() for one in (self._first, *self._first.children(recursive=True))]
+        return sum(one.user + one.system for one in times)
+
+    def since(self) -> dict[str, float]:
+        """Batches that its log tells of, the mean size of those that decoded, and processor seconds."""
+        time.sleep(1.0)  # until the last one is told
+        printed, cpu_s = self._server.printed(), self._spent_s()
+        found, spent_s = _BATCH.findall(printed[self._seen :]), cpu_s - self._cpu_s
+        self._seen, self._cpu_s = len(printed), cpu_s
+        decoding = [int(running) for kind, running in found if kind == "Decode"]
+        return {
+            "steps": len(found),
+            "decode_batch_mean": round(statistics.fmean(decoding), 2),
+            "cpu_s": round(spent_s, 2),
+        }
 
 
 def figures_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -62,16 +96,18 @@ def sharing(folder: Path, rounds: int) -> dict[str, Any]:
         for server in (stock, ours):
             ask_all(server, flood(seed=99)[:8])  # warm
         before = _service(ours)
+        steps = {"fcfs": Steps(stock), "equinox": Steps(ours)}
         for number in range(rounds):
             turn: list[tuple[str, Server]] = [("fcfs", stock), ("equinox", ours)]
-            outcomes = {name: ask_all(server, flood(seed=number)) for name, server in (turn, turn[::-1])[number % 2]}
+            load = flood(NUM_FLOOD, seed=number)
+            outcomes = {name: ask_all(server, load) for name, server in (turn, turn[::-1])[number % 2]}
             equal.append([one.output for one in outcomes["fcfs"]] == [one.output for one in outcomes["equinox"]])
             for name, some in outcomes.items():
-                found[name].append(figures_of(some))
+                found[name].append({**figures_of(some), **steps[name].since()})
             for client in booked:
                 booked[client] += charged(outcomes["equinox"], client)
             after = _service(ours)
-            exact.append({client: after[client] - before[client] for client in booked} == booked)
+            exact.append({client: after[client] - before.get(client, 0.0) for client in booked} == booked)
             print(number, found["fcfs"][-1], found["equinox"][-1], equal[-1], exact[-1], flush=True)
     pairs = list(zip(found["fcfs"], found["equinox"], strict=True))
     return {
@@ -79,6 +115,8 @@ def sharing(folder: Path, rounds: int) -> dict[str, Any]:
         "outputs_equal": equal,
         "charges_exact": exact,
         "light_ttft_lower_by": [round(one["light_ttft_mean_s"] / two["light_ttft_mean_s"], 1) for one, two in pairs],
+        "steps_ratio": [round(two["steps"] / one["steps"], 3) for one, two in pairs],
+        "cpu_ratio": [round(two["cpu_s"] / one["cpu_s"], 3) for one, two in pairs],
         "throughput_ratio": [round(two["tokens_per_s"] / one["tokens_per_s"], 3) for one, two in pairs],
         "throughput_ratio_median": round(
             statistics.median(two["tokens_per_s"] / one["tokens_per_s"] for one, two in pairs), 3
@@ -98,6 +136,7 @@ def memory(folder: Path, rounds: int) -> dict[str, Any]:
         serve(folder, "fcfs", arguments=arguments) as stock,
         serve(folder, "equinox", admission.OPTIONS, arguments) as ours,
     ):
+        steps = {"fcfs": Steps(stock), "equinox": Steps(ours)}
         for number in range(rounds):
             for name, server in (("fcfs", stock), ("equinox", ours)):
                 outcomes = ask_all(server, admission.load(number))
@@ -108,19 +147,35 @@ def memory(folder: Path, rounds: int) -> dict[str, Any]:
                         "retractions": sum(one.retractions for one in outcomes),
                         "requests": len(outcomes),
                         "tokens": sum(one.tokens for one in outcomes),
+                        **steps[name].since(),
                     }
                 )
                 print(number, name, found[name][-1], flush=True)
+    pairs = list(zip(found["fcfs"], found["equinox"], strict=True))
     return {
         "rounds": found,
-        "running_ratio": [
-            round(two["running"] / one["running"], 2) for one, two in zip(found["fcfs"], found["equinox"], strict=True)
-        ],
+        "running_ratio": [round(two["running"] / one["running"], 2) for one, two in pairs],
+        "times_as_quick": [round(one["seconds"] / two["seconds"], 2) for one, two in pairs],
+        "decode_batch_ratio": [round(two["decode_batch_mean"] / one["decode_batch_mean"], 2) for one, two in pairs],
+        "steps_ratio": [round(two["steps"] / one["steps"], 3) for one, two in pairs],
     }
 
 
+def best_ms(action: Callable[[], object], times: int = 15) -> float:
+    """Milliseconds of CPU, the best of some."""
+    taken = []
+    for _ in range(times):
+        start = time.process_time()
+        action()
+        taken.append(time.process_time() - start)
+    return round(1e3 * min(taken), 2)
+
+
 def order_ms() -> dict[str, dict[str, float]]:
-    """Milliseconds of CPU of ordering a queue, the best of some; 512 admissions are foreseen, the most there are."""
+    """Milliseconds of ordering a queue; 512 admissions are foreseen, the most there are.
+
+    Beside it the sort that SGLang's own `lof` makes of the same queue, the longest `max_new_tokens` first.
+    """
     found: dict[str, dict[str, float]] = {}
     for name in compat.POLICIES:
         for num_requests in (1_000, 10_000):
@@ -130,18 +185,19 @@ def order_ms() -> dict[str, dict[str, float]]:
                 fair = FairScheduling(stand_in, HookOptions.model_validate({"policy": name, "predictor": "none"}))
                 for number in range(num_requests):
                     client = f"client-{number * 7919 % num_clients}"
-                    req = Req(client, 20 + number % 50, 500, float(50 + number * 31 % 300))
+                    req = Req(client, 20 + number % 50, 350 + number * 37 % 1000, float(50 + number * 31 % 300))
                     stand_in.waiting_queue.append(req)
                     fair.arrived(req)
-                taken = []
-                for _ in range(15):
-                    start = time.process_time()
-                    fair.order(stand_in.waiting_queue)
-                    taken.append(time.process_time() - start)
-                found.setdefault(name, {})[f"{num_requests} requests of {num_clients} clients"] = round(
-                    1e3 * min(taken), 2
-                )
+                queue = stand_in.waiting_queue
+                case = f"{num_requests} requests of {num_clients} clients"
+                found.setdefault(name, {})[case] = best_ms(partial(fair.order, queue))
+                if name == compat.POLICIES[-1]:
+                    found.setdefault("SGLang's lof", {})[case] = best_ms(partial(sorted, queue, key=_longest_first))
     return found
+
+
+def _longest_first(req: Req) -> int:
+    return -int(req.sampling_params.max_new_tokens)
 
 
 def main() -> None:
@@ -153,7 +209,8 @@ def main() -> None:
     report: dict[str, Any] = {
         "command": "python " + " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "load_average": [round(load, 1) for load in os.getloadavg()],
         "versions": {name: version(name) for name in ("sglang", "torch", "transformers")},
         "order_ms": order_ms(),
     }

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("tests/engines/test_sglang_http.py", "-k", "light or speaks")
 # of each release: what it needs in another version than the newest
 RELEASES: dict[str, tuple[str, ...]] = {
-    "0.5.20": ("transformers==5.12.1",),
-    "0.5.17": ("transformers==5.12.1",),
+    "0.5.20": ("transformers==5.12.1", "tokenizers==0.22.2"),
+    "0.5.17": ("transformers==5.12.1", "tokenizers==0.22.2"),
 }
 
 

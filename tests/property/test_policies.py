@@ -97,6 +97,31 @@ def test_simulation_is_what_then_happens(data, name, limit):
     assert foreseen == [queue.admit().request_id for _ in range(min(limit, len(before)))]
 
 
+@settings(max_examples=60)
+@given(seed=st.integers(0, 10**6), clients=st.sampled_from(["abcd", ["a", "t/x", "u/x"], ["a", "t/x", "t/y"]]))
+def test_turns_are_foreseen_at_any_time(seed, clients):
+    """Rounds that are reckoned, where no two of a group wait, are those that are then lived through."""
+    rng = random.Random(seed)
+    queue = policy("deficit-round-robin", weights={"a": 2, "t": 0.3, "t/x": 0.5}, quantum=rng.choice((20, 200, 2000)))
+    running = []
+    for number in range(120):
+        kind = rng.choice(("arrive", "arrive", "admit", "end", "give back", "abort"))
+        if kind == "arrive":
+            queue.enqueue(str(number), rng.choice(clients), rng.randint(0, 300), rng.uniform(1, 500))
+        elif kind == "admit" and len(queue):
+            foreseen = queue.simulate(1)[0]
+            assert queue.admit() is foreseen
+            running.append(foreseen.request_id)
+        elif kind == "end" and running:
+            queue.finish(running.pop(rng.randrange(len(running))), rng.randint(0, 700))
+        elif kind == "give back" and running:
+            queue.give_back(running.pop())
+        elif kind == "abort" and len(queue):
+            queue.abort(rng.choice([ticket.request_id for ticket in queue]))
+    foreseen = queue.simulate()
+    assert [queue.admit() for _ in range(len(queue))] == foreseen
+
+
 @settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), name=st.sampled_from(POLICIES), data=st.data())
 def test_names_and_orders_of_dictionaries_decide_nothing(seed, name, data):

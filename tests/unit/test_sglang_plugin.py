@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mope.cli import main
 from mope.errors import ConfigError
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import commands, compat, hooks, plugin, settings
@@ -98,6 +104,23 @@ def test_nothing_is_registered_where_a_hook_that_is_needed_does_not_fit(
     assert registered == []
     assert len(caplog.records) == 1
     assert told in caplog.text
+
+
+def test_an_sglang_that_cannot_be_imported_is_told_of_once(
+    sglang: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sglang()
+    assert compat.probe() == []
+    monkeypatch.setattr(hooks.pkgutil, "resolve_name", lambda target: __import__("no_kernels"))
+    said = f"{len(hooks.HOOKS)} functions cannot be found (ModuleNotFoundError: No module named 'no_kernels')"
+    assert compat.probe() == [said]
+    plugin.register()
+    assert caplog.text.count("no_kernels") == 1
+    monkeypatch.undo()
+    sglang(add_one_req=None, retract_decode=None)
+    assert len(compat.probe()) == 2
+    monkeypatch.setattr(compat, "entry_points", lambda group: [])
+    assert "install mope-llm anew" in compat.probe()[0]
 
 
 def test_it_goes_without_a_hook_that_is_not_needed(sglang: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -208,6 +231,86 @@ def test_mistakes_are_told(
     assert any(found == status and told in text for found, text in mistakes(command, monkeypatch, **variables))
 
 
+@contextmanager
+def serving(states: Any, key: str | None = None) -> Iterator[str]:
+    """A server with SGLang's `/server_info`, which may want a key."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            allowed = key is None or self.headers.get("Authorization") == f"Bearer {key}"
+            self.send_response(401 if not allowed else 200 if self.path == "/server_info" else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps({"internal_states": states}).encode() if allowed else b"{}")
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+ON = {"policy": "vtc", "on": True, "failure": None, "waiting": 2, "running": 3, "front_end": "hooked"}
+
+
+@pytest.mark.parametrize(
+    ("states", "status", "told"),
+    [
+        ([{"mope": ON}], "ok", "policy vtc, 3 running, 2 waiting; front end: hooked"),
+        ([{"mope": {**ON, "front_end": "SGLang loads no plugins in it"}}], "warning", "loads no plugins in it"),
+        ([{"mope": {**ON, "on": False, "failure": "KeyError"}}], "failed", "has failed and is off: KeyError"),
+        ([{}], "failed", "no policy of mope's is on"),
+        ({"mope": ON}, "failed", "no policy of mope's is on"),
+        (7, "failed", "does not answer as SGLang's does"),
+    ],
+)
+def test_a_server_that_runs_is_asked(states: Any, status: str, told: str) -> None:
+    with serving(states) as url:
+        (found,) = commands.running(url)
+    assert found.status == status
+    assert told in found.text
+
+
+def test_each_replica_is_told_of() -> None:
+    with serving([{"mope": ON}, {}]) as url:
+        first, second = commands.running(url)
+    assert (first.status, second.status) == ("ok", "failed")
+    assert "replica 1" in second.text
+
+
+def test_a_server_that_does_not_answer_is_told_of() -> None:
+    with serving([]) as url:
+        pass
+    (found,) = commands.running(url)
+    assert found.status == "failed"
+    assert "does not answer" in found.text
+
+
+def test_the_doctor_asks_a_server_with_its_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mope.packaged.names", lambda: [])
+    monkeypatch.setattr(compat, "installed", lambda: None)  # where a server is asked, it may run elsewhere
+    with serving([{"mope": ON}], key="K") as url:
+        ask = ["doctor", "sglang", "--url", url]
+        assert main([*ask, "--api-key", "K"]) == 0
+        assert "policy vtc, 3 running" in capsys.readouterr().out
+        assert main(ask) == 1
+        assert "wants a key (HTTP 401): give it with --api-key" in capsys.readouterr().out
+        assert main([*ask, "--api-key", "L"]) == 1
+        assert "wants another key" in capsys.readouterr().out
+        command = ["--schedule-policy", "vtc", "--api-key", "K", "--mope-config", '{"predictor": "none"}']
+        assert main([*ask, "--", *command]) == 0
+        assert "policy vtc, 3 running" in capsys.readouterr().out
+        assert main([*ask, "--api-key", "K", "--metrics-port", url.rpartition(":")[2]]) == 1
+        assert "/metrics does not answer" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("release", "standing"),
     [
@@ -237,8 +340,33 @@ def test_front_ends_without_plugins_are_known(arguments: dict[str, Any], told: s
     assert found is None if told is None else told in str(found)
 
 
+README = (Path(hooks.__file__).parent / "README.md").read_text(encoding="utf-8")
+SHELL = [
+    line
+    for block in re.findall(r"^```bash\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+
+
+@pytest.mark.parametrize("command", [line for line in SHELL if "sglang.launch_server" in line])
+def test_each_command_of_the_readme_is_right(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SGLANG_PLUGINS", settings.VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    words = shlex.split(command)
+    found = commands.mistakes(words, commands.options(commands.flags(words)))
+    assert [finding.status for finding in found] == ["ok"], found
+
+
+def test_options_that_the_readme_names_exist() -> None:
+    named = re.findall(r'"(\w+)": ("[\w-]+"|true|\d+)', README)
+    assert {"predicted_admission", "victims", "identity", "metrics_port"} <= {name for name, _ in named}
+    for name, value in named:
+        HookOptions.model_validate({name: json.loads(value)})
+
+
 def test_the_readme_says_what_is_so() -> None:
-    readme = (Path(hooks.__file__).parent / "README.md").read_text(encoding="utf-8")
+    readme = README
+    assert sum("sglang.launch_server" in line for line in SHELL) == 2
     listed = re.search(r"<!-- releases -->\n(.*?)\n<!-- /releases -->", readme, re.DOTALL)
     assert listed is not None
     assert listed.group(1) == ", ".join(compat.TESTED)

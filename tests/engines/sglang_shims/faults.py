@@ -6,7 +6,7 @@ import os
 import random
 import time
 
-CALLS_BEFORE = 6  # that go well
+CALLS_BEFORE = 3  # that go well
 
 
 def bring(name):
