@@ -9,6 +9,7 @@ import os
 import socket
 import statistics
 import time
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 from mope.errors import UserError
@@ -78,13 +79,16 @@ def options(chosen: HookOptions) -> list[Finding]:
             )
         )
     if chosen.api_keys is not None and not os.access(chosen.api_keys, os.R_OK):
-        found.append(Finding(part, "failed", f"api_keys: {chosen.api_keys} cannot be read by this user"))
+        wrong = "cannot be read by this user" if chosen.api_keys.exists() else "there is no such file"
+        found.append(Finding(part, "failed", f"api_keys: {chosen.api_keys}: {wrong}"))
     if chosen.state is not None:
         folder = chosen.state.parent
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             found.append(Finding(part, "warning", f"state: {folder} cannot be written by this user; nothing is kept"))
+    if chosen.store is not None and chosen.store.startswith("redis") and find_spec("redis") is None:
+        found.append(Finding(part, "failed", "store: the package redis is missing: pip install 'mope-llm[redis]'"))
     if chosen.store is not None and chosen.state is not None:
         found.append(Finding(part, "note", "store and state: the file keeps this replica's books, Redis those of all"))
     if chosen.metrics_port is not None:

@@ -10,16 +10,21 @@ holistic score balances both "through tunable parameters". [S]: second-hand, alp
 [R]: our reconstruction, since the formulas themselves could not be read. [O]: ours.
 
     W    = w_p (n_in - n_cached) + w_c n_cached + w_q n_out                     weighted tokens, as in VTC (OSDI'24)
-    UFC  = W / (1 + delta L)              "discount"     [R] the longer one waits, the less one has enjoyed
+    UFC  = W / (1 + delta (L/L0 - 1)+)    "slowdown"     [O] only what the idle engine's L0 would not have taken counts
+         = W / (1 + delta L)              "discount"     [R] the longer one waits, the less one has enjoyed
          = max(0, W - delta L)            "subtract"     [R] clamped, [O]: a negative charge would break the bound
-         = W / (1 + delta (L/L0 - 1)+)    "slowdown"     [O] only what the idle engine's L0 would not have taken counts
          = W                              "tokens"       VTC with prediction
-    RFC  = T U                            "product"      [R] throughput times share of the GPU
+    RFC  = U L                            "gpu-seconds"  [O] what a request takes of the GPU, in seconds of all of it
+         = T U                            "product"      [R] throughput times share of the GPU
          = T / 50 + U                     "sum"          [O] T against 50 tokens/s, a fluent reading speed
          = U                              "share"        [O]
-         = U L                            "gpu-seconds"  [O] grows with length: many short requests gain nothing
     HF   = alpha UFC + beta s RFC                        weights: [A], [S]; the scale s is fixed, [R];
                                                          at least W / 1000, [O]: what costs nothing starves others
+
+The first of each is the default. The abstract's words are nearest to "discount" and "product", but by these a long
+answer costs little more than a short one: latency grows with length, so the discount undoes W, and neither T nor U
+grows. A client of answers of 2,000 tokens beside one of 50 would be given 97 % of all tokens. By the default HF grows
+with every token, and work that was slow is no cheaper work.
 
 L is the latency in seconds from admission to the last token, T throughput in tokens/s, U the share of the GPU's
 binding resource in [0, 1]. The scale s (`FairnessConfig.rfc_scale`) never changes while serving: a running maximum in

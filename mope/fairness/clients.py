@@ -32,7 +32,8 @@ def client_path(client: str | Sequence[str] | None) -> Path:
     if isinstance(client, str) and len(client) <= MAX_NAME:
         return _named(client)
     parts: Sequence[str] = client.split("/", MAX_DEPTH - 1) if isinstance(client, str) else client or ()
-    if len(parts) > MAX_DEPTH or not all(isinstance(part, str) for part in parts):
+    usable = isinstance(parts, Sequence) and len(parts) <= MAX_DEPTH
+    if not usable or not all(isinstance(part, str) for part in parts):
         raise ConfigError(
             f"a client is {str(client)[:80]!r}; expected a name, or up to {MAX_DEPTH} names from the group inwards"
         )

@@ -36,8 +36,8 @@ class FairnessConfig(BaseModel):
     cached_weight: float = Field(
         0.0, ge=0, le=1e3, description="price of a prompt token that the prefix cache held, never above prompt_weight"
     )
-    ufc: UfcVariant = Field("discount", description="formula of the UFC")
-    rfc: RfcVariant = Field("product", description="formula of the RFC")
+    ufc: UfcVariant = Field("slowdown", description="formula of the UFC")
+    rfc: RfcVariant = Field("gpu-seconds", description="formula of the RFC")
     rfc_scale: float | None = Field(
         None,
         gt=0,

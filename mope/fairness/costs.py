@@ -10,6 +10,7 @@ from __future__ import annotations
 from math import inf, isfinite
 from typing import NamedTuple, Protocol, SupportsFloat
 
+from mope.errors import ConfigError
 from mope.fairness.charges import MAX_TOKENS, Charge, Service, charge, discounted, rfc, ufc, weighted_tokens
 from mope.fairness.config import FairnessConfig
 from mope.fairness.mapper import IDLE, Load, MetricsMapper
@@ -155,7 +156,7 @@ class CostEstimator:
         work_s = self._mapper.work_s(prompt, response, load, cached_tokens=cached)  # the same, however long it took
         idle_s = latency_s
         if self.config.ufc == "slowdown":
-            idle_s = self._mapper.estimate(prompt, response, cached_tokens=cached).latency_s
+            idle_s = self._mapper.idle_latency_s(prompt - cached, prompt, response)
         return Service(
             prompt, cached, float(response), latency_s, idle_s, response / latency_s, min(1.0, work_s / latency_s)
         )
@@ -175,11 +176,18 @@ class CostEstimator:
         return number
 
     def count(self, tokens: int) -> int:
-        """A number of tokens from 0 to `MAX_TOKENS`."""
-        if 0 <= tokens <= MAX_TOKENS:
-            return int(tokens)
-        self.num_clamped += 1
-        return MAX_TOKENS if tokens > 0 else 0
+        """A number of tokens from 0 to `MAX_TOKENS`.
+
+        Raises:
+            ConfigError: it is no number.
+        """
+        try:
+            if 0 <= tokens <= MAX_TOKENS:
+                return int(tokens)
+            self.num_clamped += 1
+            return MAX_TOKENS if tokens > 0 else 0
+        except TypeError:
+            raise ConfigError(f"a number of tokens is {tokens!r}; expected a whole number") from None
 
     def _service(self, prompt_tokens: int, response_tokens: float, cached_tokens: int, load: Load) -> Service:
         cached = min(cached_tokens, prompt_tokens)
@@ -188,7 +196,7 @@ class CostEstimator:
         found = self._mapper.estimate(prompt_tokens, response_tokens, load, cached_tokens=cached)
         idle_s = found.latency_s
         if self.config.ufc == "slowdown" and load is not IDLE:
-            idle_s = self._mapper.estimate(prompt_tokens, response_tokens, cached_tokens=cached).latency_s
+            idle_s = self._mapper.idle_latency_s(prompt_tokens - cached, prompt_tokens, response_tokens)
         return Service(
             prompt_tokens, cached, response_tokens, found.latency_s, idle_s, found.tokens_per_s, found.gpu_utilization
         )

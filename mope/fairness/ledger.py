@@ -90,7 +90,7 @@ class Ledger:
             lift_settled: whether a lift leaves out what requests in flight are charged ahead.
         """
         self._lift_settled = lift_settled
-        self._weights = dict(weights or {})
+        self.weights = dict(weights or {})
         self._idle_clients, self._max_clients = idle_clients, max_clients
         self.root = Group("", None)
         self._open: dict[str, OpenCharge] = {}
@@ -123,7 +123,7 @@ class Ledger:
         return self.account((*path, "")) if isinstance(child, Group) else child
 
     def _opened(self, kind: type[A], name: str, parent: Group, path: Path) -> A:
-        account = kind(name, parent, self._weights.get("/".join(path), 1.0) if self._weights else 1.0)
+        account = kind(name, parent, self.weights.get("/".join(path), 1.0) if self.weights else 1.0)
         account.counter = parent.forgotten
         parent.children[name] = account
         self.num_accounts += 1
@@ -381,7 +381,7 @@ class Ledger:
             found = snapshot.get("version") if isinstance(snapshot, Mapping) else type(snapshot).__name__
             raise ConfigError(f"a ledger's snapshot has version {found!r}; expected {VERSION}: start without it")
         fresh = Ledger(
-            weights=self._weights,
+            weights=self.weights,
             idle_clients=self._idle_clients,
             max_clients=self._max_clients,
             lift_settled=self._lift_settled,

@@ -114,6 +114,21 @@ class MetricsMapper:
             prompt_tokens + ceil(response_tokens),
         )
 
+    def idle_latency_s(self, new_tokens: int, prompt_tokens: int, response_tokens: float) -> float:
+        """Seconds from admission to the last token on the engine without other requests, as in `estimate`.
+
+        Args:
+            new_tokens: tokens of the prompt that the prefix cache does not hold.
+            prompt_tokens: tokens of the prompt.
+            response_tokens: tokens of the answer.
+        """
+        costs = self._costs
+        if response_tokens <= 1.0:
+            return costs.prefill_s(new_tokens)
+        return costs.prefill_s(new_tokens) + (response_tokens - 1.0) * costs.step_s(
+            1, prompt_tokens + 0.5 * response_tokens
+        )
+
     def work_s(self, prompt_tokens: int, response_tokens: float, load: Load = IDLE, *, cached_tokens: int = 0) -> float:
         """Seconds of the GPU's binding resource that a request would take: arguments as in `estimate`."""
         work_s = self._costs.prefill_work_s(prompt_tokens - cached_tokens)

@@ -53,7 +53,7 @@ class Policy:
             ledger: books that go on, such as those restored from a snapshot; empty ones if None.
 
         Raises:
-            ConfigError: the config names a profile that cannot be read.
+            ConfigError: the config names a profile that cannot be read, or other weights than the ledger has.
         """
         self.config = config = config if config is not None else FairnessConfig()
         if config.policy.startswith("vtc"):
@@ -69,6 +69,10 @@ class Policy:
                 max_clients=config.max_clients,
             )
         )
+        if self.ledger.weights != dict(config.weights):
+            raise ConfigError(
+                "the ledger was made with other weights than the config has: give Ledger(weights=...) them"
+            )
         self._ahead = config.policy != "vtc"  # whether an admission is charged what it is predicted to need
         self._order = _order(config, self.ledger)
         self._corrects = isinstance(self._order, RoundRobinOrder)  # whether it keeps accounts of its own
@@ -100,15 +104,14 @@ class Policy:
             load: what the engine is doing, for the estimate of its latency.
 
         Raises:
-            ConfigError: a request of this name is here already, or the client is not a name.
+            ConfigError: a request of this name is here already, or the client is no name, or `prompt_tokens` no number.
         """
         if request_id in self._tickets:
             raise ConfigError(f"request {request_id[:80]!r} is here already")
-        account = self.ledger.account(client_path(client))
+        path, prompt = client_path(client), self.estimator.count(prompt_tokens)
         tokens = self.estimator.response_tokens(prediction, max_tokens)
-        ticket = Ticket(
-            request_id, account, self._num_arrivals, self.estimator.count(prompt_tokens), tokens, load, NOTHING
-        )
+        account = self.ledger.account(path)
+        ticket = Ticket(request_id, account, self._num_arrivals, prompt, tokens, load, NOTHING)
         ticket.charge = self._price(ticket, 0)
         self._num_arrivals += 1
         self._tickets[request_id] = ticket
@@ -154,8 +157,8 @@ class Policy:
 
     def give_back(self, request_id: str) -> None:
         """A request that was admitted did not run: it is refunded and waits where it waited."""
-        ticket = self._tickets[request_id]
-        if ticket.state != "running":
+        ticket = self._tickets.get(request_id)
+        if ticket is None or ticket.state != "running":
             return
         if ticket.generated or ticket.cached_tokens:
             self.preempt(request_id, ticket.generated)

@@ -17,10 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("tests/engines/test_sglang_http.py", "-k", "light or speaks")
+_EARLIER = ("transformers==5.12.1", "tokenizers==0.22.2", "huggingface-hub>=1.5,<2")
 # of each release: what it needs in another version than the newest
 RELEASES: dict[str, tuple[str, ...]] = {
-    "0.5.20": ("transformers==5.12.1", "tokenizers==0.22.2"),
-    "0.5.17": ("transformers==5.12.1", "tokenizers==0.22.2"),
+    "0.5.20": _EARLIER,
+    "0.5.17": _EARLIER,
 }
 
 

@@ -411,7 +411,15 @@ def test_a_long_name_is_shortened_and_stays_one_client():
     assert queue.enqueue("3", "x" * 10_000, 1, 1).account is one.account
 
 
-@pytest.mark.parametrize("client", [["a", 5], ["a"] * 5, [b"a"]])
+@pytest.mark.parametrize("prompt_tokens", [None, "12"])
+def test_what_is_no_number_is_refused_and_nothing_changes(prompt_tokens):
+    queue = policy("equinox")
+    with pytest.raises(ConfigError, match="expected a whole number"):
+        queue.enqueue("r", "a", prompt_tokens, 1)
+    assert len(queue) == queue.ledger.num_accounts == 0
+
+
+@pytest.mark.parametrize("client", [["a", 5], ["a"] * 5, [b"a"], 5, b"a"])
 def test_what_is_no_name_is_refused_and_nothing_changes(client):
     queue = policy("equinox")
     with pytest.raises(ConfigError, match="a client is"):
@@ -433,7 +441,10 @@ def test_mistakes_of_the_caller_are_told():
         queue.admit(ticket)
     for strange in (queue.finish, queue.abort, queue.progress, queue.preempt, queue.cached):
         strange("stranger", 5)
+    queue.give_back("stranger")
     assert queue.ledger.open_requests == ("r",)
+    with pytest.raises(ConfigError, match="other weights"):
+        Policy(FairnessConfig(weights={"a": 5}), ledger=Ledger())
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from mope import LengthPredictor
 from mope.errors import UserError
 from mope.fairness import IDLE, Charge, CostEstimator, FairnessConfig, Load, MetricsMapper, load_profile
 from mope.fairness.charges import MAX_TOKENS, UNIT, Service, charge, rfc, ufc, weighted_tokens
+from mope.fairness.profiles import list_profiles
 
 SERVED = Service(
     prompt_tokens=100,
@@ -95,9 +96,38 @@ def test_estimate_is_what_the_mapper_says():
         found.gpu_utilization,
         found.kv_tokens,
     )
-    assert cost.ufc == pytest.approx((300 + 400) / (1 + 0.1 * found.latency_s))
-    assert cost.rfc == pytest.approx(found.tokens_per_s * found.gpu_utilization)
+    idle_s = MetricsMapper(load_profile("a100-80gb/llama-2-7b")).estimate(300, 200.0).latency_s
+    assert cost.ufc == pytest.approx((300 + 400) / (1 + 0.1 * (found.latency_s / idle_s - 1)))
+    assert cost.rfc == pytest.approx(found.latency_s * found.gpu_utilization)
     assert cost.charge.hf == pytest.approx(UNIT * (0.7 * cost.ufc + 0.3 * estimator.rfc_scale * cost.rfc), abs=1)
+
+
+PROFILES = list_profiles()
+LOADS = st.builds(
+    lambda num, context: Load(num_running=num, context_tokens=num * context), st.integers(0, 512), st.integers(1, 8000)
+)
+
+
+@given(st.sampled_from(PROFILES), LOADS, st.integers(1, 1000))
+def test_a_long_answer_costs_many_times_a_short_one(profile, load, prompt):
+    """By the default; by `discount` and `product` forty times the tokens cost less than four times as much."""
+    estimator = CostEstimator(profile)
+    assert estimator.price(prompt, 2000.0, load).hf > 3 * estimator.price(prompt, 50.0, load).hf
+
+
+@given(st.sampled_from(PROFILES), LOADS, st.integers(0, 100_000), st.floats(1, 1e5), st.floats(1, 10))
+def test_no_answer_gets_much_cheaper_by_being_longer(profile, load, prompt, tokens, times):
+    """A prompt that was read at once counts in full; the first tokens beside many others take some off for waiting."""
+    estimator = CostEstimator(profile)
+    assert estimator.price(prompt, times * tokens, load).hf >= 0.85 * estimator.price(prompt, tokens, load).hf
+
+
+@given(st.floats(1e-9, 1e9), LOADS, st.integers(0, 10_000), st.integers(1, 10_000))
+def test_no_clock_makes_a_request_dear_or_free(latency_s, load, prompt, tokens):
+    estimator = CostEstimator()
+    idle = estimator.price(prompt, float(tokens), IDLE).hf
+    booked = estimator.price_measured(prompt, tokens, 0, latency_s, load).hf
+    assert 0 < booked <= 1.01 * idle + estimator.price(prompt, float(tokens), load).hf
 
 
 @pytest.mark.parametrize("variant", ["product", "sum", "share", "gpu-seconds"])
@@ -197,3 +227,9 @@ def test_the_core_needs_neither_numpy_nor_torch():
 
 def test_idle_is_no_load():
     assert Load() == IDLE
+
+
+@pytest.mark.parametrize("tokens", [None, "12", [1]])
+def test_a_number_of_tokens_that_is_none_is_a_typed_error(tokens):
+    with pytest.raises(UserError, match="expected a whole number"):
+        CostEstimator().estimate(tokens, 10)
