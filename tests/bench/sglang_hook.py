@@ -99,7 +99,7 @@ def sharing(folder: Path, rounds: int) -> dict[str, Any]:
         steps = {"fcfs": Steps(stock), "equinox": Steps(ours)}
         for number in range(rounds):
             turn: list[tuple[str, Server]] = [("fcfs", stock), ("equinox", ours)]
-            load = flood(NUM_FLOOD, seed=number)
+            load = flood(NUM_FLOOD, seed=number, light_every_s=0.6)
             outcomes = {name: ask_all(server, load) for name, server in (turn, turn[::-1])[number % 2]}
             equal.append([one.output for one in outcomes["fcfs"]] == [one.output for one in outcomes["equinox"]])
             for name, some in outcomes.items():
