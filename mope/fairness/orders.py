@@ -269,7 +269,8 @@ class RoundRobinOrder(_ByClient):
 
     In its turn a client may spend its quantum and what it did not spend before; what it has not spent when it has no
     more requests is gone. A group's quantum is divided among its clients that wait, by their weights within it, so
-    inventing users gains nothing.
+    inventing users gains nothing over many rounds. It does move waiting: users of one group save up together, and then
+    each of them has its turn before a newcomer has one. Where that matters, take a policy that goes by counters.
     Finding the next costs O(1), amortised over quanta, and O(n) where all must save for several rounds. `simulate`
     costs O(n), and O(log n) for each request, where no two clients of a group wait, else as much as finding one by one.
     """
