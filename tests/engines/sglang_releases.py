@@ -17,21 +17,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("tests/engines/test_sglang_http.py", "-k", "light or speaks")
-_EARLIER = ("transformers==5.12.1", "tokenizers==0.22.2", "huggingface-hub>=1.5,<2")
+_TRANSFORMERS = ("transformers==5.12.1", "tokenizers==0.22.2", "huggingface-hub==1.5.0")  # newer ones do not fit it
 # of each release: what it needs in another version than the newest
-RELEASES: dict[str, tuple[str, ...]] = {
-    "0.5.20": _EARLIER,
-    "0.5.17": _EARLIER,
-}
+RELEASES: dict[str, tuple[str, ...]] = {"0.5.20": _TRANSFORMERS, "0.5.17": _TRANSFORMERS}
 
 
 def fetched(cache: Path, release: str) -> Path:
-    """The folder of a release, filled on the first call."""
+    """The folder of a release, filled on the first call, and when it shall hold something else."""
     folder = cache / release
-    if not (folder / ".complete").exists():
+    packages = [f"sglang=={release}", *RELEASES.get(release, ())]
+    held = folder / ".complete"
+    if not held.exists() or held.read_text(encoding="utf-8").split() != packages:
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "--upgrade"]
-        subprocess.run([*command, f"sglang=={release}", *RELEASES.get(release, ())], check=True)
-        (folder / ".complete").touch()
+        subprocess.run([*command, *packages], check=True)
+        held.write_text("\n".join(packages), encoding="utf-8")
     return folder
 
 
