@@ -39,4 +39,6 @@ def standing(release: str | None, oldest: str, tested: Sequence[str], *, parts: 
         return f"older than {oldest}, which is the oldest that can work"
     if known[:parts] in {numbers(one)[:parts] for one in tested}:
         return "tested"
+    if known < numbers(tested[0]):
+        return "before the tested ones"
     return "newer than the tested ones" if known > numbers(tested[-1]) else "between tested ones"

@@ -16,7 +16,7 @@ from mope.serving_hooks import releases
 POLICIES: tuple[str, ...] = tuple(name for name in get_args(PolicyName) if name != "fcfs")  # SGLang has its own
 OLDEST = "0.5.11"
 # releases that the tests ran whole engines of, the newest last
-TESTED = ("0.5.17", "0.5.20", "0.5.23")
+TESTED = ("0.5.14", "0.5.17", "0.5.20", "0.5.23")
 GROUP, PLUGIN = "sglang.srt.plugins", "mope.serving_hooks.sglang.plugin:register"  # how SGLang finds us
 ROUTING_HEADER = "x-smg-routing-key"  # carried to the scheduler by every front end of SGLang's
 

@@ -38,7 +38,7 @@ def register() -> None:
         return
     for hook in HOOKS:
         if hook.target in wrong:
-            logger.warning("mope goes without %s: %s", hook.purpose, wrong[hook.target])
+            logger.info("mope goes without %s: %s", hook.purpose, wrong[hook.target])  # told where it is turned on
         else:
             HookRegistry.register(hook.target, hook.call, HookType[hook.kind])
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -113,13 +113,21 @@ class FairScheduling:
             changes["store"] = None
         return options.model_copy(update=changes)
 
-    def announce(self, applied: int, known: int) -> None:
-        """Says what is on, and what is not."""
+    def announce(self, applied: int, known: int, without: Sequence[str] = ()) -> None:
+        """Says what is on, and what is not.
+
+        Args:
+            applied: hooks that SGLang has applied.
+            known: all that there are.
+            without: what is lost without the others.
+        """
         if not self.rank.first:
             return
         options, release = self.steward.options, compat.installed()
         if compat.standing(release) != "tested":
             logger.warning("mope: SGLang %s is %s (%s)", release, compat.standing(release), ", ".join(compat.TESTED))
+        if without:
+            logger.warning("mope goes without %s: this SGLang has no place for it", ", ".join(without))
         if self.bypassed:
             logger.warning("mope: %s; all requests count as one client without predictions", self.bypassed)
         if (mode := getattr(self.scheduler.server_args, "disaggregation_mode", "null")) == "decode":
@@ -387,7 +395,8 @@ def begin(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     fair = FairScheduling(scheduler, read_options(name))
     setattr(scheduler, ATTRIBUTE, fair)
     setattr(scheduler.policy, ATTRIBUTE, fair)
-    fair.announce(len(hooks.applied()), len(hooks.HOOKS))
+    applied = hooks.applied()
+    fair.announce(len(applied), len(hooks.HOOKS), [hook.purpose for hook in hooks.HOOKS if hook not in applied])
 
 
 def calc_priority(original: Any, schedule_policy: Any, waiting_queue: list[Any], *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("tests/engines/test_sglang_http.py", "-k", "light or speaks")
 _TRANSFORMERS = ("transformers==5.12.1", "tokenizers==0.22.2", "huggingface-hub==1.5.0")  # newer ones do not fit it
 # of each release: what it needs in another version than the newest
-RELEASES: dict[str, tuple[str, ...]] = {"0.5.20": _TRANSFORMERS, "0.5.17": _TRANSFORMERS}
+RELEASES: dict[str, tuple[str, ...]] = {"0.5.20": _TRANSFORMERS, "0.5.17": _TRANSFORMERS, "0.5.14": _TRANSFORMERS}
 
 
 def fetched(cache: Path, release: str) -> Path:

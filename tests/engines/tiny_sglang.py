@@ -156,9 +156,7 @@ def serve(
     model = folder / "model"
     if not model.exists():  # where the stand-ins are, without which transformers cannot be imported here
         subprocess.run([sys.executable, __file__, str(model)], env=environment(), check=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     log = folder / f"server-{port}.log"
     command = [
         *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--served-model-name", "tiny"),
@@ -184,6 +182,16 @@ def serve(
         yield server
     finally:
         _end(process)
+
+
+def _free_port() -> int:
+    """One to which SGLang can add 10,000 for its own use."""
+    while True:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = int(free.getsockname()[1])
+        if port < 55_000:
+            return port
 
 
 def _wait(server: Server, ready_s: float) -> None:

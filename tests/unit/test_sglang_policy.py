@@ -277,6 +277,14 @@ def test_what_fails_beside_the_order_changes_no_order(monkeypatch, caplog) -> No
     assert ours.guard.ok
 
 
+def test_what_is_lost_without_a_hook_is_told_where_it_is_turned_on(caplog) -> None:
+    for ours in (fair(tp_size=2), fair(tp_size=2, rank=1)):
+        ours.announce(12, 13, ["victims"])
+    assert [record.message for record in caplog.records if "victims:" in record.message] == [
+        "mope goes without victims: this SGLang has no place for it"
+    ]
+
+
 def test_measured_latencies_count_only_where_nobody_has_to_agree() -> None:
     assert fair().steward.exact is False
     assert fair(tp_size=2).steward.exact is True
