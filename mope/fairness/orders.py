@@ -10,8 +10,7 @@ from __future__ import annotations
 import heapq
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator
-from fractions import Fraction
+from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import attrgetter
 
 from typing_extensions import override
@@ -264,199 +263,246 @@ class _Turns:
             heapq.heappush(self._group.heap, entry)
 
 
+class _Ring:
+    """Those of a group who have waiting requests, in turn.
+
+    Attributes:
+        turns: whose turn it is, and who comes after.
+        served: whose turn has begun: its quantum is granted.
+    """
+
+    __slots__ = ("served", "turns")
+
+    def __init__(self, turns: Iterable[Account] = (), served: Account | None = None) -> None:
+        self.turns, self.served = deque(turns), served
+
+
 class RoundRobinOrder(_ByClient):
     """Deficit round robin (Shreedhar and Varghese, SIGCOMM 1995): clients in turn, each for a quantum of HF.
 
     In its turn a client may spend its quantum and what it did not spend before; what it has not spent when it has no
-    more requests is gone. A group's quantum is divided among its clients that wait, by their weights within it, so
-    inventing users gains nothing over many rounds. It does move waiting: users of one group save up together, and then
-    each of them has its turn before a newcomer has one. Where that matters, take a policy that goes by counters.
-    Finding the next costs O(1), amortised over quanta, and O(n) where all must save for several rounds. `simulate`
-    costs O(n), and O(log n) for each request, where no two clients of a group wait, else as much as finding one by one.
+    more requests is gone. A group has one turn among its neighbours, whatever the number of its users, and within it
+    they take turns in the same way: a newcomer waits for one turn of each neighbour at most, and inventing users gains
+    nothing. Finding the next costs O(depth), amortised over quanta, and O(n) where all must save for several rounds.
+    `simulate` costs O(n), and O(depth log n) for each request.
     """
 
-    def __init__(self, quantum: float) -> None:
+    def __init__(self, ledger: Ledger, quantum: float) -> None:
         """Takes turns.
 
         Args:
-            quantum: HF, in weighted tokens, that a client of weight 1 may spend in a round.
+            ledger: whose accounts they are.
+            quantum: HF, in weighted tokens, that an account of weight 1 may spend in a round.
         """
         super().__init__()
+        self._ledger = ledger
         self._quantum = int(quantum * UNIT)
-        self._turns: deque[Account] = deque()
-        self._deficit: dict[Account, int] = {}
-        self._served: Account | None = None  # whose turn has begun: its quantum is granted
+        self._rings: dict[Account, _Ring] = {}  # of each group with waiting requests
+        self._within: dict[Account, Group] = {}  # in whose ring an account is
+        self._deficit: dict[Account, int] = {}  # what each of them may spend, in millionths of HF
+        self._grants: dict[Account, int] = {}  # what it is granted in a round
         self._costs: dict[Account, int] = {}  # HF of each client's first request
-        self._alone: dict[Account, int] = {}  # what a client is granted in a round if no other of its group waits
-        self._standing: dict[Account, tuple[Account, int]] = {}  # a client's outermost group, its weight within it
-        self._weights: dict[Account, int] = {}  # of each outermost group, those of its clients that wait, added up
 
     @override
     def add(self, ticket: Ticket) -> None:
-        if ticket.account not in self._deficit:
-            self._enter(ticket.account)
+        self._enter(ticket.account)
         super().add(ticket)
         self._costs[ticket.account] = self._first(ticket.account).charge.hf
 
-    def _enter(self, account: Account) -> None:
-        self._deficit[account] = 0
-        self._turns.append(account)
-        group, weight = self._standing[account] = _standing(account)
-        self._weights[group] = self._weights.get(group, 0) + weight
-        self._alone[account] = group.share_of(self._quantum * weight) // weight or 1
-
     @override
     def restore(self, ticket: Ticket) -> None:
-        account = ticket.account
-        if account not in self._deficit:
-            self._enter(account)
-            self._turns.rotate(1)
-            self._served = account
-        self._deficit[account] += ticket.charge.hf
+        for node in self._enter(ticket.account):  # it had left: back to where it was, its turn has begun
+            ring = self._rings[self._within[node]]
+            ring.turns.rotate(1)
+            if ring.served is not None:
+                self._deficit[ring.served] -= self._grants[ring.served]
+            ring.served = node
+        self.correct(ticket.account, -ticket.charge.hf)
         super().add(ticket)
-        self._costs[account] = self._first(account).charge.hf
+        self._costs[ticket.account] = self._first(ticket.account).charge.hf
 
     @override
     def take(self, ticket: Ticket) -> None:
-        self._deficit[ticket.account] -= ticket.charge.hf
+        self.correct(ticket.account, ticket.charge.hf)
         self.drop(ticket)
 
     @override
     def drop(self, ticket: Ticket) -> None:
         super().take(ticket)
         if ticket.account not in self._queues:
+            del self._costs[ticket.account]
             self._exit(ticket.account)
         else:
             self._costs[ticket.account] = self._first(ticket.account).charge.hf
 
-    def _exit(self, account: Account) -> None:
-        del self._deficit[account], self._costs[account], self._alone[account]
-        self._turns.remove(account)
-        self._served = None if self._served is account else self._served
-        group, weight = self._standing.pop(account)
-        self._weights[group] -= weight
-        if not self._weights[group]:
-            del self._weights[group]
-
     @override
     def correct(self, account: Account, amount: int) -> None:
-        if account in self._deficit:
-            self._deficit[account] -= amount
+        node, within = account, self._within
+        while (group := within.get(node)) is not None:
+            self._deficit[node] -= amount
+            node = group
 
     @override
     def next(self, passed_over: Collection[Ticket] = ()) -> Ticket | None:
-        standing = {ticket.account for ticket in passed_over}
-        if standing and all(account in standing for account in self._turns):
-            return None
+        root = self._ledger.root
+        return self._next(root, {ticket.account for ticket in passed_over}) if root in self._rings else None
+
+    def _next(self, group: Account, standing: Collection[Account]) -> Ticket | None:
+        """Who of a group is next; those who stand aside are not granted anything."""
+        ring, deficit = self._rings[group], self._deficit
+        turns = ring.turns
+        saving: list[tuple[Account, int, int]] = []  # account, grant, and rounds until it can pay
         turned = 0
-        while self._turns:
-            account = self._turns[0]
-            if account not in standing:
-                if self._served is not account:
-                    self._deficit[account] += self._grant(account)
-                    self._served = account
-                first = self._first(account)
-                if first.charge.hf <= self._deficit[account]:
+        while turned < len(turns):
+            account = turns[0]
+            if account in self._rings:
+                first = self._next(account, standing)
+            else:
+                first = None if account in standing else self._first(account)
+            if first is not None:
+                grant = self._grants[account]
+                if ring.served is not account:
+                    deficit[account] += grant
+                    ring.served = account
+                lacks = first.charge.hf - deficit[account]
+                if lacks <= 0:
                     return first
-            self._turns.rotate(-1)
-            self._served = None
+                saving.append((account, grant, -(-lacks // grant)))
+            turns.rotate(-1)
+            ring.served = None
             turned += 1
-            if turned >= len(self._turns):
-                self._save(standing)
+            if turned == len(turns) and saving:  # rounds in which nobody could be served are granted all at once
+                rounds = min(lacking for _, _, lacking in saving) - 1
+                for account, grant, _ in saving:
+                    deficit[account] += rounds * grant
+                saving.clear()
                 turned = 0
         return None
 
-    def _save(self, standing: Collection[Account]) -> None:
-        """Grants the rounds in which nobody could be served yet, all at once."""
-        waiting = [account for account in self._turns if account not in standing]
-        rounds = min(
-            -((self._deficit[account] - self._first(account).charge.hf) // self._grant(account)) for account in waiting
-        )
-        for account in waiting:
-            self._deficit[account] += max(0, rounds - 1) * self._grant(account)
+    def _enter(self, account: Account) -> list[Account]:
+        """Gives a client turns, and the groups that it is in; those that had none until now."""
+        entered: list[Account] = []
+        node = account
+        while node.parent is not None and node not in self._within:
+            group = node.parent
+            ring = self._rings.get(group)
+            if ring is None:
+                ring = self._rings[group] = _Ring()
+                self._split(group, ring)
+            self._place(node, group, 0)
+            ring.turns.append(node)
+            entered.append(node)
+            node = group
+        return entered
 
-    def _grant(self, account: Account) -> int:
-        group, weight = self._standing[account]
-        return group.share_of(self._quantum * weight) // self._weights[group] or 1
+    def _split(self, group: Group, ring: _Ring) -> None:
+        """A client may turn out to be a group: it becomes one of its users, and its turn the group's."""
+        client, parent = group.children.get(""), group.parent
+        if client is None or parent is None or self._within.get(client) is not parent:
+            return
+        outer = self._rings[parent]
+        outer.turns[outer.turns.index(client)] = group
+        outer.served = group if outer.served is client else outer.served
+        self._place(group, parent, self._deficit[client])
+        self._place(client, group, 0)
+        ring.turns.append(client)
+
+    def _place(self, account: Account, group: Group, deficit: int) -> None:
+        self._within[account], self._deficit[account] = group, deficit
+        self._grants[account] = account.share_of(self._quantum) or 1
+
+    def _exit(self, account: Account) -> None:
+        node = account
+        while (group := self._within.get(node)) is not None:
+            ring = self._rings[group]
+            ring.turns.remove(node)
+            ring.served = None if ring.served is node else ring.served
+            del self._within[node], self._deficit[node], self._grants[node]
+            if ring.turns:
+                return
+            del self._rings[group]
+            node = group
 
     @override
     def simulate(self, limit: int | None = None) -> list[Ticket]:
-        if len(self._weights) == len(self._turns):
-            return self._simulate_alone(self._num_waiting if limit is None else min(limit, self._num_waiting))
-        ahead = _RoundsAhead(self)
+        root = self._ledger.root
+        ahead = _RingAhead(self, root) if root in self._rings else None
         order: list[Ticket] = []
-        while (limit is None or len(order) < limit) and (ticket := ahead.next()) is not None:
-            ahead.take(ticket)
-            order.append(ticket)
+        while ahead is not None and ahead.first is not None and (limit is None or len(order) < limit):
+            order.append(ahead.first)
+            ahead.take()
         return order
 
-    def _simulate_alone(self, limit: int) -> list[Ticket]:
-        """`simulate` where no two clients of a group wait: grants stay the same, so rounds can be reckoned."""
-        deficit, costs, alone = self._deficit, self._costs, self._alone
-        due = [  # the round in which each can pay for its first request, and its place in it
-            (-((deficit[account] - costs[account]) // alone[account]), place, account)
-            for place, account in enumerate(self._turns)
+
+class _QueueAhead:
+    """A client's requests as they would be taken.
+
+    Attributes:
+        first: whose turn it would be; None when all were taken.
+    """
+
+    __slots__ = ("_rest", "first")
+
+    def __init__(self, queue: Iterable[Ticket]) -> None:
+        self._rest = iter(queue)
+        self.first: Ticket | None = next(self._rest, None)
+
+    def take(self) -> None:
+        """The first would be admitted."""
+        self.first = next(self._rest, None)
+
+
+class _RingAhead:
+    """Turns within a group as they would come: the rounds in which nobody can pay are reckoned, not lived through.
+
+    Attributes:
+        first: whose turn it would be; None when all were taken.
+    """
+
+    __slots__ = ("_ahead", "_due", "_order", "_saved", "first")
+
+    def __init__(self, order: RoundRobinOrder, group: Account) -> None:
+        ring, deficit, costs, grants = order._rings[group], order._deficit, order._costs, order._grants
+        self._order = order
+        self._ahead: dict[Account, _QueueAhead | _RingAhead] = {}
+        self._saved: dict[Account, tuple[int, int]] = {}  # what is not spent, and the round in which that was so
+        groups = {account: self._cost(account) for account in ring.turns if account not in costs}
+        costs = {**costs, **groups} if groups else costs
+        due = [  # the round in which each can pay, and its place in it
+            (-((deficit[account] - costs[account]) // grants[account]), place, account)
+            for place, account in enumerate(ring.turns)
         ]
-        due = [entry if entry[0] > 0 else (1, *entry[1:]) for entry in due]
-        if due and self._served is due[0][2]:  # this one's turn has begun, so its next comes after all others'
-            account = self._served
-            due[0] = (0 if costs[account] <= deficit[account] else due[0][0], len(due), account)
-        heapq.heapify(due)
-        left: dict[Account, tuple[Ticket, Iterator[Ticket]]] = {}
-        saved: dict[Account, tuple[int, int]] = {}  # what was not spent, and the round in which that was so
-        order: list[Ticket] = []
-        while len(order) < limit:
-            now, place, account = due[0]
-            if account in left:
-                (ticket, rest), (have, since) = left[account], saved[account]
-            else:
-                rest = iter(self._queues[account].values())
-                ticket, have, since = next(rest), deficit[account], 0
-            order.append(ticket)
-            following = next(rest, None)
-            if following is None:
-                heapq.heappop(due)
-                continue
-            have += (now - since) * alone[account] - ticket.charge.hf
-            left[account], saved[account] = (following, rest), (have, now)
-            lacks = -((have - following.charge.hf) // alone[account])
-            heapq.heapreplace(due, (now + max(0, lacks), place, account))
-        return order
+        self._due = [entry if entry[0] > 0 else (1, *entry[1:]) for entry in due]
+        account = ring.turns[0]
+        if ring.served is account:  # its turn has begun, so its next comes after all others'
+            self._due[0] = (0 if costs[account] <= deficit[account] else self._due[0][0], len(due), account)
+        heapq.heapify(self._due)
+        self.first: Ticket | None = self._of(self._due[0][2]).first
 
+    def _cost(self, account: Account) -> int:
+        first = self._of(account).first
+        return first.charge.hf if first is not None else 0
 
-class _RoundsAhead(RoundRobinOrder):
-    """A round-robin order that goes on without the other's taking part. Reads the other's queues, and copies none."""
+    def _of(self, account: Account) -> _QueueAhead | _RingAhead:
+        found = self._ahead.get(account)
+        if found is None:
+            order = self._order
+            found = self._ahead[account] = (
+                _RingAhead(order, account) if account in order._rings else _QueueAhead(order._queues[account].values())
+            )
+        return found
 
-    def __init__(self, order: RoundRobinOrder) -> None:
-        self._quantum, self._served = order._quantum, order._served
-        self._queues, self._turns, self._deficit = order._queues, deque(order._turns), dict(order._deficit)
-        self._weights, self._standing = dict(order._weights), dict(order._standing)
-        self._costs, self._alone = dict(order._costs), dict(order._alone)
-        self._heads: dict[Account, tuple[Ticket, Iterator[Ticket]]] = {}  # of each client: its first, and the rest
-
-    @override
-    def _first(self, account: Account) -> Ticket:
-        head = self._heads.get(account)
-        if head is None:
-            rest = iter(self._queues[account].values())
-            head = self._heads[account] = next(rest), rest
-        return head[0]
-
-    @override
-    def drop(self, ticket: Ticket) -> None:
-        account, rest = ticket.account, self._heads[ticket.account][1]
-        following = next(rest, None)
-        if following is None:
-            self._exit(account)
+    def take(self) -> None:
+        """The first would be admitted."""
+        now, place, account = self._due[0]
+        ahead, grant = self._ahead[account], self._order._grants[account]
+        have, since = self._saved.get(account, (self._order._deficit[account], 0))
+        have += (now - since) * grant - self._cost(account)
+        ahead.take()
+        if ahead.first is None:
+            heapq.heappop(self._due)
         else:
-            self._heads[account] = following, rest
-            self._costs[account] = following.charge.hf
-
-
-def _standing(account: Account) -> tuple[Account, int]:
-    """A client's outermost group, and its weight within that in millionths."""
-    weight = Fraction(UNIT)
-    while account.parent is not None and account.parent.parent is not None:
-        weight *= account.weight
-        account = account.parent
-    return account, max(1, int(weight))
+            self._saved[account] = have, now
+            lacks = ahead.first.charge.hf - have
+            heapq.heapreplace(self._due, (now - (-lacks // grant) if lacks > 0 else now, place, account))
+        self.first = self._of(self._due[0][2]).first if self._due else None

@@ -7,7 +7,7 @@
     equinox               the client with the least HF, charged with the prediction, corrected at the end
                           (arXiv 2508.16646; what is reconstructed is said in `mope.fairness.charges`)
     shortest-predicted    shortest predicted answer first, held back by `ageing` tokens for each earlier arrival
-    deficit-round-robin   clients in turn, each for a quantum of HF
+    deficit-round-robin   clients in turn, each for a quantum of HF; users of a group within the group's turn
 
 A policy is an order (`mope.fairness.orders`), the books (`mope.fairness.ledger`) and prices (`mope.fairness.costs`).
 It follows a request from arrival to end; the engine's hook tells it what happens. Knows no engine, no clock and no
@@ -351,7 +351,7 @@ def _order(config: FairnessConfig, ledger: Ledger) -> Order:
         case "shortest-predicted":
             return KeyedOrder(lambda ticket: ticket.predicted_tokens + config.ageing * ticket.arrival)
         case "deficit-round-robin":
-            return RoundRobinOrder(config.quantum)
+            return RoundRobinOrder(ledger, config.quantum)
         case "vtc" | "vtc-predicted" | "equinox":
             return CounterOrder(ledger)
 

@@ -98,9 +98,9 @@ def test_simulation_is_what_then_happens(data, name, limit):
 
 
 @settings(max_examples=60)
-@given(seed=st.integers(0, 10**6), clients=st.sampled_from(["abcd", ["a", "t/x", "u/x"], ["a", "t/x", "t/y"]]))
+@given(seed=st.integers(0, 10**6), clients=st.sampled_from(["abcd", ["a", "t/x", "u/x"], ["a", "t", "t/x", "t/y/z"]]))
 def test_turns_are_foreseen_at_any_time(seed, clients):
-    """Rounds that are reckoned, where no two of a group wait, are those that are then lived through."""
+    """Rounds that are reckoned are those that are then lived through; `t` may turn out to be a group at any time."""
     rng = random.Random(seed)
     queue = policy("deficit-round-robin", weights={"a": 2, "t": 0.3, "t/x": 0.5}, quantum=rng.choice((20, 200, 2000)))
     running = []
@@ -118,8 +118,10 @@ def test_turns_are_foreseen_at_any_time(seed, clients):
             queue.give_back(running.pop())
         elif kind == "abort" and len(queue):
             queue.abort(rng.choice([ticket.request_id for ticket in queue]))
+        queue.ledger.add_elsewhere(("a", "b") if rng.random() < 0.01 else ("t", "w"), rng.randint(0, 100))
     foreseen = queue.simulate()
     assert [queue.admit() for _ in range(len(queue))] == foreseen
+    assert queue.simulate() == []
 
 
 @settings(max_examples=40)
