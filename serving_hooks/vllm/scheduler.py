@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-_TOKENS_LATE = 64  # by which a charge may lag behind an answer that has outgrown its prediction
+_TOKENS_LATE = 64  # by which a charge may lag behind an answer that has outgrown its prediction, or by an eighth of it
 _STEPS_LATE = 8  # by which books may lag behind what has happened: work that is done together takes less time
 
 logger = logging.getLogger("vllm.mope")  # below vLLM's own, so that its settings print it
@@ -157,7 +157,8 @@ class FairMixin(_Base):
         if steward is None:
             return
         self._step += 1
-        steward.between_steps()
+        if self._step % _STEPS_LATE == 0:
+            steward.between_steps()
         if steward.options.victims != "engine" and len(self.running) > 1:
             self._order_victims(steward)
 
@@ -172,6 +173,8 @@ class FairMixin(_Base):
         if steward is None:
             return
         policy = steward.policy
+        if not output.scheduled_new_reqs and queue.head is None and not policy.num_blocked:
+            return
         for started in output.scheduled_new_reqs:
             request_id = started.req_id
             request = self.requests.get(request_id)
@@ -210,7 +213,8 @@ class FairMixin(_Base):
             return
         if self._fresh:
             self._look_at_fresh(steward)
-        self._book_ended()
+        if self.finished_req_ids:
+            self._book_ended()
         for step in range(self._looked + 1, self._step + 1):
             for request_id in self._due.pop(step, ()):
                 self._look_at(request_id)
@@ -218,7 +222,8 @@ class FairMixin(_Base):
         if self._step % _STEPS_LATE == 0 or not self.running:  # the engine may be idle from here on
             self._queue.catch_up()
             steward.settle()
-        steward.exchange()
+        if steward.store is not None:
+            steward.exchange()
 
     def _after_aborts(self) -> None:
         self._book_ended()
@@ -259,7 +264,7 @@ class FairMixin(_Base):
             steward.policy.progress(request_id, generated)
         step = self._step + 1
         if steward.options.policy != "vtc":
-            left = max(_TOKENS_LATE, int(ticket.charged_tokens) - generated)
+            left = max(_TOKENS_LATE, generated // 8, int(ticket.charged_tokens) - generated)
             step += min(256, left // self._tokens_a_step)
             step -= step % -_STEPS_LATE  # several of them in the same step
         self._due.setdefault(step, []).append(request_id)

@@ -7,10 +7,11 @@ ours over it. 256 requests run; as one ends, the next of those that wait is admi
 hook does, it does for each request, so its share of a step depends on how long answers are. Counted is the CPU time of
 the whole process, the thread that learns included, in add_request(), schedule() and update_from_output(), after the
 first lessons (of each of the first 1,000 answers, then of one in eight). Both take turns, a stretch of steps each, so
-that whatever the machine does beside hits both; the figure is the median over stretches of the ratio of the two. The
-second figure is the time in the hook's own code alone, over the rest of the same steps: it leaves out what the hook
-costs vLLM by taking its place in the processor's caches, and is less disturbed. As a server does at its start, what
-lives by then is taken out of the garbage collector's sight.
+that whatever the machine does beside hits both; the ratio of the two is the median over stretches. Where things come
+to lie in memory moves it by some percent from process to process, so each line is the median over several fresh
+processes, with the least and the most of them. The second figure is the time in the hook's own code alone, over the
+rest of the same steps: it leaves out what the hook costs vLLM by taking its place in the processor's caches, and is
+less disturbed. As a server does at its start, what lives by then is taken out of the garbage collector's sight.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import platform
+import random
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,7 @@ from mope.serving_hooks.replay.engine import EngineSettings
 from mope.serving_hooks.replay.engine_vllm import VllmEngine
 
 RUNNING = 256
-STRETCH, STRETCHES = 20, 60
+STRETCH, STRETCHES = 20, 40
 LEARNED = 1_100  # answers that are complete before it begins
 SETTINGS = ((1_000, 100), (10_000, 1_000))  # requests that wait, of so many clients
 OURS = "mope.serving_hooks.vllm.scheduler.make_scheduler"
@@ -56,6 +60,7 @@ class Loaded:
         self.num_clients, self.num_sent, self.mean_answer = num_clients, 0, mean_answer
         self.cpu_s = self.own_s = 0.0
         self.lengths: dict[str, int] = {}
+        self.random = random.Random(7)
         for method in ("add_request", "schedule", "update_from_output"):
             self.watch(method)
         if policy:
@@ -69,7 +74,7 @@ class Loaded:
         """One more request; answers have half to one and a half times the mean."""
         name = str(self.num_sent)
         mean = self.mean_answer
-        self.lengths[name] = mean // 2 + self.num_sent * 7919 % mean
+        self.lengths[name] = self.random.randint(mean // 2, 3 * mean // 2)
         client = f"client-{self.num_sent % self.num_clients}"
         carried = Carried(client, 0.9 * mean, tuple(mean * share for share in SHARES), "llm||")
         self.engine.add(name, 30 + self.num_sent % 40, carried, float(self.num_sent), None)
@@ -110,8 +115,8 @@ class Loaded:
         guard.run = timed
 
 
-def measure(num_waiting: int, num_clients: int, policy: str, mean_answer: int) -> dict[str, Any]:
-    """Median CPU time of a step of both, and of their ratio."""
+def measure(num_waiting: int, num_clients: int, policy: str, mean_answer: int) -> dict[str, float]:
+    """Median CPU time of a step of both, and of their ratio, in this process."""
     pair = tuple(Loaded(num_waiting, num_clients, which, mean_answer) for which in (None, policy))
     times: tuple[list[float], list[float]] = ([], [])
     own: list[float] = []
@@ -127,19 +132,28 @@ def measure(num_waiting: int, num_clients: int, policy: str, mean_answer: int) -
             if which:
                 own.append(pair[1].own_s / (pair[1].cpu_s - pair[1].own_s))
     ratios = [ours / stock for stock, ours in zip(*times, strict=True)]
-    low, high = sorted(ratios)[len(ratios) // 4], sorted(ratios)[3 * len(ratios) // 4]
     failure = pair[1].engine.scheduler.mope_guard.failure
     if failure is not None:
         raise RuntimeError(failure)
-    gc.unfreeze()
     return {
-        "requests_per_step": round((pair[1].num_sent - num_sent) / (STRETCH * STRETCHES), 2),
-        "stock_us": round(1e6 * statistics.median(times[0]), 1),
-        "ours_us": round(1e6 * statistics.median(times[1]), 1),
-        "added_percent": round(100 * (statistics.median(ratios) - 1), 2),
-        "quartiles_percent": (round(100 * (low - 1), 2), round(100 * (high - 1), 2)),
-        "own_code_percent": round(100 * statistics.median(own), 2),
+        "requests_per_step": (pair[1].num_sent - num_sent) / (STRETCH * STRETCHES),
+        "stock_us": 1e6 * statistics.median(times[0]),
+        "ours_us": 1e6 * statistics.median(times[1]),
+        "added_percent": 100 * (statistics.median(ratios) - 1),
+        "own_code_percent": 100 * statistics.median(own),
     }
+
+
+def over_processes(num_processes: int, *settings: Any) -> dict[str, Any]:
+    """Medians of `measure` over fresh processes, one after another, and how far apart they are."""
+    context = multiprocessing.get_context("spawn")
+    found = []
+    for _ in range(num_processes):
+        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+            found.append(pool.submit(measure, *settings).result())
+    medians = {key: round(statistics.median(one[key] for one in found), 2) for key in found[0]}
+    added = sorted(one["added_percent"] for one in found)
+    return {**medians, "added_least_and_most": (round(added[0], 2), round(added[-1], 2))}
 
 
 def main() -> None:
@@ -147,16 +161,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--policies", default="fcfs,vtc-predicted,equinox", help="policies, with commas between")
-    parser.add_argument("--answers", default="200,400", help="mean tokens of an answer, with commas between")
+    parser.add_argument("--answers", default="200,1000", help="mean tokens of an answer, with commas between")
+    parser.add_argument("--processes", type=int, default=5, help="fresh processes for each line")
     chosen = parser.parse_args()
     figures: dict[str, Any] = {}
     table = Table(
-        "policy", "answer", "waiting", "ends/step", "vLLM µs", "with mope µs", "added %", "quartiles %", "own code %"
+        "policy", "answer", "waiting", "ends/step", "vLLM µs", "with mope µs", "added %", "own code %", "least and most"
     )
     for policy in chosen.policies.split(","):
         for mean_answer in map(int, chosen.answers.split(",")):
             for num_waiting, num_clients in SETTINGS:
-                found = measure(num_waiting, num_clients, policy, mean_answer)
+                found = over_processes(chosen.processes, num_waiting, num_clients, policy, mean_answer)
                 name = f"{policy}, answers of {mean_answer}, {num_waiting} waiting of {num_clients} clients"
                 figures[name] = found
                 table.add_row(policy, str(mean_answer), f"{num_waiting:,}", *map(str, found.values()))
