@@ -110,6 +110,30 @@ def test_predicted_admission_preempts_less(model, stock):
     assert preempted[True] < preempted[False] / 3
 
 
+def test_27_adapters_are_clients_where_nobody_says_who_asks(model, tmp_path):
+    """S-LoRA's case: one adapter's users flood, four adapters fit into a batch, and 26 others ask now and then."""
+    adapters = tiny_vllm.make_adapters(tmp_path, 27)
+    engine = {"enable_lora": True, "max_loras": 4, "max_cpu_loras": 27, "max_lora_rank": 8}
+    requests = [Asked(0, "", 40, 40 + n % 9, 44.0, seed=n, adapter=adapters[0]) for n in range(120)]
+    requests += [Asked(4 * n, "", 30, 8 + n % 5, 10.0, seed=900 + n, adapter=adapters[1 + n % 26]) for n in range(52)]
+    vllm = EngineInProcess(model, None, **engine)
+    same_prompt = vllm.run([Asked(0, "", 30, 20, seed=1, adapter=adapter) for adapter in adapters])
+    assert len(set(same_prompt.tokens.values())) > 20  # the adapters are in use
+    stock = vllm.run(requests)
+    expected, waits = Counter(), {}
+    for one in requests:
+        expected[f"lora/{one.adapter.name}"] += one.prompt_tokens + 2 * one.length
+    for policy in ("fcfs", "equinox"):
+        running = EngineInProcess(model, {"policy": policy}, **engine)
+        outcome = running.run(requests)
+        assert outcome.tokens == stock.tokens
+        assert services(running.scheduler) == dict(expected)
+        settled(running)
+        late = [outcome.first_token[n] - one.step + 1 for n, one in enumerate(requests) if one.adapter != adapters[0]]
+        waits[policy] = sum(late) / len(late)
+    assert waits["fcfs"] >= 10 * waits["equinox"], waits
+
+
 @pytest.mark.parametrize("engine", [{}, TIGHT], ids=["room", "tight"])
 def test_thousands_of_requests_with_random_aborts(model, engine):
     """Nothing is lost, the engine lives, and the books hold exactly what was delivered."""

@@ -85,6 +85,40 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
+def make_adapters(folder: Path, count: int) -> list[Path]:
+    """Writes LoRA adapters of the tiny model, with random weights that differ from each other, as PEFT saves them."""
+    import torch
+    from safetensors.torch import save_file
+
+    rank, size = 4, CONFIG["hidden_size"]
+    written = []
+    for number in range(count):
+        adapter = folder / f"adapter-{number}"
+        adapter.mkdir(parents=True, exist_ok=True)
+        config = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": 64,
+            "target_modules": ["q_proj", "o_proj"],
+            "bias": "none",
+        }
+        (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        random = torch.Generator().manual_seed(number)
+        save_file(
+            {
+                f"base_model.model.model.layers.{layer}.self_attn.{module}.lora_{side}.weight": torch.randn(
+                    (rank, size) if side == "A" else (size, rank), generator=random
+                )
+                for layer in range(CONFIG["num_hidden_layers"])
+                for module in config["target_modules"]
+                for side in "AB"
+            },
+            adapter / "adapter_model.safetensors",
+        )
+        written.append(adapter)
+    return written
+
+
 @dataclass(frozen=True)
 class Server:
     """A server that runs.

@@ -61,7 +61,10 @@ def ending_processor() -> type:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: at which step it comes, from whom, how long its prompt and its answer are, what is predicted."""
+    """A request: at which step it comes, from whom, how long its prompt and its answer are, what is predicted.
+
+    A LoRA adapter's folder stands for a client that nobody named where `client` is empty.
+    """
 
     step: int
     client: str
@@ -70,6 +73,7 @@ class Asked:
     predicted: float | None = None
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    adapter: Path | None = None
 
     def prompt(self) -> list[int]:
         """Token ids that no other request has."""
@@ -152,11 +156,14 @@ class EngineInProcess:
         """Sends a request."""
         from vllm import SamplingParams
 
-        extra: dict[str, Any] = {LENGTH: asked.length, "mope_client": asked.client}
+        extra: dict[str, Any] = {LENGTH: asked.length}
+        if asked.client:
+            extra["mope_client"] = asked.client
         if asked.predicted is not None:
             extra["mope_tokens"] = float(asked.predicted)
         settings = {"max_tokens": 900, "temperature": 0.0, "extra_args": extra, **asked.options}
-        self.engine.add_request(str(number), {"prompt_token_ids": asked.prompt()}, SamplingParams(**settings))
+        prompt, parameters = {"prompt_token_ids": asked.prompt()}, SamplingParams(**settings)
+        self.engine.add_request(str(number), prompt, parameters, lora_request=_lora(asked.adapter))
 
     def run(self, requests: Iterable[Asked], at_step: Callable[[int, EngineInProcess], None] | None = None) -> Outcome:
         """Serves all requests to their end; `at_step` may interfere before each step."""
@@ -177,6 +184,15 @@ class EngineInProcess:
             step += 1
         outcome.num_steps = step
         return outcome
+
+
+def _lora(adapter: Path | None) -> Any:
+    """How vLLM names a LoRA adapter."""
+    if adapter is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(adapter.name, 1 + int(adapter.name.split("-")[-1]), str(adapter))
 
 
 def flood_and_light(*, num_flood: int = 100, num_light: int = 20, every: int = 12, seed: int = 0) -> list[Asked]:
