@@ -9,6 +9,8 @@ from __future__ import annotations
 from math import ceil
 from typing import NamedTuple
 
+from mope.errors import ConfigError
+from mope.fairness.charges import MAX_TOKENS
 from mope.fairness.profiles import Profile
 
 
@@ -88,7 +90,15 @@ class MetricsMapper:
             response_tokens: tokens that it is predicted to answer, from 0 to 10 million. Below 1 counts as 1 in time.
             load: what the engine is doing.
             cached_tokens: tokens of the prompt that the prefix cache holds; they need no prefill. At most the prompt.
+
+        Raises:
+            ConfigError: tokens out of these ranges; `CostEstimator.estimate` brings them in.
         """
+        if not (0 <= cached_tokens <= prompt_tokens <= MAX_TOKENS and 0 <= response_tokens <= MAX_TOKENS):
+            raise ConfigError(
+                f"got {prompt_tokens!r} prompt tokens, {cached_tokens!r} of them cached, and {response_tokens!r} "
+                f"response tokens; expected numbers from 0 to {MAX_TOKENS:,}, and no more cached ones than there are"
+            )
         costs = self._costs
         num_later = response_tokens - 1.0 if response_tokens > 1.0 else 0.0
         waiting = load.waiting_prompt_tokens

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_engine_profiles import FITTED
 
+from mope.errors import ConfigError
 from mope.fairness.mapper import Load, MetricsMapper
 from mope.fairness.profiles import FittedProfile, Profile, list_profiles, load_profile
 
@@ -189,6 +190,23 @@ def test_the_same_bits_in_every_process() -> None:
     }  # fmt: skip
     assert len(outputs) == 1
     assert len(json.loads(outputs.pop())) == len(list_profiles())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "cached"),
+    [
+        (-1, 5.0, 0),
+        (5, -1.0, 0),
+        (5, float("nan"), 0),
+        (5, float("inf"), 0),
+        (10**8, 5.0, 0),
+        (5, 5.0, 6),
+        (5, 5.0, -1),
+    ],
+)
+def test_what_no_request_can_be_is_an_error(prompt: int, answer: float, cached: int) -> None:
+    with pytest.raises(ConfigError, match="expected numbers from 0"):
+        MetricsMapper(FITTED).estimate(prompt, answer, cached_tokens=cached)
 
 
 def test_it_loads_neither_arrays_nor_networks() -> None:
