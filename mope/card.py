@@ -45,9 +45,9 @@ ROUTER_PARTS = {
     "lookup": "a look-up of training prompts with similar embeddings",
 }
 EXPERTS_WORTH = (
-    "beside one head of their kind and size, several made errors that could not be told apart from its own (at most 1 % "
-    "lower on all turns, with one kind of encoder alone), and gave the answers a likelihood 0.01 to 0.02 nats better "
-    "(project's log of experiments, 2026-11-26). One head alone: `--num-experts 1`."
+    "beside one head of their kind and size, several made errors that could hardly be told apart from its own, and gave "
+    "the answers a slightly better likelihood (project's log of experiments, 2026-11-26). One head alone: "
+    "`--num-experts 1`."
 )
 COMBINATIONS = {
     "top1": "the expert that the router prefers answers alone",
