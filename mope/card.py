@@ -45,8 +45,8 @@ ROUTER_PARTS = {
     "lookup": "a look-up of training prompts with similar embeddings",
 }
 EXPERTS_WORTH = (
-    "beside one head of their kind and size, several made errors that could hardly be told apart from its own, and gave "
-    "the answers a slightly better likelihood (project's log of experiments, 2026-11-26). One head alone: "
+    "beside one head of their kind and size, several made errors that could hardly be told apart from its own, and "
+    "gave the answers a slightly better likelihood (project's log of experiments, 2026-11-26). One head alone: "
     "`--num-experts 1`."
 )
 COMBINATIONS = {
