@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 from mope.errors import UserError
-from mope.fairness.profiles import load_profile
+from mope.serving_hooks.identity import ApiKeys
 from mope.serving_hooks.options import HookOptions
 
 Status = Literal["ok", "note", "warning", "failed"]
@@ -67,10 +67,6 @@ def predictor(name: str, part: str = "predictors") -> Finding:
 def options(chosen: HookOptions) -> list[Finding]:
     """What is wrong with options that can be read."""
     part, found = "command", []
-    try:
-        load_profile(chosen.profile)
-    except UserError as error:
-        found.append(Finding(part, "failed", f"profile: {error}"))
     if chosen.identity in ("header", "user"):
         source = f"the header {chosen.client_header}" if chosen.identity == "header" else "the body's user"
         found.append(
@@ -78,9 +74,11 @@ def options(chosen: HookOptions) -> list[Finding]:
                 part, "note", f"identity {chosen.identity}: right only if a gateway sets {source} and callers cannot"
             )
         )
-    if chosen.api_keys is not None and not os.access(chosen.api_keys, os.R_OK):
-        wrong = "cannot be read by this user" if chosen.api_keys.exists() else "there is no such file"
-        found.append(Finding(part, "failed", f"api_keys: {chosen.api_keys}: {wrong}"))
+    if chosen.api_keys is not None:
+        try:
+            ApiKeys(chosen.api_keys)
+        except UserError as error:
+            found.append(Finding(part, "failed", str(error)))
     if chosen.state is not None:
         folder = chosen.state.parent
         while not folder.exists() and folder != folder.parent:

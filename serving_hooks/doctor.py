@@ -145,7 +145,7 @@ def examine(
     found += _packages(engine or "vllm")
     if engine is not None:
         found += _engine(engine, compat, release, needed=url is None)
-        if release is not None and hasattr(compat, "probe"):
+        if release is not None and hasattr(compat, "probe") and (words or url is None):
             found.append(_probed(engine, timeout_s))
     chosen = None
     if commands is not None and words:
@@ -169,7 +169,7 @@ def examine(
         "engine": engine,
         "release": release,
         "findings": [finding._asdict() for finding in found],
-        "command": None if commands is None or words else commands.START,
+        "command": None if commands is None or words or url is not None else commands.START,
         "dashboard": str(DASHBOARD),
         "ok": not any(finding.status == "failed" for finding in found),
     }

@@ -25,6 +25,7 @@ Headers = Iterable[tuple[bytes, bytes]]  # as ASGI has them: names in lower case
 
 CHECK_S = 1.0  # seconds between two looks at whether the file of keys has changed
 _AUTHORIZATION = b"authorization"
+_API_KEY = b"x-api-key"  # Anthropic's clients send it; no engine checks it, so it counts only if the file knows it
 _SHA256 = re.compile(r"sha256:[0-9A-Fa-f]{64}")
 
 
@@ -119,7 +120,7 @@ class Identity:
             body: its JSON; read if the operator declares that a gateway sets `user`.
         """
         if self._by_key:
-            return self._of_key(_bearer(headers))
+            return self._of_key(_bearer(headers)) or self._of_file(_only(headers, _API_KEY))
         if self._source == "header":
             return _named(_only(headers, self._header))
         if self._source == "user":
@@ -130,11 +131,13 @@ class Identity:
     def _of_key(self, key: str | None) -> str | None:
         if not key:
             return None
-        found = digest(key)
-        client = self.keys.client(found) if self.keys is not None else None
+        client = self._of_file(key)
         if client is None and self._keys_checked:
-            client = f"key-{found[:12]}"
+            client = f"key-{digest(key)[:12]}"
         return client
+
+    def _of_file(self, key: str | None) -> str | None:
+        return self.keys.client(digest(key)) if key and self.keys is not None else None
 
     def due(self) -> bool:
         """Whether `refresh` should be called, away from the event loop. At most once in `CHECK_S`."""

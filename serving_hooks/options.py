@@ -5,14 +5,18 @@ One field is one key of the engine's JSON, `--additional-config '{"mope": {...}}
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from mope.errors import ConfigError
-from mope.fairness import FairnessConfig
+from mope import packaged
+from mope.errors import ConfigError, UserError
+from mope.fairness import FairnessConfig, load_profile
+
+_BARE = re.compile(r"[\w.-]+")  # a name without a folder or an organisation
 
 Identity = Literal["api-key", "header", "user", "none"]
 
@@ -31,7 +35,8 @@ class HookOptions(FairnessConfig):
     api_keys: Path | None = Field(
         None,
         description="JSON file that maps an API key, or the `sha256:` of one, to a client such as `acme/alice`; a key "
-        "that is not in it is a client of its own, named by a part of its hash",
+        "that is not in it is a client of its own, named by a part of its hash, where the server checks keys, and "
+        "nobody's where it does not",
     )
     predictor: str = Field(
         "chat-small", description="packaged predictor, folder or Hub id that predicts lengths; `none` for no prediction"
@@ -87,10 +92,28 @@ class HookOptions(FairnessConfig):
             ConfigError: an unknown option, or a value that cannot be used.
         """
         try:
-            return cls.model_validate(options if options is not None else {})
+            chosen = cls.model_validate(options if options is not None else {})
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
             said = first["msg"].removeprefix("Value error, ")
             got = "" if not name else f": {name} is {first['input']!r:.80}"
             raise ConfigError(f"{where}{got}: {said}; `mope doctor options` lists all options") from error
+        wrong = chosen.mistake()
+        if wrong is not None:
+            raise ConfigError(f"{where}: {wrong}")
+        return chosen
+
+    def mistake(self) -> str | None:
+        """What names nothing that is there, and would be noticed late or never: a profile, a predictor, a folder."""
+        try:
+            load_profile(self.profile)
+        except UserError as error:
+            return f"profile: {error}"
+        name = self.predictor
+        here = Path(name).exists() or (packaged.PREDICTORS / name).exists()
+        if name != "none" and _BARE.fullmatch(name) and not here:
+            return f"predictor: {packaged.not_found(name)}"
+        if self.state is not None and not self.state.expanduser().absolute().parent.is_dir():
+            return f"state: there is no folder {self.state.parent}; make it, or name another file"
+        return None

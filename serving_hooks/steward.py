@@ -292,13 +292,18 @@ class Steward:
             f"{self.options.policy}: {len(self.held) - waiting} running, {waiting} waiting of {len(tallies)} clients, "
         )
         text += f"{finished} finished"
+        arrived = sum(tally.num_arrived for _, tally in tallies)
+        if arrived:
+            predicted = sum(tally.num_predicted for _, tally in tallies)
+            text += f", {100 * predicted / arrived:.0f} % of requests predicted"
         covered = sum(tally.num_covered for _, tally in tallies)
         if covered:
             within = sum(tally.num_within for _, tally in tallies)
-            text += f", {100 * within / covered:.0f} % of answers within their predicted 90 %"
+            text += f", {100 * within / covered:.0f} % of these answers within their predicted 90 %"
         busiest = sorted(tallies, key=lambda item: -item[1].response_tokens)[:3]
         if busiest:
-            text += "; most tokens: " + ", ".join(f"{name[:40]} {tally.response_tokens}" for name, tally in busiest)
+            told = [f"{_in_line(name)} {tally.response_tokens}" for name, tally in busiest]
+            text += f"; most tokens: {', '.join(told)}"
         return text
 
     def snapshot(self) -> dict[str, Any]:
@@ -354,3 +359,8 @@ def write_state(path: Path, kept: dict[str, Any]) -> None:
         beside.replace(path)
     except OSError as error:
         logger.warning("mope cannot keep its state in %s: %s", path, error)
+
+
+def _in_line(name: str) -> str:
+    """A client's name as a line of a log may hold it: callers may have chosen it."""
+    return "".join(sign if sign.isprintable() else "?" for sign in name[:40])

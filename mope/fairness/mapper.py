@@ -6,12 +6,12 @@ what a profile says. Pure arithmetic: no clock, no randomness, the same bits in 
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, inf
 from typing import NamedTuple
 
 from mope.errors import ConfigError
 from mope.fairness.charges import MAX_TOKENS
-from mope.fairness.profiles import Profile
+from mope.fairness.profiles import Profile, load_profile
 
 
 class Load(NamedTuple):
@@ -73,11 +73,11 @@ class MetricsMapper:
     available.
 
     Args:
-        profile: of the engine, from `mope.fairness.profiles.load_profile`.
+        profile: of the engine, or the name or file of one, see `mope.fairness.profiles.load_profile`.
     """
 
-    def __init__(self, profile: Profile) -> None:
-        self.profile = profile
+    def __init__(self, profile: Profile | str) -> None:
+        self.profile = profile = load_profile(profile) if isinstance(profile, str) else profile
         self._costs = profile.costs()
 
     def estimate(
@@ -92,13 +92,15 @@ class MetricsMapper:
             cached_tokens: tokens of the prompt that the prefix cache holds; they need no prefill. At most the prompt.
 
         Raises:
-            ConfigError: tokens out of these ranges; `CostEstimator.estimate` brings them in.
+            ConfigError: tokens out of these ranges, which `CostEstimator.estimate` brings them into, or no such load.
         """
         if not (0 <= cached_tokens <= prompt_tokens <= MAX_TOKENS and 0 <= response_tokens <= MAX_TOKENS):
             raise ConfigError(
                 f"got {prompt_tokens!r} prompt tokens, {cached_tokens!r} of them cached, and {response_tokens!r} "
                 f"response tokens; expected numbers from 0 to {MAX_TOKENS:,}, and no more cached ones than there are"
             )
+        if load is not IDLE:
+            _check(load)
         costs = self._costs
         num_later = response_tokens - 1.0 if response_tokens > 1.0 else 0.0
         waiting = load.waiting_prompt_tokens
@@ -147,3 +149,17 @@ class MetricsMapper:
             context = load.context_tokens + own_context
             work_s += (response_tokens - 1.0) * self._costs.step_work_s(load.num_running + 1, context, own_context)
         return work_s
+
+
+def _check(load: Load) -> None:
+    try:
+        possible = (
+            0 <= load.num_running < inf
+            and 0 <= load.context_tokens < inf
+            and 0 <= load.waiting_prompt_tokens < inf
+            and 0 <= load.prompt_tokens_per_step < inf
+        )
+    except (AttributeError, TypeError):
+        possible = False
+    if not possible:
+        raise ConfigError(f"the load is {load!r}; expected a Load of finite numbers from 0 on")

@@ -50,7 +50,8 @@ class Policy:
 
         Args:
             config: the policy's name and its options.
-            ledger: books that go on, such as those restored from a snapshot; empty ones if None.
+            ledger: books that go on, such as those restored from a snapshot; empty ones if None. Requests that are open
+                there are of an engine that is gone: they are closed, charged as they were.
 
         Raises:
             ConfigError: the config names a profile that cannot be read, or other weights than the ledger has.
@@ -73,6 +74,8 @@ class Policy:
             raise ConfigError(
                 "the ledger was made with other weights than the config has: give Ledger(weights=...) them"
             )
+        for request_id in self.ledger.open_requests:
+            self.ledger.close(request_id)
         self._ahead = config.policy != "vtc"  # whether an admission is charged what it is predicted to need
         self._order = _order(config, self.ledger)
         self._corrects = isinstance(self._order, RoundRobinOrder)  # whether it keeps accounts of its own
@@ -110,6 +113,7 @@ class Policy:
             raise ConfigError(f"request {request_id[:80]!r} is here already")
         path, prompt = client_path(client), self.estimator.count(prompt_tokens)
         tokens = self.estimator.response_tokens(prediction, max_tokens)
+        self.ledger.close(request_id)  # one of that name that a snapshot brought is of an engine that is gone
         account = self.ledger.account(path)
         ticket = Ticket(request_id, account, self._num_arrivals, prompt, tokens, load, NOTHING)
         ticket.charge = self._price(ticket, 0)

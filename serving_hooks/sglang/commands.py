@@ -18,8 +18,8 @@ from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import compat, settings
 
 START = """\
-python -m sglang.launch_server --model-path MODEL --api-key KEY \\
-  --schedule-policy equinox --mope-config '{"metrics_port": 9477}'"""
+python -m sglang.launch_server --model-path MODEL --schedule-policy equinox \\
+  --mope-config '{"api_keys": "keys.json", "metrics_port": 9477}'"""
 _PART = "command"
 _HTTP_S = 10.0
 
@@ -104,8 +104,13 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
         tell("warning", "--max-queued-requests turns the newcomer away: a flood then locks the others out")
     if chosen is None:
         return found
-    if chosen.identity == "api-key" and chosen.api_keys is None and "--api-key" not in typed:
-        tell("warning", "identity api-key, but neither --api-key nor api_keys: all callers are one client")
+    if chosen.identity == "api-key" and "--api-key" in typed:
+        text = "--api-key: SGLang serves this one key alone, so all callers are one client"
+        tell("warning", f"{text}, and api_keys is of no use" if chosen.api_keys is not None else text)
+    elif chosen.identity == "api-key" and chosen.api_keys is None:
+        tell("warning", "identity api-key, but no api_keys: all callers are one client")
+    elif chosen.identity == "api-key":
+        tell("note", "api_keys says who a caller is and refuses nobody: keep strangers out by a gateway")
     many = typed.get("--dp-size", typed.get("--data-parallel-size", ["1"]))[-1]
     if many != "1":
         shown = f"; metrics at port {chosen.metrics_port} and the next ones" if chosen.metrics_port else ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
@@ -27,7 +28,7 @@ from mope.serving_hooks.lengths import Lengths
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import compat
 from mope.serving_hooks.sglang.policy import ATTRIBUTE
-from mope.serving_hooks.sglang.settings import read_options
+from mope.serving_hooks.sglang.settings import VARIABLE, read_options
 from mope.serving_hooks.steward import write_state
 
 if TYPE_CHECKING:
@@ -231,8 +232,13 @@ def begin(result: Any, manager: Any, server_args: Any, *args: Any, **kwargs: Any
     Raises:
         ConfigError: options that cannot be used; the server does not start.
     """
-    if server_args.schedule_policy in compat.POLICIES and compat.bypassed_front(server_args) is None:
-        setattr(manager, ATTRIBUTE, FrontEnd(server_args, read_options(server_args.schedule_policy)))
+    policy = server_args.schedule_policy
+    if policy not in compat.POLICIES:
+        if os.environ.get(VARIABLE):
+            known = ", ".join(compat.POLICIES)
+            logger.warning("mope is off, though it was given options: --schedule-policy is %s, not %s", policy, known)
+    elif compat.bypassed_front(server_args) is None:
+        setattr(manager, ATTRIBUTE, FrontEnd(server_args, read_options(policy)))
 
 
 async def generate_request(

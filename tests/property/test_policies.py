@@ -494,6 +494,26 @@ def test_books_go_on_after_a_restart():
     assert after.peek().account.counter == min(account.counter for account in after.ledger.clients())
 
 
+def test_requests_of_an_engine_that_is_gone_are_in_nobodys_way():
+    """Their names may come back: before the policy takes up the books, or when they are restored under it."""
+    before = policy("equinox")
+    before.enqueue("r", "a", 10, 40)
+    before.admit()
+    kept, charged = before.ledger.snapshot(), before.ledger.total
+    books = Ledger()
+    books.restore(kept)
+    later = policy("equinox")
+    later.ledger.restore(kept)
+    for after in (Policy(before.config, ledger=books), later):
+        after.enqueue("r", "a", 10, 40)
+        after.enqueue("other", "b", 10, 40)
+        assert {after.admit().request_id for _ in range(2)} == {"r", "other"}
+        after.finish("r", 30)
+        after.abort("other", 0, computed_tokens=0)
+        assert after.ledger.open_requests == ()
+        assert after.ledger.total.service > charged.service  # what was charged to the one that is gone stays charged
+
+
 def test_load_changes_what_equinox_charges_and_not_what_vtc_charges():
     busy = Load(num_running=64, context_tokens=64 * 1000)
     for name, same in [("equinox", False), ("vtc-predicted", True)]:

@@ -305,7 +305,6 @@ def test_a_command_behind_two_dashes_is_looked_at(
 @pytest.mark.parametrize(
     ("options", "status", "told"),
     [
-        ({"profile": "b300/llama-9"}, "failed", "profile"),
         ({"api_keys": "/nonexistent/keys.json"}, "failed", "api_keys"),
         ({"state": "/dev/null/mope.json"}, "warning", "nothing is kept"),
         ({"metrics_port": 0, "metrics_host": "0.0.0.0"}, "warning", "names of clients"),

@@ -75,6 +75,13 @@ def test_without_a_key_nobody(headers: list[tuple[bytes, bytes]]) -> None:
     assert made(True).client([*headers, (b"x-client-id", b"alice")], {"user": "alice"}) is None
 
 
+def test_a_key_as_anthropics_clients_send_it_counts_if_the_file_knows_it(tmp_path: Path) -> None:
+    identity = made(True, api_keys=key_file(tmp_path, {KEY: "alice"}))
+    assert identity.client([(b"x-api-key", KEY.encode())], {}) == "alice"
+    assert identity.client([(b"x-api-key", OTHER.encode())], {}) is None
+    assert identity.client([*bearer(OTHER), (b"x-api-key", OTHER.encode())], {}) == f"key-{sha256(OTHER)[:12]}"
+
+
 @given(user=st.text(), header=st.binary(), source=st.sampled_from(["api-key", "none"]))
 def test_what_a_caller_may_choose_says_nothing(user: str, header: bytes, source: Any) -> None:
     identity = made(True, identity=source)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import timeit
 from math import ceil, isfinite
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from test_engine_profiles import FITTED
 
 from mope.errors import ConfigError
+from mope.fairness import Policy
 from mope.fairness.mapper import Load, MetricsMapper
 from mope.fairness.profiles import FittedProfile, Profile, list_profiles, load_profile
 
@@ -57,8 +59,8 @@ def test_an_estimate_stays_in_its_ranges(profile: Profile, prompt: int, answer: 
 def test_more_work_takes_no_less_time(profile: Profile, prompt: int, answer: float, load: Load, more: int) -> None:
     mapper = MetricsMapper(profile)
     before = mapper.estimate(prompt, answer, load)
-    longer_prompt = mapper.estimate(prompt + more, answer, load)
-    longer_answer = mapper.estimate(prompt, answer + more, load)
+    longer_prompt = mapper.estimate(min(prompt + more, MAX_TOKENS), answer, load)
+    longer_answer = mapper.estimate(prompt, min(answer + more, MAX_TOKENS), load)
     assert longer_prompt.ttft_s >= before.ttft_s
     assert longer_prompt.latency_s >= before.latency_s
     assert longer_answer.ttft_s == before.ttft_s
@@ -207,6 +209,17 @@ def test_the_same_bits_in_every_process() -> None:
 def test_what_no_request_can_be_is_an_error(prompt: int, answer: float, cached: int) -> None:
     with pytest.raises(ConfigError, match="expected numbers from 0"):
         MetricsMapper(FITTED).estimate(prompt, answer, cached_tokens=cached)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [Load(-1), Load(float("nan")), Load(1, float("inf")), Load(1, -5), Load(1, 1, -1), Load(1, 1, 1, -0.5), None, 3],
+)
+def test_what_no_engine_can_be_doing_is_an_error(load: Any) -> None:
+    with pytest.raises(ConfigError, match="the load is"):
+        MetricsMapper("a100-80gb/llama-2-7b").estimate(5, 5.0, load)
+    with pytest.raises(ConfigError, match="the load is"):
+        Policy().enqueue("r", "a", 5, 5.0, load=load)
 
 
 def test_it_loads_neither_arrays_nor_networks() -> None:

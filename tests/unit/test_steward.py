@@ -44,6 +44,9 @@ class Clock:
         ([], "here"),
         ({"identity": "magic"}, "identity is 'magic'"),
         ({"client_header": "a b"}, "client_header"),
+        ({"predictor": "chat-smal"}, "did you mean"),
+        ({"profile": "h100/llama"}, "profile: "),
+        ({"state": "/nowhere/at-all/state.json"}, "no folder /nowhere/at-all"),
     ],
 )
 def test_a_mistake_in_the_options_is_one_clear_line(options, message):
@@ -255,7 +258,7 @@ def test_a_request_from_arrival_to_end():
     assert steward.policy.ledger.find(("acme", "alice")).charged.service == (60 + 240) * 10**6
     assert not steward.held
     assert "1 finished" in steward.summary()
-    assert "100 % of answers within" in steward.summary()
+    assert "100 % of these answers within" in steward.summary()
 
 
 def test_what_ends_before_it_began_costs_nothing():
@@ -321,3 +324,12 @@ def test_the_log_has_a_line_now_and_then(caplog):
             clock.now += 1
             steward.between_steps()
     assert caplog.text.count("equinox: 0 running") == 2
+
+
+def test_a_clients_name_cannot_write_a_line_of_the_log():
+    steward = Steward(HookOptions(predictor="none"))
+    steward.arrive("r", Carried("eve\n2026 mope is off\x1b[2J"), 10)
+    steward.admitted("r")
+    steward.ended("r", 5, aborted=False)
+    assert steward.summary().isprintable()
+    assert "eve?2026 mope is off?[2J 5" in steward.summary()
