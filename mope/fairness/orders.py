@@ -273,8 +273,9 @@ class _Ring:
 
     __slots__ = ("served", "turns")
 
-    def __init__(self, turns: Iterable[Account] = (), served: Account | None = None) -> None:
-        self.turns, self.served = deque(turns), served
+    def __init__(self) -> None:
+        self.turns: deque[Account] = deque()
+        self.served: Account | None = None
 
 
 class RoundRobinOrder(_ByClient):
