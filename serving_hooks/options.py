@@ -114,6 +114,6 @@ class HookOptions(FairnessConfig):
         here = Path(name).exists() or (packaged.PREDICTORS / name).exists()
         if name != "none" and _BARE.fullmatch(name) and not here:
             return f"predictor: {packaged.not_found(name)}"
-        if self.state is not None and not self.state.expanduser().absolute().parent.is_dir():
-            return f"state: there is no folder {self.state.parent}; make it, or name another file"
+        if self.state is not None and not self.state.expanduser().absolute().parent.parent.is_dir():  # one is made
+            return f"state: there is no folder {self.state.parent.parent} for it; make it, or name another file"
         return None

@@ -46,7 +46,7 @@ class Clock:
         ({"client_header": "a b"}, "client_header"),
         ({"predictor": "chat-smal"}, "did you mean"),
         ({"profile": "h100/llama"}, "profile: "),
-        ({"state": "/nowhere/at-all/state.json"}, "no folder /nowhere/at-all"),
+        ({"state": "/nowhere/at-all/state.json"}, "no folder /nowhere for it"),
     ],
 )
 def test_a_mistake_in_the_options_is_one_clear_line(options, message):
