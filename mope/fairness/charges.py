@@ -24,7 +24,8 @@ holistic score balances both "through tunable parameters". [S]: second-hand, alp
 The first of each is the default. The abstract's words are nearest to "discount" and "product", but by these a long
 answer costs little more than a short one: latency grows with length, so the discount undoes W, and neither T nor U
 grows. On an A100, answers of 2,000 tokens cost less than four times as much as answers of 50, so that who asks for
-them is given more than nine tenths of all tokens. By the default HF grows with every token, and slow work is no cheaper work.
+them is given more than nine tenths of all tokens. By the default HF grows with every token, and slow work is
+no cheaper.
 
 L is the latency in seconds from admission to the last token, T throughput in tokens/s, U the share of the GPU's
 binding resource in [0, 1]. The scale s (`FairnessConfig.rfc_scale`) never changes while serving: a running maximum in
