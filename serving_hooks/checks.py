@@ -76,7 +76,9 @@ def options(chosen: HookOptions) -> list[Finding]:
         )
     if chosen.api_keys is not None:
         try:
-            ApiKeys(chosen.api_keys)
+            if not len(ApiKeys(chosen.api_keys)):
+                text = f"api_keys {chosen.api_keys}: no key stands in it, so it tells nobody apart"
+                found.append(Finding(part, "warning", text))
         except UserError as error:
             found.append(Finding(part, "failed", str(error)))
     if chosen.state is not None:

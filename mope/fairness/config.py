@@ -14,6 +14,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
+from mope.fairness.clients import client_path
+
 PolicyName = Literal["fcfs", "vtc", "vtc-predicted", "equinox", "shortest-predicted", "deficit-round-robin"]
 UfcVariant = Literal["discount", "subtract", "slowdown", "tokens"]
 RfcVariant = Literal["product", "sum", "share", "gpu-seconds"]
@@ -89,10 +91,15 @@ class FairnessConfig(BaseModel):
     @field_validator("weights")
     @classmethod
     def _usable_weights(cls, weights: Mapping[str, float]) -> Mapping[str, float]:
+        named: dict[str, float] = {}
         for name, weight in weights.items():
             if not isfinite(weight) or not 1e-3 <= weight <= 1e3:
                 raise ValueError(f"the weight of {name[:80]!r} is {weight}, expected 0.001 to 1000")
-        return MappingProxyType(dict(weights))
+            path = "/".join(client_path(name)) if name.strip("/") else ""  # as clients themselves are named
+            if not path or path in named:
+                raise ValueError(f"the weight of {name[:80]!r}: {'given twice' if path else 'nobody is called so'}")
+            named[path] = weight
+        return MappingProxyType(named)
 
     @model_validator(mode="after")
     def _consistent(self) -> FairnessConfig:

@@ -404,6 +404,8 @@ class Ledger:
                 if not isinstance(parent, Group):
                     raise ValueError(f"{kept['name'][:80]!r} lies below a client")
                 path = (*parent.path, kept["name"])
+                if kept["name"] in parent.children:
+                    raise ValueError(f"{kept['name'][:80]!r} is there twice")
                 account = self._opened(Group if "forgotten" in kept else Account, kept["name"], parent, path)
             account.counter = int(kept["counter"])
             account.charged = Charge(*map(int, kept["charged"]))

@@ -6,12 +6,14 @@ what a profile says. Pure arithmetic: no clock, no randomness, the same bits in 
 
 from __future__ import annotations
 
-from math import ceil, inf
+from math import ceil
 from typing import NamedTuple
 
 from mope.errors import ConfigError
 from mope.fairness.charges import MAX_TOKENS
 from mope.fairness.profiles import Profile, load_profile
+
+_MAX_LOAD = 1e15  # far above any engine's
 
 
 class Load(NamedTuple):
@@ -94,7 +96,11 @@ class MetricsMapper:
         Raises:
             ConfigError: tokens out of these ranges, which `CostEstimator.estimate` brings them into, or no such load.
         """
-        if not (0 <= cached_tokens <= prompt_tokens <= MAX_TOKENS and 0 <= response_tokens <= MAX_TOKENS):
+        try:
+            in_range = 0 <= cached_tokens <= prompt_tokens <= MAX_TOKENS and 0 <= response_tokens <= MAX_TOKENS
+        except TypeError:
+            in_range = False
+        if not in_range:
             raise ConfigError(
                 f"got {prompt_tokens!r} prompt tokens, {cached_tokens!r} of them cached, and {response_tokens!r} "
                 f"response tokens; expected numbers from 0 to {MAX_TOKENS:,}, and no more cached ones than there are"
@@ -154,12 +160,12 @@ class MetricsMapper:
 def _check(load: Load) -> None:
     try:
         possible = (
-            0 <= load.num_running < inf
-            and 0 <= load.context_tokens < inf
-            and 0 <= load.waiting_prompt_tokens < inf
-            and 0 <= load.prompt_tokens_per_step < inf
+            0 <= load.num_running <= _MAX_LOAD
+            and 0 <= load.context_tokens <= _MAX_LOAD
+            and 0 <= load.waiting_prompt_tokens <= _MAX_LOAD
+            and 0 <= load.prompt_tokens_per_step <= _MAX_LOAD
         )
     except (AttributeError, TypeError):
         possible = False
     if not possible:
-        raise ConfigError(f"the load is {load!r}; expected a Load of finite numbers from 0 on")
+        raise ConfigError(f"the load is {load!r}; expected a Load of numbers from 0 to {_MAX_LOAD:.0e}")

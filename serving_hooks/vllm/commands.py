@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from mope.errors import ConfigError
@@ -72,6 +73,9 @@ def options(typed: dict[str, list[str]]) -> HookOptions:
     astray = sorted(set(given) & set(HookOptions.model_fields))
     if astray:
         raise ConfigError(f'--additional-config: {astray[0]} stands beside "mope", not in it: {{"mope": {{...}}}}')
+    near = get_close_matches("mope", [name for name in given if name != "mope"], 1)
+    if near and "mope" not in given:
+        raise ConfigError(f'--additional-config: {near[0]!r} is nothing of mope\'s; did you mean "mope"?')
     return HookOptions.read(given.get("mope"), "--additional-config, mope")
 
 
@@ -133,6 +137,8 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
     keys_are_checked = "--api-key" in typed or bool(os.environ.get("VLLM_API_KEY"))
     if (tells or tags) and chosen.identity == "api-key" and chosen.api_keys is None and not keys_are_checked:
         tell("warning", "identity api-key, but neither --api-key nor api_keys: all callers are one client")
+    if (tells or tags) and chosen.identity == "api-key" and chosen.api_keys is not None and not keys_are_checked:
+        tell("note", "api_keys says who a caller is and refuses nobody: --api-key or a gateway keeps strangers out")
     ranks = typed.get("--data-parallel-size", ["1"])[-1]
     if ours and ranks != "1":
         port = chosen.metrics_port

@@ -343,3 +343,12 @@ def test_what_is_no_snapshot_is_refused_and_changes_nothing(snapshot):
     with pytest.raises(ConfigError, match="snapshot"):
         ledger.restore(snapshot)
     assert ledger.snapshot() == before
+
+
+def test_a_client_that_is_there_twice_is_refused():
+    ledger = Ledger()
+    ledger.account(("a",))
+    snapshot = ledger.snapshot()
+    snapshot["accounts"].append(snapshot["accounts"][-1])
+    with pytest.raises(ConfigError, match="twice"):
+        Ledger().restore(snapshot)

@@ -469,6 +469,14 @@ def test_options_that_cannot_be_used(options, message):
         FairnessConfig.model_validate(options)
 
 
+def test_weights_name_clients_as_requests_do():
+    config = FairnessConfig(weights={"team/": 2.0, "/team//bob": 3.0})
+    assert dict(config.weights) == {"team": 2.0, "team/bob": 3.0}
+    for names in ({"": 1.0}, {"//": 1.0}, {"a": 1.0, "a/": 2.0}):
+        with pytest.raises(ValueError, match="the weight of"):
+            FairnessConfig(weights=names)
+
+
 def test_options_survive_being_written():
     config = FairnessConfig(weights={"a": 2.0}, policy="vtc")
     assert FairnessConfig.model_validate(config.model_dump()) == config

@@ -298,6 +298,8 @@ def test_a_command_behind_two_dashes_is_looked_at(
     release("0.32.0")
     assert main(["doctor", "vllm", "--", *BOTH, "--additional-config", '{"mope": {"predictor": "chat-micro"}}']) == 0
     assert "clients by api-key, predictor chat-micro" in capsys.readouterr().out
+    assert main(["doctor", "vllm", "--", *BOTH, "--additional-config", '{"mpoe": {"policy": "vtc"}}']) == 1
+    assert 'did you mean "mope"' in capsys.readouterr().out
     assert main(["doctor", "vllm", "--", *BOTH, "--additional-config", '{"mope": {"polcy": 1}}']) == 1
     assert "did you mean 'policy'" in capsys.readouterr().out
 
@@ -315,6 +317,15 @@ def test_a_command_behind_two_dashes_is_looked_at(
 )
 def test_options_that_this_machine_cannot_serve(options: dict[str, Any], status: str, told: str) -> None:
     assert told in texts(checks.options(HookOptions(**options)), status)
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "told"), [("{}", "warning", "tells nobody apart"), ("{", "failed", "no JSON")]
+)
+def test_the_file_of_keys_is_read(tmp_path: Path, text: str, status: str, told: str) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text(text)
+    assert told in texts(checks.options(HookOptions(api_keys=keys)), status)
 
 
 def test_a_port_in_use_is_told_of() -> None:

@@ -204,16 +204,28 @@ def test_the_same_bits_in_every_process() -> None:
         (10**8, 5.0, 0),
         (5, 5.0, 6),
         (5, 5.0, -1),
+        ("5", 5.0, 0),
+        (5, None, 0),
     ],
 )
-def test_what_no_request_can_be_is_an_error(prompt: int, answer: float, cached: int) -> None:
+def test_what_no_request_can_be_is_an_error(prompt: Any, answer: Any, cached: int) -> None:
     with pytest.raises(ConfigError, match="expected numbers from 0"):
         MetricsMapper(FITTED).estimate(prompt, answer, cached_tokens=cached)
 
 
 @pytest.mark.parametrize(
     "load",
-    [Load(-1), Load(float("nan")), Load(1, float("inf")), Load(1, -5), Load(1, 1, -1), Load(1, 1, 1, -0.5), None, 3],
+    [
+        Load(-1),
+        Load(float("nan")),
+        Load(1, float("inf")),
+        Load(1, -5),
+        Load(1, 1, -1),
+        Load(1, 1, 1, -0.5),
+        Load(10**400),
+        None,
+        3,
+    ],
 )
 def test_what_no_engine_can_be_doing_is_an_error(load: Any) -> None:
     with pytest.raises(ConfigError, match="the load is"):
