@@ -346,28 +346,31 @@ class RoundRobinOrder(_ByClient):
     @override
     def next(self, passed_over: Collection[Ticket] = ()) -> Ticket | None:
         root = self._ledger.root
-        return self._next(root, {ticket.account for ticket in passed_over}) if root in self._rings else None
+        standing = {ticket.account for ticket in passed_over} if passed_over else ()
+        return self._next(root, standing) if root in self._rings else None
 
     def _next(self, group: Account, standing: Collection[Account]) -> Ticket | None:
         """Who of a group is next; those who stand aside are not granted anything."""
-        ring, deficit = self._rings[group], self._deficit
+        ring, deficit, costs, grants = self._rings[group], self._deficit, self._costs, self._grants
         turns = ring.turns
         saving: list[tuple[Account, int, int]] = []  # account, grant, and rounds until it can pay
         turned = 0
         while turned < len(turns):
             account = turns[0]
-            if account in self._rings:
+            cost, first = costs.get(account), None
+            if cost is None:  # a group
                 first = self._next(account, standing)
-            else:
-                first = None if account in standing else self._first(account)
-            if first is not None:
-                grant = self._grants[account]
+                cost = first.charge.hf if first is not None else None
+            elif account in standing:
+                cost = None
+            if cost is not None:
+                grant = grants[account]
                 if ring.served is not account:
                     deficit[account] += grant
                     ring.served = account
-                lacks = first.charge.hf - deficit[account]
+                lacks = cost - deficit[account]
                 if lacks <= 0:
-                    return first
+                    return first if first is not None else self._first(account)
                 saving.append((account, grant, -(-lacks // grant)))
             turns.rotate(-1)
             ring.served = None
