@@ -56,6 +56,7 @@ _COUNTS = ("num_accounts", "num_forgotten", "num_debts_forgotten", "num_lifts")
 _SPARE_ENTRIES = 64  # the list of the idle is rebuilt when it holds twice as many entries as needed, and these
 
 A = TypeVar("A", bound=Account)
+_new = tuple.__new__  # makes a named tuple in half the time that its own constructor takes
 
 
 class OpenCharge(NamedTuple):
@@ -247,7 +248,7 @@ class Ledger:
         """
         if request_id in self._open:
             raise ConfigError(f"request {request_id[:80]!r} is already charged; adjust or close it")
-        self._open[request_id] = OpenCharge(account, charge)
+        self._open[request_id] = _new(OpenCharge, (account, charge))
         node = account
         while node.parent is not None:
             node.num_open += 1
@@ -321,7 +322,7 @@ class Ledger:
         node, parent = account, account.parent
         while parent is not None:
             was = node.charged
-            node.charged = Charge(was[0] + service, was[1] + ufc, was[2] + rfc, was[3] + hf)
+            node.charged = _new(Charge, (was[0] + service, was[1] + ufc, was[2] + rfc, was[3] + hf))
             # the difference of two shares, not the share of the difference: rounding cancels when all is closed
             moved = hf if node.is_plain else node.share(new[3]) - node.share(old[3])
             node.ahead += moved
