@@ -99,12 +99,12 @@ class HookOptions(FairnessConfig):
             said = first["msg"].removeprefix("Value error, ")
             got = "" if not name else f": {name} is {first['input']!r:.80}"
             raise ConfigError(f"{where}{got}: {said}; `mope doctor options` lists all options") from error
-        wrong = chosen.mistake()
+        wrong = chosen._mistake()
         if wrong is not None:
             raise ConfigError(f"{where}: {wrong}")
         return chosen
 
-    def mistake(self) -> str | None:
+    def _mistake(self) -> str | None:
         """What names nothing that is there, and would be noticed late or never: a profile, a predictor, a folder."""
         try:
             load_profile(self.profile)
