@@ -193,6 +193,7 @@ def serve(
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",  # tests read the log, and an engine in this process may have asked for silence
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # bound to one core it starves where others are at work
         **(environment or {}),
