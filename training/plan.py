@@ -190,7 +190,7 @@ def _trunk(model: ModelConfig, teachers: Sequence[NamedTeacher], label_tokenizer
     if first is None or first.config is None:
         lender = None if first is None or model.encoder is not None else load_recipe(first.name).model
         origin = lender or model
-        settled = {"preset": model.preset, "num_layers": model.num_layers, "static_size": model.static_size}
+        settled = model.model_dump(include={"preset", "num_layers", "static_size", "static_filters"})
         return find_trunk(origin.model_copy(update=settled)), None
     teacher = Teacher(first.folder, model.num_layers)
     teacher.check(model, label_tokenizer)

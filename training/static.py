@@ -32,10 +32,12 @@ class StaticTrunk:
     Attributes:
         origin: the trunk that the vectors are taken from; it gives the tokenizer, too.
         vector_size: D.
+        num_filters: filters over three tokens in a row, see `mope.backends.static_encoder`.
     """
 
     origin: Trunk
     vector_size: int
+    num_filters: int = 0
 
     def __post_init__(self) -> None:
         width = int(self.origin.config["hidden_size"])
@@ -50,7 +52,8 @@ class StaticTrunk:
     @property
     def config(self) -> dict[str, Any]:
         """The architecture."""
-        return asdict(StaticConfig(int(self.origin.config["vocab_size"]), self.vector_size, self.special_ids[1]))
+        vocab_size = int(self.origin.config["vocab_size"])
+        return asdict(StaticConfig(vocab_size, self.vector_size, self.special_ids[1], self.num_filters))
 
     @property
     def tokenizer_json(self) -> str:
@@ -67,7 +70,7 @@ class StaticTrunk:
         return self.origin.tokenizer()
 
     def load(self) -> Encoder:
-        """The table, freshly distilled."""
+        """The table, freshly distilled; filters as they are before training."""
         encoder = StaticEncoder(StaticConfig(**self.config))
         vectors_VH = token_vectors(self.origin.load(), self.special_ids)
         encoder.vectors.weight.data.copy_(principal_axes(vectors_VH, self.vector_size))

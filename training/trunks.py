@@ -25,4 +25,6 @@ def find_trunk(model: ModelConfig, teacher: Teacher | None = None) -> Trunk:
     else:
         name = model.encoder or DEFAULT_ENCODER
         origin = find_encoder(name, revision=model.encoder_revision, num_layers=model.num_layers)
-    return StaticTrunk(origin, model.static_size) if model.preset == "micro" else origin
+    if model.preset != "micro":
+        return origin
+    return StaticTrunk(origin, model.static_size, model.static_filters)

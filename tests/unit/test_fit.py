@@ -165,20 +165,45 @@ class _Interrupting(MopeObjective):
 
 
 # an epoch has six steps and two validation runs: before any, within and at the end of an epoch, in the last step
+@pytest.mark.parametrize("decay", [0.0, 0.5], ids=["weights", "average"])
 @pytest.mark.parametrize("step", [1, 4, 6, 12])
-def test_a_run_that_was_interrupted_ends_as_one_that_was_not(train, tmp_path, step):
-    whole, expected = train("whole")
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(train, tmp_path, step, decay):
+    whole, expected = train("whole", average_decay=decay)
     at = "after the last step, 12" if step == 12 else f"at step {step}"
     with pytest.raises(TrainingInterruptedError, match=f"stopped {at}, saved; add --resume"):
-        train(objective=_Interrupting(step))
+        train(objective=_Interrupting(step), average_decay=decay)
     assert (tmp_path / "run" / "last.ckpt").exists() == (step < 12)
     assert (tmp_path / "run" / "finished.json").exists() == (step == 12)
     counting = _Interrupting(1000)  # counts down, and is never reached
-    network, result = train(resume=True, objective=counting)
+    network, result = train(resume=True, objective=counting, average_decay=decay)
     assert 1000 - counting.left == 12 - step
     assert result.num_steps == expected.num_steps == 12
     assert result.validation_loss == pytest.approx(expected.validation_loss, rel=1e-5)
     torch.testing.assert_close(weights(network), weights(whole), atol=1e-5, rtol=1e-4)
+
+
+def test_the_average_is_validated_and_kept(train, monkeypatch):
+    """Beside an average that is made here, of the weights after each step."""
+    averages, seen = [], []
+    step = FitModule.on_train_batch_end
+
+    def follow(self, *arguments):
+        now = weights(self.network).detach().clone()
+        kept = 0.0 if not averages else min(0.5, (1 + len(averages)) / (10 + len(averages)))
+        averages.append(now if not averages else kept * averages[-1] + (1 - kept) * now)
+        return step(self, *arguments)
+
+    def look(self, batch, batch_index, *_):
+        if not batch_index:
+            seen.append((len(averages), weights(self.network).detach().clone()))
+
+    monkeypatch.setattr(FitModule, "on_train_batch_end", follow)
+    monkeypatch.setattr(FitModule, "on_validation_batch_start", look)
+    network, _ = train(average_decay=0.5, patience=100)
+    assert [steps for steps, _ in seen] == [3, 6, 9, 12]
+    for steps, found in seen:
+        torch.testing.assert_close(found, averages[steps - 1], atol=1e-5, rtol=1e-4)
+    assert any(torch.allclose(weights(network), average, atol=1e-5) for average in averages)
 
 
 def test_sigterm_saves_too_and_handlers_are_given_back(train, tmp_path):
