@@ -60,6 +60,7 @@ class FairQueue(RequestQueue):
         self.head: Ticket | None = None
         self._later: list[tuple[Request, Load, float]] = []  # requests that the policy has yet to be told of
         self._in_turns = steward.options.policy != "shortest-predicted"
+        self._by_room = steward.options.predicted_admission
 
     def give_up(self) -> None:
         """From now on a plain queue: those preempted first, then by arrival."""
@@ -130,9 +131,14 @@ class FairQueue(RequestQueue):
 
     def __bool__(self) -> bool:
         """Whether somebody may be admitted: not where all who wait were found not to fit."""
-        if self._plain is None:
-            return self._guard.run(self._anyone, bool(self.requests), "looking who waits")
-        return bool(self._plain)
+        if self._plain is not None:
+            return bool(self._plain)
+        if not self.requests:
+            return False
+        policy = self._steward.policy
+        if not self._by_room and not policy.num_blocked:
+            return True
+        return self._guard.run(self._anyone, True, "looking who waits")
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -236,10 +242,6 @@ class FairQueue(RequestQueue):
         )
 
     def _anyone(self) -> bool:
-        if not self.requests:
-            return False
-        if not (self._steward.options.predicted_admission or self._steward.policy.num_blocked):
-            return True
         ticket = self._steward.policy.peek() if self.head is None else self.head
         if ticket is not None and not self._room(ticket):
             self.head = ticket

@@ -39,6 +39,7 @@ else:
     _Base = object
 
 _TOKENS_LATE = 64  # by which a charge may lag behind an answer that has outgrown its prediction, or by an eighth of it
+_LOOK_AFTER = 256  # steps after which a running request is looked at in any case
 _STEPS_LATE = 8  # by which books may lag behind what has happened: work that is done together takes less time
 
 logger = logging.getLogger("vllm.mope")  # below vLLM's own, so that its settings print it
@@ -164,6 +165,10 @@ class FairMixin(_Base):
 
     def _order_victims(self, steward: Steward) -> None:
         """vLLM preempts whoever runs last in its list."""
+        for request in self.running:
+            ticket = steward.policy.find(request.request_id)
+            if ticket is not None:
+                ticket.generated = self.generated(request)
         first_to_go = steward.policy.victims(request.request_id for request in self.running)
         place = {request_id: -position for position, request_id in enumerate(first_to_go)}
         self.running.sort(key=lambda request: place[request.request_id])
@@ -246,7 +251,9 @@ class FairMixin(_Base):
         for request in self._fresh:
             if request.num_output_tokens:
                 steward.first_token(request.request_id)
-                self._look_at(request.request_id)
+                ticket = steward.policy.find(request.request_id)
+                if ticket is not None:
+                    self._look_later(ticket)
             elif request.request_id in self._begun:
                 still.append(request)
         self._fresh = still
@@ -262,12 +269,19 @@ class FairMixin(_Base):
         ticket.generated = generated = self.generated(request)
         if generated > ticket.charged_tokens and ticket.state == "running":
             steward.policy.progress(request_id, generated)
+        self._look_later(ticket)
+
+    def _look_later(self, ticket: Ticket) -> None:
+        """Notes when it may have outgrown what it was charged by as much as a charge may lag behind."""
+        steward, generated = self.mope, ticket.generated
+        if steward is None:
+            return
         step = self._step + 1
         if steward.options.policy != "vtc":
-            left = max(_TOKENS_LATE, generated // 8, int(ticket.charged_tokens) - generated)
-            step += min(256, left // self._tokens_a_step)
+            left = max(int(ticket.charged_tokens) - generated, 0) + max(_TOKENS_LATE, generated // 8)
+            step += min(_LOOK_AFTER, left // self._tokens_a_step)
             step -= step % -_STEPS_LATE  # several of them in the same step
-        self._due.setdefault(step, []).append(request_id)
+        self._due.setdefault(step, []).append(ticket.request_id)
 
     def _book_ended(self) -> None:
         """vLLM lists what ended since its last step: by itself, or given up."""

@@ -12,6 +12,9 @@ to lie in memory moves it by some percent from process to process, so each line 
 processes, with the least and the most of them. The second figure is the time in the hook's own code alone, over the
 rest of the same steps: it leaves out what the hook costs vLLM by taking its place in the processor's caches, and is
 less disturbed. As a server does at its start, what lives by then is taken out of the garbage collector's sight.
+
+`stock-shuffled` in place of a policy is vLLM's scheduler as it is, but each arrival changes places with a random one of
+those that wait: what it costs vLLM alone that requests run in another order than they came.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ STRETCH, STRETCHES = 20, 40
 LEARNED = 1_100  # answers that are complete before it begins
 SETTINGS = ((1_000, 100), (10_000, 1_000))  # requests that wait, of so many clients
 OURS = "mope.serving_hooks.vllm.scheduler.make_scheduler"
+SHUFFLED = "stock-shuffled"
 SHARES = tuple(0.1 * (number + 1) for number in range(14))  # of the mean answer: quantiles of each prediction
 
 
@@ -49,12 +53,13 @@ class Loaded:
 
     def __init__(self, num_waiting: int, num_clients: int, policy: str | None, mean_answer: int) -> None:
         settings = EngineSettings(max_num_seqs=RUNNING, max_num_batched_tokens=8192)
-        options = {"mope": {"policy": policy, "summary_s": 0}} if policy else None
+        ours = policy not in (None, SHUFFLED)
+        options = {"mope": {"policy": policy, "summary_s": 0}} if ours else None
         self.engine = VllmEngine(
             settings,
             kv_tokens=1_000_000,
             max_model_len=4096,
-            scheduler=OURS if policy else None,
+            scheduler=OURS if ours else None,
             options=options,
         )
         self.num_clients, self.num_sent, self.mean_answer = num_clients, 0, mean_answer
@@ -63,8 +68,10 @@ class Loaded:
         self.random = random.Random(7)
         for method in ("add_request", "schedule", "update_from_output"):
             self.watch(method)
-        if policy:
+        if ours:
             self.watch_guard()
+        elif policy == SHUFFLED:
+            self.engine.scheduler.waiting = shuffled_queue()
         for _ in range(RUNNING + num_waiting):
             self.send()
         while self.num_sent < RUNNING + num_waiting + LEARNED:
@@ -115,6 +122,21 @@ class Loaded:
         guard.run = timed
 
 
+def shuffled_queue() -> Any:
+    """vLLM's queue, but each arrival changes places with a random one of those that wait."""
+    from vllm.v1.core.sched.request_queue import FCFSRequestQueue
+
+    chosen = random.Random(3)
+
+    class Shuffled(FCFSRequestQueue):
+        def add_request(self, request: Any) -> None:
+            super().add_request(request)
+            place = chosen.randrange(len(self))
+            self[-1], self[place] = self[place], self[-1]
+
+    return Shuffled()
+
+
 def measure(num_waiting: int, num_clients: int, policy: str, mean_answer: int) -> dict[str, float]:
     """Median CPU time of a step of both, and of their ratio, in this process."""
     pair = tuple(Loaded(num_waiting, num_clients, which, mean_answer) for which in (None, policy))
@@ -132,9 +154,9 @@ def measure(num_waiting: int, num_clients: int, policy: str, mean_answer: int) -
             if which:
                 own.append(pair[1].own_s / (pair[1].cpu_s - pair[1].own_s))
     ratios = [ours / stock for stock, ours in zip(*times, strict=True)]
-    failure = pair[1].engine.scheduler.mope_guard.failure
-    if failure is not None:
-        raise RuntimeError(failure)
+    guard = getattr(pair[1].engine.scheduler, "mope_guard", None)
+    if guard is not None and guard.failure is not None:
+        raise RuntimeError(guard.failure)
     return {
         "requests_per_step": (pair[1].num_sent - num_sent) / (STRETCH * STRETCHES),
         "stock_us": 1e6 * statistics.median(times[0]),
@@ -160,7 +182,7 @@ def main() -> None:
     """Measures, prints a table, and writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--policies", default="fcfs,vtc-predicted,equinox", help="policies, with commas between")
+    parser.add_argument("--policies", default=f"{SHUFFLED},fcfs,equinox", help="policies, with commas between")
     parser.add_argument("--answers", default="200,1000", help="mean tokens of an answer, with commas between")
     parser.add_argument("--processes", type=int, default=5, help="fresh processes for each line")
     chosen = parser.parse_args()
