@@ -308,7 +308,10 @@ def _making(config: Facts, metrics: Facts, provenance: Facts) -> str:
     encoder = config["encoder_config"]
     size = [
         words.format(encoder[key])
-        for key, words in (("model_type", "{}"), ("num_hidden_layers", "{} layers"), ("hidden_size", "width {}"))
+        for key, words in (
+            *(("model_type", "{}"), ("num_hidden_layers", "{} layers"), ("hidden_size", "width {}")),
+            *(("vector_size", "{} numbers a token"), ("num_filters", "{} filters over three tokens in a row")),
+        )
         if encoder.get(key)
     ]
     parts = [ROUTER_PARTS[part] for part in config["router_parts"]]
