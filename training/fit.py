@@ -244,11 +244,11 @@ class _OrderlyInterrupt(Callback):
 
 
 class _RunningAverage(WeightAveraging):
-    """An exponential moving average of the weights; a young one forgets faster, so that the start is soon forgotten."""
+    """The mean of the weights of all steps, and from `1 / (1 - decay)` steps on their exponential moving average."""
 
     def __init__(self, decay: float) -> None:
         def average(averaged: Tensor, current: Tensor, num_averaged: Tensor) -> Tensor:
-            kept = ((1.0 + num_averaged) / (10.0 + num_averaged)).clamp(max=decay)
+            kept = (num_averaged / (num_averaged + 1.0)).clamp(max=decay)
             return averaged.lerp(current, (1.0 - kept).to(averaged.dtype))
 
         super().__init__(use_buffers=False, avg_fn=average)

@@ -189,7 +189,7 @@ def test_the_average_is_validated_and_kept(train, monkeypatch):
 
     def follow(self, *arguments):
         now = weights(self.network).detach().clone()
-        kept = 0.0 if not averages else min(0.5, (1 + len(averages)) / (10 + len(averages)))
+        kept = min(0.75, len(averages) / (len(averages) + 1))
         averages.append(now if not averages else kept * averages[-1] + (1 - kept) * now)
         return step(self, *arguments)
 
@@ -199,7 +199,7 @@ def test_the_average_is_validated_and_kept(train, monkeypatch):
 
     monkeypatch.setattr(FitModule, "on_train_batch_end", follow)
     monkeypatch.setattr(FitModule, "on_validation_batch_start", look)
-    network, _ = train(average_decay=0.5, patience=100)
+    network, _ = train(average_decay=0.75, patience=100)
     assert [steps for steps, _ in seen] == [3, 6, 9, 12]
     for steps, found in seen:
         torch.testing.assert_close(found, averages[steps - 1], atol=1e-5, rtol=1e-4)
