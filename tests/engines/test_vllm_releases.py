@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 
 from mope.fairness import load_profile
+from mope.serving_hooks.carried import Carried
 from mope.serving_hooks.replay.clock import StepClock
 from mope.serving_hooks.replay.engine import EngineSettings
 from mope.serving_hooks.replay.engine_vllm import VllmEngine
@@ -110,6 +111,27 @@ def test_books_are_exact_through_preemptions(batches_in_flight: int, victims: st
     engine, outcome = serve(arrivals, batches_in_flight, kv_tokens=4_608, policy="equinox", victims=victims)
     assert sum(one.num_preemptions for one in outcome.records) > 5
     assert services(engine) == served(arrivals)
+
+
+def test_who_has_most_left_is_the_first_victim() -> None:
+    """By the tokens that each has been given by now: the longer prediction began earlier, and has less left."""
+    engine = VllmEngine(
+        EngineSettings(max_num_seqs=4, max_tokens=1024), kv_tokens=100_000, max_model_len=4096, scheduler=HOOK,
+        options={"mope": {"summary_s": 0, "recalibrate": False, "predictor": "none", "victims": "remaining"}},
+    )  # fmt: skip
+
+    def steps(number: int) -> None:
+        for _ in range(number):
+            engine.deliver(engine.schedule(), lambda name, tokens: False)
+
+    engine.add("early", 30, Carried("a", 200.0), 0.0, None)
+    steps(60)
+    engine.add("late", 30, Carried("b", 160.0), 1.0, None)
+    steps(3)
+    assert [request.request_id for request in engine.scheduler.running] == ["early", "late"]
+    steps(1)
+    assert engine.scheduler.mope.policy.find("early").generated >= 60
+    assert engine.scheduler.mope_guard.failure is None
 
 
 @DEPTHS
