@@ -370,6 +370,8 @@ def _training(training: Facts, settings: Facts) -> Iterator[str]:
             f"**Settings**: up to {settings['epochs']:g} epochs in batches of {settings['batch_size']}, learning rate "
             f"{settings['learning_rate']:g} (encoder) and {settings['head_learning_rate']:g} (gate and heads)."
         )
+        if settings.get("average_decay"):
+            yield f"**Weights**: a running average over training, decay {settings['average_decay']:g} a step."
     words = {"num_steps": "{:,} steps", "seconds": "{:,.0f} s", "validation_loss": "validation loss {:.3f}"}
     for network, values in training.get("networks", {}).items():
         done = [text.format(values[key]) for key, text in words.items() if _is_number(values.get(key))]

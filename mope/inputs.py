@@ -6,6 +6,7 @@ Knows what may be written and says what is wrong with the rest; knows no tokeniz
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from mope.errors import DataError
@@ -17,6 +18,10 @@ FLAGS = frozenset(
      "llm_size", "llm_reasoning", "system"}
 )  # fmt: skip
 MAX_TOKENS, MAX_TEMPERATURE = 2**31 - 1, 100
+_SERVERS_NAMES = {  # of what is named otherwise here
+    "model": "target_llm", "max_completion_tokens": "max_tokens", "max_output_tokens": "max_tokens",
+    "enable_thinking": "thinking", "reasoning_effort": "thinking",
+}  # fmt: skip
 _LLM_FIELDS = ("llm_family", "llm_size", "llm_reasoning")
 
 
@@ -46,7 +51,13 @@ def as_requests(requests: Iterable[Request | str | Mapping[str, Any]]) -> list[R
     is_single = isinstance(requests, str | bytes) or (isinstance(requests, Mapping) and "prompt" in requests)
     if is_single or not isinstance(requests, Iterable):
         raise DataError(f"a batch is a list of requests; got {type(requests).__name__}; put one request into [...]")
-    return [as_request(request) for request in requests]
+    read: list[Request] = []
+    for number, request in enumerate(requests):
+        try:
+            read.append(as_request(request))
+        except DataError as error:
+            raise DataError(f"request {number} of the batch (the first is 0): {error}") from error
+    return read
 
 
 def request_from(prompt: Any, messages: Any, history: Any, flags: dict[str, Any]) -> Request:
@@ -93,7 +104,10 @@ def _checked_flags(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags in the form that `Request` has them, with `system` beside them."""
     unknown = flags.keys() - FLAGS
     if unknown:
-        raise DataError(f"unknown request field {min(map(_shown, unknown))}; known are {', '.join(sorted(FLAGS))}")
+        first = min(unknown, key=_shown)
+        near = _SERVERS_NAMES.get(first) or next(iter(get_close_matches(_shown(first), FLAGS, n=1)), None)
+        hint = f" (did you mean {near}?)" if near is not None else ""
+        raise DataError(f"unknown request field {_shown(first)}{hint}; known are {', '.join(sorted(FLAGS))}")
     options = {name: value for name, value in flags.items() if value is not None}
     for name, value in options.items():
         if not _FLAG_CHECKS[name][0](value):

@@ -345,9 +345,11 @@ class LengthPredictor:
         Raises:
             DataError: fewer than 1 token, a time that is none, or a prediction that already counts what remains.
         """
+        if not isinstance(prediction, LengthPrediction):
+            raise DataError(f"prediction is {type(prediction).__name__}; expected what predict() gave")
         if prediction.generated or prediction.raw_cumulative is None:
             raise DataError("observe needs the prediction that predict() gave, not one made by remaining()")
-        if not isinstance(actual_tokens, Integral | float):
+        if isinstance(actual_tokens, bool) or not isinstance(actual_tokens, Integral | float):
             raise DataError(f"actual_tokens is {type(actual_tokens).__name__}; expected a number of tokens")
         if censored is None:
             censored = prediction.max_tokens is not None and actual_tokens >= prediction.max_tokens

@@ -382,11 +382,10 @@ class Recalibrator:
 def _tells_of(other: Target, target: Target) -> bool:
     """Whether what another target does says anything of this one.
 
-    That the predictor is wrong about a stranger that it never learned says nothing of an LLM that it did learn;
-    of requests that name no LLM it does.
+    That the predictor is wrong about a stranger that it never learned says nothing of an LLM that it did learn,
+    whatever their names have in common; of requests that name no LLM it does.
     """
-    related = (target.llm and target.llm == other.llm) or (target.family and target.family == other.family)
-    return bool(other.known or related or not target.known or not target.llm)
+    return other.known or not target.known or not target.llm
 
 
 def _kinship(target: Target, other: Target) -> tuple[float, float]:

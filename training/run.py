@@ -337,6 +337,11 @@ def _check_work(work: Path, config: TrainConfig, data: RunRows, *, resume: bool)
             what = ", ".join(changed) or "the data"
             raise ConfigError(f"--resume: {work} was begun with other settings ({what}); drop --resume to start anew")
         return
+    if not resume and any(work.rglob("last.ckpt")):
+        console().print(
+            f"[yellow]{work} holds an interrupted run, which is thrown away; --resume would go on with it[/]",
+            highlight=False,
+        )
     if resume:
         console().print(f"nothing to resume in {work}: starting anew", highlight=False)
     artifact.write_json(marker, shaping)

@@ -129,6 +129,24 @@ def test_resume_takes_what_is_trained_and_gives_the_same(
     assert again.metrics["test"] == run.metrics["test"]
 
 
+def test_a_run_that_was_interrupted_is_not_thrown_away_without_a_word(
+    tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        checkpoint = tmp_path / "out.work" / "model" / "last.ckpt"
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning.Trainer.fit", interrupted)
+    told = []
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "out")
+        told.append("holds an interrupted run" in " ".join(capsys.readouterr().err.split()))
+    assert told == [False, True]
+
+
 def test_resume_refuses_other_settings_and_says_which(run: RunResult, config: TrainConfig) -> None:
     other = config.model_copy(update={"fit": config.fit.model_copy(update={"dropout": 0.3})})
     with pytest.raises(ConfigError, match=r"fit\.dropout"):

@@ -323,6 +323,13 @@ def test_a_family_that_is_not_known_is_told_once_and_changes_nothing(predictor, 
     assert len(more) == 98
 
 
+def test_what_is_no_prediction_and_no_number_of_tokens_is_refused(predictor):
+    with pytest.raises(DataError, match="prediction is int; expected what predict"):
+        predictor.observe(5, 5)
+    with pytest.raises(DataError, match="actual_tokens is bool; expected a number of tokens"):
+        predictor.observe(predictor.predict("hello"), True)
+
+
 def test_a_time_that_is_none_is_refused(predictor):
     with pytest.raises(DataError, match="time_s is in seconds since 1970; got 'now'"):
         predictor.observe(predictor.predict("hello"), 10, time_s="now")
@@ -416,7 +423,8 @@ def test_an_unknown_engine_or_device_is_refused(tiny, options, message):
         ({"messages": [{"role": "assistant", "content": "a"}]}, "no message with role 'user' among 1"),
         ({"messages": ["hello"]}, "message 0 is str without a role"),
         ({"prompt": 5}, "prompt is int; expected a string"),
-        ({"prompt": "a", "max_token": 5}, "unknown request field 'max_token'; known are llm_family"),
+        ({"prompt": "a", "max_token": 5}, r"field 'max_token' \(did you mean max_tokens\?\); known are llm_family"),
+        ({"prompt": "a", "model": "gpt-4"}, r"unknown request field 'model' \(did you mean target_llm\?\); known are"),
         ({"prompt": "a", "max_tokens": 0}, "from 1 to 2147483647; got 0"),
         ({"prompt": "a", "max_tokens": 10**400}, "max_tokens is a whole number"),
         ({"prompt": "a", "max_tokens": True}, "got True"),
@@ -441,7 +449,7 @@ def test_what_users_get_wrong_is_said_in_one_line(predictor, arguments, message)
     ],
 )
 def test_a_batch_entry_that_cannot_be_read_is_refused(predictor, entry, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=rf"request 1 of the batch \(the first is 0\): .*{message}"):
         predictor.predict_batch(["fine", entry])
 
 

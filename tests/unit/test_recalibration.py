@@ -289,10 +289,11 @@ def test_a_stranger_s_answers_say_nothing_of_an_llm_that_the_predictor_knows():
     recalibrator.to_json()  # all is worked out anew
     assert [quantile(recalibrator, known, level=level) for level in LEVELS] == pytest.approx(before)
     assert quantile(recalibrator, Target("other", known=False)) > 1.3 * 100  # of another stranger it does
-    cousin = Target("known-2", family="k", known=False)
-    serve(recalibrator, cousin, 3.0, 60)
-    recalibrator.to_json()
-    assert quantile(recalibrator, Target("known", family="k", known=True)) > 1.3 * 100  # and a relative of its own does
+    relative = Target("known", family="k", known=True)
+    for known_too, moves in ((False, False), (True, True)):  # a name in common is not enough
+        serve(recalibrator, Target(f"k-{known_too}", family="k", known=known_too), 3.0, 60)
+        recalibrator.to_json()
+        assert (quantile(recalibrator, relative) > 1.3 * 100) == moves
 
 
 def test_known_llms_move_another_when_they_agree():
