@@ -51,7 +51,13 @@ def student(config: TrainConfig, **model: object) -> TrainConfig:
 
 
 @pytest.mark.parametrize(
-    "model", [{"preset": "small", "num_layers": 1}, {"preset": "micro", "static_size": 12}], ids=["small", "micro"]
+    "model",
+    [
+        {"preset": "small", "num_layers": 1},
+        {"preset": "micro", "static_size": 12},
+        {"preset": "micro", "static_size": 12, "static_filters": 5},
+    ],
+    ids=["small", "micro", "filters"],
 )
 def test_a_student_learns_on_its_teacher_s_grid(
     model: dict[str, object], teacher: Path, config: TrainConfig, tmp_path: Path
