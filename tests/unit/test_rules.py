@@ -1,11 +1,10 @@
 """Rules: what prompts ask for, in tokens, at bounded cost; and what answers made of it."""
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from timing import least_seconds
 
 from mope.rules import RULE_NAMES, RuleHits, RuleTable, match_rules
 
@@ -101,15 +100,12 @@ def test_the_first_rule_gives_the_suggestion_and_the_first_count_the_tokens():
 )
 def test_no_text_makes_a_pattern_slow(seed, window):
     text = "is 1 " + seed * (window // len(seed)) + "x"
-    started = time.perf_counter()
-    match_rules(text)
-    assert time.perf_counter() - started < 1.0
+    assert least_seconds(lambda: match_rules(text), 1.0, tries=3) < 1.0
 
 
 def test_long_numbers_do_not_make_a_window_slow():
-    started = time.perf_counter()
-    match_rules("1" * 2000)
-    assert time.perf_counter() - started < 0.3  # 0.01 s; it was 0.2 s a window when words were unbounded
+    limit_s = 0.1  # it is 0.01 s; it was 0.2 s a window when words were unbounded
+    assert least_seconds(lambda: match_rules("1" * 2000), limit_s) < limit_s
 
 
 @pytest.mark.parametrize(
