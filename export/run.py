@@ -208,7 +208,7 @@ def _write_graphs(
                         fp32_path = Path(scratch, path.name)
                         write_graph(own, fp32_path, max_tokens)
                     if precision == "int8":
-                        write_int8(fp32_path, path)
+                        write_int8(network, fp32_path, path)
                     else:
                         write_qdq(fp32_path, path, calibration or [])
             check_form(path, network)

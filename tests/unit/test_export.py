@@ -121,8 +121,22 @@ def test_less_precision_is_really_less(exported: dict[str, Path]) -> None:
     assert kinds["fp32"]["trunk"] == {"FLOAT"}
     assert kinds["fp16"]["trunk"] == {"FLOAT16"}
     assert "INT8" in kinds["int8"]["trunk"]
-    assert kinds["int8"]["operators"] >= {"DynamicQuantizeLinear", "MatMulInteger", "DequantizeLinear"}
+    assert kinds["int8"]["operators"] >= {"DynamicQuantizeLinear", "MatMulInteger"}
     assert kinds["qdq"]["operators"] >= {"QuantizeLinear", "DequantizeLinear"} - {"DynamicQuantizeLinear"}
+
+
+def test_every_token_s_vector_is_rounded_by_its_own_scale(exported: dict[str, Path]) -> None:
+    """One scale for a whole table is what its longest row needs, and coarse for all others."""
+    tensors = {}
+    for precision in ("fp32", "int8"):
+        graph = onnx.load(exported["shared"] / "onnx" / f"model.{precision}.onnx").graph
+        tensors[precision] = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+    table = next(node.input[0] for node in graph.node if "input_ids" in node.input and node.op_type == "Gather")
+    name = table.removesuffix("_quantized").removesuffix("_scale")
+    rows, rounded = (tensors[kind][one] for kind, one in (("fp32", name), ("int8", f"{name}_quantized")))
+    assert rounded.dtype == np.int8
+    steps = np.abs(rows).max(axis=1, keepdims=True) / 127
+    assert (np.abs(tensors["int8"][f"{name}_scale"] * rounded - rows) <= 0.5001 * steps).all()
 
 
 def test_graphs_tell_nothing_of_the_machine(exported: dict[str, Path]) -> None:

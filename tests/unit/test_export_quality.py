@@ -14,6 +14,7 @@ from rows import say_trained_on, write_lengths
 
 from mope import LengthPredictor
 from mope.artifact import read_json, write_json
+from mope.backends.network import MopeNetwork
 from mope.errors import ConfigError, ExportError, MissingExtraError
 from mope.export import quality
 from mope.export.cli import main
@@ -103,8 +104,8 @@ def test_a_precision_that_costs_too_much_is_refused(copy: Path, monkeypatch: pyt
 
     from mope.export import run
 
-    def write_bad(fp32_path: Path, path: Path) -> None:
-        write_int8(fp32_path, path)
+    def write_bad(network: MopeNetwork, fp32_path: Path, path: Path) -> None:
+        write_int8(network, fp32_path, path)
         model = onnx.load(path)
         for tensor in model.graph.initializer:
             if "encoder" not in tensor.name and tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 3:
