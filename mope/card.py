@@ -110,6 +110,7 @@ def render_card(
     warnings: Sequence[str] = (),
     datasets: Sequence[str] = (),
     licences: Sequence[str] = (),
+    is_public: bool = False,
 ) -> str:
     """The whole card.
 
@@ -124,6 +125,7 @@ def render_card(
         warnings: what to know before trusting the data.
         datasets: ids of data sets on the Hugging Face Hub, if the data comes from there.
         licences: what the data's licences are, one source per line.
+        is_public: whether all data is public by these lines; of other data the card names no licence for the predictor.
     """
     title = Path(name).name
     sections = {
@@ -133,10 +135,10 @@ def render_card(
         "Data": _data(report, warnings),
         "Limits, and who loses when it errs": _limits(config, metrics),
         "Largest errors on test rows": _failures(metrics.get("failures", ())),
-        "Licence and provenance": _licence(config, provenance, licences),
+        "Licence and provenance": _licence(config, provenance, licences, is_public),
     }
     body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items() if text)
-    head = f"---\n{_front_matter(metrics, title, datasets)}\n---\n\n# {_plain(title)}"
+    head = f"---\n{_front_matter(metrics, title, datasets, is_public)}\n---\n\n# {_plain(title)}"
     return f"{head}\n\n{_introduction(config)}\n\n{body}\n"
 
 
@@ -147,7 +149,7 @@ def write_card(folder: Path, text: str) -> Path:
     return path
 
 
-def _front_matter(metrics: Facts, title: str, datasets: Sequence[str]) -> str:
+def _front_matter(metrics: Facts, title: str, datasets: Sequence[str], is_public: bool) -> str:
     """YAML for the Hub. No pipeline tag: no pipeline of the Hub predicts lengths."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -169,7 +171,7 @@ def _front_matter(metrics: Facts, title: str, datasets: Sequence[str]) -> str:
         if _is_number(result.get("mope", {}).get(key))
     ]
     data = ModelCardData(
-        license="apache-2.0",
+        license="apache-2.0" if is_public else None,
         library_name="mope",
         tags=list(TAGS),
         datasets=list(datasets) or None,
@@ -482,13 +484,16 @@ def _failures(failures: Sequence[Facts]) -> str:
     return "\n".join(table)
 
 
-def _licence(config: Facts, provenance: Facts, licences: Sequence[str]) -> str:
+def _licence(config: Facts, provenance: Facts, licences: Sequence[str], is_public: bool) -> str:
+    predictor = (
+        "The predictor is under Apache-2.0." if is_public else "Its licence is for the owner of the data to choose."
+    )
     git = provenance.get("git") or {}
     changed = " with uncommitted changes" if git.get("dirty") else ""
     sources = [f"{_code(name)}: {_code(_words(value))}" for name, value in provenance.get("data", {}).items() if value]
     return _list(
         [
-            f"The predictor is under Apache-2.0. The encoder {_code(config['encoder'])} that it was started from and "
+            f"{predictor} The encoder {_code(config['encoder'])} that it was started from and "
             "the data have licences of their own: read them before you publish or sell it.",
             "No text of the data is in this folder.",
             *licences,

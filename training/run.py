@@ -149,6 +149,7 @@ def train(
         artifact.write_json(folder / "metrics.json", metrics)
         artifact.write_json(folder / "provenance.json", provenance)
         drawn = draw(evaluation, test, folder / "plots", logs)
+        sources = [one.source for one in (config.data, *config.also)]
         card = render_card(
             predictor.config.model_dump(mode="json"),
             metrics,
@@ -158,7 +159,8 @@ def train(
             tables=metrics_markdown(metrics),
             report=[line for line in data.lines() if not line.startswith("warning: ")],
             warnings=[warning for one in (data.main, *data.also) for warning in one.report.warnings],
-            licences=data_licences(one.source for one in (config.data, *config.also)),
+            licences=data_licences(sources),
+            is_public=all(data_licences([source]) for source in sources),
             datasets=[one.source for one in (config.data, *config.also) if isinstance(open_source(one), Hub)],
         )
         write_card(folder, card)

@@ -5,6 +5,7 @@ Knows the model's settings; what each kind of trunk is, is elsewhere.
 
 from __future__ import annotations
 
+from mope.errors import ConfigError
 from mope.training.config import ModelConfig
 from mope.training.encoders import Trunk, find_encoder
 from mope.training.static import StaticTrunk
@@ -17,7 +18,7 @@ def find_trunk(model: ModelConfig, teacher: Teacher | None = None) -> Trunk:
     """The trunk that the settings ask for: a named encoder, else the teacher's, else `DEFAULT_ENCODER`.
 
     Raises:
-        ConfigError: the encoder is not there, or the table is wider than it.
+        ConfigError: the encoder is not there, the table is wider than it, or filters are asked for without a table.
     """
     origin: Trunk
     if teacher is not None and model.encoder is None:
@@ -26,5 +27,10 @@ def find_trunk(model: ModelConfig, teacher: Teacher | None = None) -> Trunk:
         name = model.encoder or DEFAULT_ENCODER
         origin = find_encoder(name, revision=model.encoder_revision, num_layers=model.num_layers)
     if model.preset != "micro":
+        if model.static_filters:
+            raise ConfigError(
+                f"--static-filters {model.static_filters} belongs to --preset micro, got --preset {model.preset}, "
+                "whose encoder reads words in their order; leave it out, or type --preset micro"
+            )
         return origin
     return StaticTrunk(origin, model.static_size, model.static_filters)

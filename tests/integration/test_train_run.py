@@ -100,6 +100,7 @@ def test_what_a_run_leaves_is_all_there_and_strict_json(run: RunResult) -> None:
         json.loads((run.folder / name).read_text(), parse_constant=pytest.fail)
     assert len(list((run.folder / "plots").glob("*.png"))) >= 8
     card = (run.folder / "README.md").read_text()
+    assert "for the owner of the data to choose" in card  # it learned from a file, of which nothing is known
     assert f"{run.metrics['test']['all_turns']['mope']['mae']:.1f}" in card
     assert str(run.folder.parent) not in (run.folder / "provenance.json").read_text()
 

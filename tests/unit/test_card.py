@@ -178,7 +178,7 @@ def test_every_number_comes_from_the_run():
 
 
 def test_front_matter_is_what_the_hub_reads():
-    data = ModelCard(card(datasets=["lmsys/lmsys-chat-1m"])).data
+    data = ModelCard(card(datasets=["lmsys/lmsys-chat-1m"], is_public=True)).data
     assert (data.license, data.library_name, data.datasets) == ("apache-2.0", "mope", ["lmsys/lmsys-chat-1m"])
     assert data.model_name == "demo"
     found = {(r.dataset_name, r.metric_type): r.metric_value for r in data.eval_results}
@@ -192,7 +192,7 @@ def test_front_matter_is_what_the_hub_reads():
 
 def test_front_matter_without_results_or_hub_data():
     data = ModelCard(card({})).data
-    assert data.license == "apache-2.0"
+    assert data.license is None
     assert data.eval_results is None
     assert data.datasets is None
 
@@ -369,3 +369,9 @@ def test_the_card_needs_no_training_packages():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_predictor_of_own_data_is_under_nobody_else_s_licence():
+    assert "for the owner of the data to choose" in card(licences=["`sharegpt`: none is stated."])
+    assert "Apache-2.0" not in card(licences=["`sharegpt`: none is stated."])
+    assert "The predictor is under Apache-2.0." in card(is_public=True)

@@ -7,7 +7,9 @@ import torch
 
 from mope.backends.network import build_encoder
 from mope.errors import ConfigError
+from mope.training.config import ModelConfig
 from mope.training.encoders import find_encoder
+from mope.training.trunks import find_trunk
 
 
 @pytest.fixture
@@ -99,3 +101,10 @@ def test_minilm_comes_with_its_package():
     assert source.name == "minilm"
     assert source.config["hidden_size"] == 384
     assert source.special_ids == (101, 102, 0)
+
+
+def test_filters_belong_to_a_table(tiny_encoder):
+    settings = {"encoder": str(tiny_encoder), "static_filters": 8}
+    with pytest.raises(ConfigError, match=r"--static-filters 8 belongs to --preset micro, got --preset small"):
+        find_trunk(ModelConfig(preset="small", **settings))
+    assert find_trunk(ModelConfig(preset="micro", static_size=4, **settings)).config["num_filters"] == 8
