@@ -45,8 +45,8 @@ def write_int8(network: MopeNetwork, fp32_path: Path, path: Path) -> None:
 
     The token embedding table, a large part of a small encoder's file, becomes int8, too, with a scale per token. There
     is one scale for the activations of a whole batch, so that a request's numbers depend a little on what it is batched
-    with; not so where the trunk is a table, whose filters stay in float32: they are small, and int8 made them no
-    quicker.
+    with; not so where the trunk is a table, whose filters stay in float32: they are small, and in int8 a request
+    alone took as long.
 
     Args:
         network: what the graph was written from.
