@@ -8,11 +8,13 @@ queues, threads and deadlines; not how a prediction comes about.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,6 +27,8 @@ from mope.request import Request
 if TYPE_CHECKING:
     from mope.prediction import LengthPrediction
     from mope.predictor import LengthPredictor
+
+EXIT_S = 2.0  # how long an interpreter that ends waits for a prediction under way
 
 _logger = logging.getLogger("mope")
 
@@ -54,6 +58,24 @@ class ServingStats:
 class _Job:
     request: Request
     answer: Future[LengthPrediction]
+
+
+def _end(jobs: queue.Queue[_Job | None], threads: Sequence[threading.Thread]) -> None:
+    """Before the interpreter ends, ends the threads: one inside ONNX Runtime would then abort the process.
+
+    What waits is given up, since nobody is left to hear it.
+    """
+    with contextlib.suppress(queue.Empty):
+        while True:
+            job = jobs.get_nowait()
+            if job is not None:
+                job.answer.cancel()
+    until = time.monotonic() + EXIT_S
+    for _ in range(sum(thread.is_alive() for thread in threads)):
+        with contextlib.suppress(queue.Full):  # no room, and nobody takes what is there
+            jobs.put(None, timeout=max(until - time.monotonic(), 0.0))
+    for thread in threads:
+        thread.join(max(until - time.monotonic(), 0.0))
 
 
 class ServingPredictor:
@@ -108,6 +130,7 @@ class ServingPredictor:
         ]
         for thread in self._threads:
             thread.start()
+        weakref.finalize(self, _end, self._jobs, self._threads)
 
     async def predict(
         self, request: Request | str | Mapping[str, Any], *, deadline_s: float | None = None

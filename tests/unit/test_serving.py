@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -274,3 +276,24 @@ def test_many_threads_predict_and_teach_at_once(tiny: Path, cache_size: int) -> 
         assert max(pool.map(work, range(8))) <= 1e-6
     assert len(shared.recalibrator) == 8 * len(REQUESTS)
     assert shared.encoder.tokenizer_json() == tokenizer
+
+
+@pytest.mark.parametrize(("seconds", "ended"), [(0.3, ["ended"] * 2), (600, [])], ids=["soon", "never"])
+def test_an_interpreter_that_ends_waits_for_predictions_under_way(tiny: Path, seconds: float, ended: list[str]) -> None:
+    """Threads inside ONNX Runtime when it ended aborted the process; one that hangs does not hold it for long."""
+    code = f"""
+import threading, time
+from mope import LengthPredictor
+from mope.serving import ServingPredictor
+predictor, begun = LengthPredictor.from_pretrained({str(tiny)!r}), threading.Barrier(3)
+def predict_batch(requests):
+    begun.wait()
+    time.sleep({seconds})
+    print("ended", flush=True)
+    return [predictor.fallback("slow", request) for request in requests]
+predictor.predict_batch = predict_batch
+serving = ServingPredictor(predictor, max_waiting=1, max_batch=1)
+begun.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ended, "")
