@@ -107,8 +107,17 @@ def check(folder: Path) -> PredictorConfig:
             raise ArtifactError(f"{folder} lacks {name}, which files.json names; copy the whole folder again")
         if expected != _fingerprint(path):
             raise ArtifactError(f"{path} is not the file that was saved (size or SHA-256 differs); copy it again")
+    return read_config(folder)
+
+
+def read_config(folder: Path) -> PredictorConfig:
+    """Read what a saved predictor is, without looking at its other files.
+
+    Raises:
+        ArtifactError: no config, an unknown format version, or a value that cannot be used.
+    """
     saved = read_json(folder / "config.json")
-    version = saved.get("format_version")
+    version = saved.get("format_version") if isinstance(saved, dict) else None
     if version != FORMAT_VERSION:
         is_newer = isinstance(version, int) and version > FORMAT_VERSION
         raise ArtifactError(
@@ -121,6 +130,30 @@ def check(folder: Path) -> PredictorConfig:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ArtifactError(f"{folder / 'config.json'}: {where}: {first['msg']}") from error
+
+
+def find(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The folder of a predictor: a folder, a packaged predictor's, or what the Hugging Face Hub has under a name.
+
+    Args:
+        name_or_path: a path, the name of a packaged predictor, or a Hub id such as `"user/name"`.
+        revision: revision of a Hub id.
+
+    Raises:
+        ArtifactError: a Hub id that the Hub does not give. A path is not looked at.
+    """
+    path = packaged.located(name_or_path)
+    name = str(name_or_path)
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"no folder {name}, and the Hugging Face Hub gave none: {reason}") from error
 
 
 def check_weights(folder: Path, config: PredictorConfig, who: str, instead: str = "") -> None:

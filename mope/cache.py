@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Generic, TypeVar
 
+from mope.forking import after_fork
+
 Value = TypeVar("Value")
 
 
@@ -33,7 +35,7 @@ class CacheStats:
 
 
 class LruCache(Generic[Value]):
-    """The most recently used entries. Safe to use from many threads.
+    """The most recently used entries. Safe to use from many threads, and in children of a fork.
 
     Args:
         capacity: entries that it may hold; 0 keeps nothing.
@@ -44,6 +46,10 @@ class LruCache(Generic[Value]):
         self._entries: OrderedDict[Hashable, Value] = OrderedDict()
         self._lock = Lock()
         self._hits = self._misses = 0
+        after_fork(self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = Lock()
 
     def __bool__(self) -> bool:
         """Whether it keeps anything at all."""

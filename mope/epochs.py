@@ -1,13 +1,13 @@
 """Counts per target and stretch of time, the newest of them: what learning while serving keeps.
 
 The content is a function of the set of observations alone, so that replicas can be merged exactly: whole numbers are
-added, and what is dropped is what is oldest, not what came first. Knows codes, numbers and times; not what they mean.
+added, and what makes room is what is oldest, not what came first. What makes room stays in the counts of its family.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +18,10 @@ from mope.grid import Array
 
 SHORT_EPOCH_S, SHORT_EPOCHS = 600, 6  # seconds of an epoch; how many of the newest non-empty ones a target keeps
 LONG_EPOCH_S, LONG_EPOCHS = 86_400, 8
-MAX_CELLS = 8192  # epochs of all targets together, of either length: about a thousand targets
+MAX_CELLS = 2048  # epochs of all targets together, of either length
+MAX_POOL_CELLS = 512  # long epochs of all families together
+MAX_NEWEST = 48  # targets of a family, and of all, that `newest` gives
+POOL = "pool"  # the kind of what holds the observations of LLMs that made room
 MAX_TIME_S = 2**40
 MAX_COUNT, MAX_EXPECTED = 2**40, 2**60  # beyond any server's life; what is saved may not claim more
 
@@ -31,12 +34,14 @@ class Target(NamedTuple):
         mode: a short word for how it is asked, such as `"thinking"`, `"tools"` or `"json"`.
         family: LLMs of the same family are believed to be alike; empty if unknown.
         known: the predictor was trained on this LLM's answers.
+        kind: its size class and whether it reasons; LLMs of the same kind are believed to be more alike than others.
     """
 
     llm: str = ""
     mode: str = ""
     family: str = ""
     known: bool = True
+    kind: str = ""
 
 
 class Cell(NamedTuple):
@@ -74,12 +79,26 @@ class _Ring:
     """The newest epochs of each target, and of all targets together.
 
     An epoch that is not among the newest is so for good, since what comes later only makes it older: what is kept was
-    never dropped before, in whatever order observations and other replicas' cells came.
+    never dropped before, in whatever order observations and other replicas' cells came. So what was dropped is a
+    function of the set of observations, too.
+
+    Args:
+        epoch_s: seconds of an epoch.
+        num_epochs: non-empty epochs that a target keeps.
+        max_cells: epochs of all targets together.
+        dropped: gets what is dropped, cell by cell; None to forget it.
     """
 
-    def __init__(self, epoch_s: int, num_epochs: int) -> None:
+    def __init__(
+        self,
+        epoch_s: int,
+        num_epochs: int,
+        max_cells: int,
+        dropped: Callable[[Target, int, Cell], None] | None = None,
+    ) -> None:
         self.epoch_s, self.num_epochs = epoch_s, num_epochs
         self.cells: dict[Target, dict[int, Cell]] = {}
+        self._max_cells, self._dropped = max_cells, dropped
         self._num_cells = 0
         self._oldest: list[tuple[int, Target]] = []  # a heap; it may name cells that are gone
 
@@ -96,19 +115,21 @@ class _Ring:
         np.add(cell.expected, expected, out=cell.expected)
         if len(epochs) > self.num_epochs:
             self._drop(target, min(epochs))
-        while self._num_cells > MAX_CELLS:
+        while self._num_cells > self._max_cells:
             oldest, owner = heapq.heappop(self._oldest)
             if oldest in self.cells.get(owner, ()):
                 self._drop(owner, oldest)
-        if len(self._oldest) > 2 * MAX_CELLS:
+        if len(self._oldest) > 2 * self._max_cells:
             self._oldest = [(kept, owner) for owner, known in self.cells.items() for kept in known]
             heapq.heapify(self._oldest)
 
     def _drop(self, target: Target, epoch: int) -> None:
-        del self.cells[target][epoch]
+        cell = self.cells[target].pop(epoch)
         self._num_cells -= 1
         if not self.cells[target]:
             del self.cells[target]
+        if self._dropped is not None:
+            self._dropped(target, epoch, cell)
 
 
 class Epochs:
@@ -116,33 +137,73 @@ class Epochs:
 
     Holds the newest `SHORT_EPOCHS` and `LONG_EPOCHS` non-empty epochs of each target, and of those of all targets the
     newest `MAX_CELLS`; of equally old ones, those whose targets' names come first are dropped first. Every observation
-    is in a short and in a long epoch. Not safe to use from many threads.
+    is in a short and in a long epoch. A long epoch that is dropped is added to the pool of its family, and one that
+    finds no room there to the pool of all families: an LLM that nobody asks any more is forgotten by its name, and what
+    it told of its family stays. Not safe to use from many threads.
     """
 
     def __init__(self) -> None:
-        self._short, self._long = _Ring(SHORT_EPOCH_S, SHORT_EPOCHS), _Ring(LONG_EPOCH_S, LONG_EPOCHS)
+        self._all = _Ring(LONG_EPOCH_S, LONG_EPOCHS, MAX_POOL_CELLS)
+        self._pools = _Ring(LONG_EPOCH_S, LONG_EPOCHS, MAX_POOL_CELLS, self._pool_all)
+        self._short = _Ring(SHORT_EPOCH_S, SHORT_EPOCHS, MAX_CELLS)
+        self._long = _Ring(LONG_EPOCH_S, LONG_EPOCHS, MAX_CELLS, self._pool)
+        self._by_llm: dict[str, dict[Target, None]] = {}
+        self._by_family: dict[str, dict[Target, None]] = {}
 
     def add(self, target: Target, time_s: float, code: int, expected: Array) -> None:
         """Add one observation. O(log of the number of cells) where it begins an epoch, else O(1).
 
         Raises:
-            DataError: a time that is none.
+            DataError: a time that is not one.
         """
         if not (isinstance(time_s, int | float | np.integer | np.floating) and 0 <= time_s < MAX_TIME_S):
             raise DataError(f"time_s is in seconds since 1970; got {time_s!r}")
-        for ring in (self._short, self._long):
-            ring.add(target, int(time_s // ring.epoch_s), {code: 1}, expected)
+        self._add(self._short, target, int(time_s // SHORT_EPOCH_S), {code: 1}, expected)
+        self._add(self._long, target, int(time_s // LONG_EPOCH_S), {code: 1}, expected)
 
-    def __contains__(self, target: Target) -> bool:
-        return target in self._long.cells
+    def _add(self, ring: _Ring, target: Target, epoch: int, counts: Mapping[int, int], expected: Array) -> None:
+        if ring is self._long:
+            self._by_llm.setdefault(target.llm, {})[target] = None
+            self._by_family.setdefault(target.family, {})[target] = None
+        ring.add(target, epoch, counts, expected)
+
+    def _pool(self, target: Target, epoch: int, cell: Cell) -> None:
+        if target not in self._long.cells:
+            for index, name in ((self._by_llm, target.llm), (self._by_family, target.family)):
+                del index[name][target]
+                if not index[name]:
+                    del index[name]
+        pool = Target("", target.mode, target.family, target.known, POOL)
+        self._pools.add(pool, epoch, cell.counts, cell.expected)
+
+    def _pool_all(self, pool: Target, epoch: int, cell: Cell) -> None:
+        self._all.add(pool._replace(family=""), epoch, cell.counts, cell.expected)
 
     def __len__(self) -> int:
         """How many targets there are."""
         return len(self._long.cells)
 
-    def newest(self) -> dict[Target, int]:
-        """Every target, and its newest long epoch."""
-        return {target: max(epochs) for target, epochs in self._long.cells.items()}
+    def targets(self) -> list[Target]:
+        """Every target that has a name of its own here, in the order of their names."""
+        return sorted(self._long.cells)
+
+    def pools(self, family: str) -> list[Target]:
+        """The pools of a family and of all other families: what LLMs told that are forgotten by their names."""
+        own = [pool for pool in self._pools.cells if pool.family == family]
+        return own + list(self._all.cells)
+
+    def of_llm(self, llm: str) -> list[Target]:
+        """Targets of one LLM."""
+        return list(self._by_llm.get(llm, ()))
+
+    def newest(self, family: str | None = None) -> list[Target]:
+        """The `MAX_NEWEST` targets that make room last, of one family or of all: the newest, then by name."""
+        among = self._long.cells if family is None else self._by_family.get(family, ())
+        return heapq.nlargest(MAX_NEWEST, among, key=lambda target: (self.last_epoch(target), target))
+
+    def last_epoch(self, target: Target) -> int:
+        """The newest long epoch of a target."""
+        return max(self._long.cells.get(target, ()), default=0)
 
     def last_s(self, target: Target) -> int:
         """End of the epoch of a target's newest observation, in seconds since 1970."""
@@ -152,6 +213,10 @@ class Epochs:
     def total(self, target: Target) -> int:
         """Observations of a target."""
         return sum(cell.total for cell in self._long.cells.get(target, {}).values())
+
+    def num_observations(self) -> int:
+        """Observations of all targets, those in pools left out."""
+        return sum(cell.total for epochs in self._long.cells.values() for cell in epochs.values())
 
     def batches(self, target: Target) -> Iterator[Batch]:
         """A target's observations, newest first: its short epochs, then what else its long epochs hold."""
@@ -170,6 +235,12 @@ class Epochs:
                 np.maximum(cell.expected - sum(part.expected for part in inside), 0),
             )
 
+    def pooled(self, pool: Target) -> Iterator[Batch]:
+        """What one of `pools` holds, newest first."""
+        ring = self._pools if pool in self._pools.cells else self._all
+        for _, cell in sorted(ring.cells.get(pool, {}).items(), reverse=True):
+            yield Batch(*cell.arrays(), cell.expected)
+
     def copy(self) -> Epochs:
         """The same, on its own."""
         copied = Epochs()
@@ -178,42 +249,57 @@ class Epochs:
 
     def merge(self, other: Epochs) -> None:
         """Add what another one holds, exactly as if it had been observed here. O(cells)."""
-        for ring, added in ((self._short, other._short), (self._long, other._long)):
+        for ring, added in zip(self._rings(), other._rings(), strict=True):
             for target, epochs in added.cells.items():
                 for epoch, cell in epochs.items():
-                    ring.add(target, epoch, cell.counts, cell.expected)
+                    self._add(ring, target, epoch, cell.counts, cell.expected)
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """One entry per target, in the order of their names; whole numbers, the same for the same observations."""
-        return [
-            {
-                **target._asdict(),
-                "short_epochs": _saved(self._short.cells.get(target, {})),
-                "long_epochs": _saved(self._long.cells.get(target, {})),
-            }
-            for target in sorted(self._short.cells.keys() | self._long.cells.keys())
-        ]
+    def _rings(self) -> tuple[_Ring, ...]:
+        return self._all, self._pools, self._short, self._long
+
+    def to_json(self) -> dict[str, list[dict[str, Any]]]:
+        """Targets and pools in the order of their names; whole numbers, the same for the same observations."""
+        return {
+            "targets": [
+                {
+                    **target._asdict(),
+                    "short_epochs": _saved(self._short.cells.get(target, {})),
+                    "long_epochs": _saved(self._long.cells.get(target, {})),
+                }
+                for target in sorted(self._short.cells.keys() | self._long.cells.keys())
+            ],
+            **{
+                name: [{**pool._asdict(), "long_epochs": _saved(ring.cells[pool])} for pool in sorted(ring.cells)]
+                for name, ring in (("pools", self._pools), ("all", self._all))
+            },
+        }
 
     @classmethod
-    def from_json(cls, saved: Iterable[Mapping[str, Any]], num_codes: int, num_expected: int) -> Epochs:
+    def from_json(cls, saved: Mapping[str, Any], num_codes: int, num_expected: int) -> Epochs:
         """Restore what `to_json` wrote, exactly.
 
         Args:
             saved: what was written.
             num_codes: codes are below this.
-            num_expected: numbers that are summed beside the counts.
+            num_expected: numbers that are summed beside them.
 
         Raises:
             LookupError, TypeError, ValueError, AttributeError: it was not written by `to_json`.
         """
         restored = cls()
-        for entry in saved:
-            target = Target(entry["llm"], entry["mode"], entry["family"], entry["known"])
-            if not (all(isinstance(text, str) for text in target[:3]) and isinstance(target.known, bool)):
-                raise ValueError(f"{target} is no target")
-            for ring, name in ((restored._short, "short_epochs"), (restored._long, "long_epochs")):
-                for cell in entry[name]:
-                    ring.add(target, *_restored(cell, num_codes, num_expected))
+        for entries, rings in (
+            (saved.get("all", ()), ((restored._all, "long_epochs"),)),
+            (saved.get("pools", ()), ((restored._pools, "long_epochs"),)),
+            (saved["targets"], ((restored._short, "short_epochs"), (restored._long, "long_epochs"))),
+        ):
+            for entry in entries:
+                target = Target(entry["llm"], entry["mode"], entry["family"], entry["known"], entry.get("kind", ""))
+                texts = (target.llm, target.mode, target.family, target.kind)
+                if not (all(isinstance(text, str) for text in texts) and isinstance(target.known, bool)):
+                    raise ValueError(f"{target} is not a target")
+                for ring, name in rings:
+                    for cell in entry[name]:
+                        restored._add(ring, target, *_restored(cell, num_codes, num_expected))
         return restored
 
 

@@ -215,6 +215,15 @@ class EncodedRequests:
     llm_B: Array
     rule_hits: list[RuleHits]
 
+    def take(self, rows: Sequence[int]) -> EncodedRequests:
+        """The requests at some positions, in that order."""
+        return EncodedRequests(
+            [self.token_ids[row] for row in rows],
+            self.numbers_BF[rows],
+            self.llm_B[rows],
+            [self.rule_hits[row] for row in rows],
+        )
+
     def padded(self, pad_id: int) -> tuple[Array, Array]:
         """Token ids and attention mask, int64, shape (B, S)."""
         return pad(self.token_ids, pad_id)

@@ -1,45 +1,106 @@
-"""Requests as callers write them: a prompt, a mapping, OpenAI-style messages; and what is no request is refused.
+"""Requests as Python callers write them: a prompt, a mapping, a `Request`; and what is no request is refused.
 
-Knows what may be written and says what is wrong with the rest; knows no tokenizer and no network.
+The reading is that of `mope.reader`, which servers and training use, too. What they pass over is an error here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from mope.errors import DataError
+from mope.reader import FIELDS, SYSTEM, TOP_NAMES, read_flags, shown
 from mope.request import Request
-from mope.target_llm import MAX_SIZE
 
-FLAGS = frozenset(
-    {"max_tokens", "temperature", "tools", "response_format", "thinking", "thinking_budget", "target_llm", "llm_family",
-     "llm_size", "llm_reasoning", "system"}
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class RequestFlags(TypedDict, total=False):
+    """What may be said of a request beside its text: the keywords of `LengthPredictor.predict`.
+
+    Attributes:
+        system: the system prompt.
+        target_llm: name of the LLM that will answer, in any spelling.
+        max_tokens: the request's cap on response tokens.
+        temperature: sampling temperature, 0 to 100.
+        tools: the tools that are offered, or whether there are any.
+        response_format: a name such as `"json_object"`, or OpenAI's mapping with `type`.
+        thinking: whether the LLM is asked to think before it answers.
+        thinking_budget: cap on the tokens of its thoughts.
+        llm_family: family of the target LLM, such as `"qwen"`, where its name does not tell.
+        llm_size: billions of parameters of the target LLM, where its name does not tell.
+        llm_reasoning: whether the target LLM writes long thoughts, where its name does not tell.
+        llm_year: year in which the target LLM was released, where its name does not tell.
+    """
+
+    system: str | None
+    target_llm: str | None
+    max_tokens: int | None
+    temperature: float | None
+    tools: bool | Sequence[Any] | Mapping[str, Any] | None
+    response_format: str | Mapping[str, Any] | None
+    thinking: bool | None
+    thinking_budget: int | None
+    llm_family: str | None
+    llm_size: float | None
+    llm_reasoning: bool | None
+    llm_year: int | None
+
+
+FLAGS = frozenset(RequestFlags.__annotations__)
+_VALUES = tuple(sorted(FLAGS - {"system", "tools", "response_format"}))
+_TEXT_FIELDS = ("prompt", "messages", "input", "history", "id")
+# fields of HTTP bodies that say nothing of the request's text or flags
+_OTHER_FIELDS = frozenset(
+    {
+        "add_generation_prompt", "add_special_tokens", "allowed_token_ids", "anthropic_beta", "anthropic_version",
+        "background", "bad_words", "best_of", "cache_salt", "chat_template", "container", "context_management",
+        "continue_final_message", "conversation", "documents", "echo", "frequency_penalty", "ignore_eos", "include",
+        "include_reasoning", "include_stop_str_in_output", "kv_transfer_params", "length_penalty", "logit_bias",
+        "logprobs", "lora_path", "mcp_servers", "metadata", "min_p", "min_tokens", "mm_processor_kwargs", "modalities",
+        "n", "no_stop_trim", "parallel_tool_calls", "prediction", "presence_penalty", "previous_response_id",
+        "priority", "prompt_cache_key", "prompt_cache_retention", "prompt_logprobs", "reasoning_split",
+        "repetition_penalty", "request_id", "return_hidden_states", "return_token_ids",
+        "return_tokens_as_token_ids", "rid", "safety_identifier", "seed", "separate_reasoning", "service_tier",
+        "session_params", "skip_special_tokens", "spaces_between_special_tokens", "stop", "stop_sequences",
+        "stop_token_ids", "store", "stream", "stream_options", "stream_reasoning", "suffix", "top_k", "top_logprobs",
+        "top_p", "truncate_prompt_tokens", "truncation", "use_beam_search", "user", "verbosity", "vllm_xargs",
+        "web_search_options",
+    }
 )  # fmt: skip
-MAX_TOKENS, MAX_TEMPERATURE = 2**31 - 1, 100
-_SERVERS_NAMES = {  # of what is named otherwise here
-    "model": "target_llm", "max_completion_tokens": "max_tokens", "max_output_tokens": "max_tokens",
-    "enable_thinking": "thinking", "reasoning_effort": "thinking",
-}  # fmt: skip
-_LLM_FIELDS = ("llm_family", "llm_size", "llm_reasoning")
+_ALLOWED = TOP_NAMES.union(FLAGS, _TEXT_FIELDS, _OTHER_FIELDS)
+# names that servers have for what is named otherwise among the keywords of `predict`
+_OUR_NAMES = {
+    name.partition(".")[0]: flag
+    for flag, fields in FIELDS.items()
+    for field in fields
+    for name in field.names
+    if name not in FLAGS
+} | {name: "system" for name in SYSTEM if name != "system"}
 
 
 def as_request(request: Request | str | Mapping[str, Any]) -> Request:
-    """A `Request` from a prompt or a mapping with `prompt` or `messages`, `history` and flags.
+    """A `Request` from a prompt, or from a mapping: the body of an HTTP request, or our own names of the same things.
+
+    A mapping has `prompt`, `messages` or `input`, optionally `history` (the messages before `prompt`), and flags under
+    any name that `mope.reader.FIELDS` knows. Fields of HTTP bodies that say nothing of the answer's length are passed
+    over.
 
     Raises:
-        DataError: neither prompt nor messages, an unknown key, or a value of another type.
+        DataError: neither prompt nor messages, an unknown key, or a value that cannot be read.
     """
     if isinstance(request, str):
-        return Request(prompt=request)
+        return request_from({"prompt": request})
     if isinstance(request, Request):
         return _checked(request)
     if not isinstance(request, Mapping):
         raise DataError(f"a request is a prompt, a mapping or a Request; got {type(request).__name__}")
-    flags = dict(request)
-    flags.pop("id", None)
-    return request_from(flags.pop("prompt", None), flags.pop("messages", None), flags.pop("history", None), flags)
+    for name in request:
+        if not isinstance(name, str) or name not in _ALLOWED:
+            raise DataError(unknown_field(name, _ALLOWED))
+    return request_from(request)
 
 
 def as_requests(requests: Iterable[Request | str | Mapping[str, Any]]) -> list[Request]:
@@ -60,33 +121,48 @@ def as_requests(requests: Iterable[Request | str | Mapping[str, Any]]) -> list[R
     return read
 
 
-def request_from(prompt: Any, messages: Any, history: Any, flags: dict[str, Any]) -> Request:
-    """A `Request` from what a caller gave.
-
-    Args:
-        prompt: text of the user's message, or None.
-        messages: the whole conversation instead, OpenAI-style, or None.
-        history: the messages before `prompt`, or None.
-        flags: what else is known, of `FLAGS`.
+def request_from(body: Mapping[str, Any]) -> Request:
+    """A `Request` from a mapping whose keys were looked at.
 
     Raises:
         DataError: see `as_request`.
     """
-    if (prompt is None) == (messages is None):
-        raise DataError("give either a prompt or messages; got " + ("neither" if prompt is None else "both"))
-    earlier = [] if history is None else _listed(history, "history")
-    if messages is not None:
-        if earlier:
-            raise DataError("messages hold the history already; give history with prompt alone")
-        conversation = _listed(messages, "messages")
-    elif not isinstance(prompt, str):
-        raise DataError(f"prompt is {type(prompt).__name__}; expected a string")
+    texts = [name for name in ("prompt", "messages", "input") if body.get(name) is not None]
+    if len(texts) != 1:
+        raise DataError("give either a prompt or messages; got " + (" and ".join(texts) if texts else "neither"))
+    (name,) = texts
+    flags = read_flags(body, strict=True)
+    given, earlier = body[name], body.get("history")
+    earlier = [] if earlier is None else _listed(earlier, "history")
+    if name == "prompt" and not isinstance(given, str):
+        if not (isinstance(given, list) and len(given) == 1 and isinstance(given[0], str)):
+            raise DataError(f"prompt is {type(given).__name__}; expected a string")
+        (given,) = given
+    if isinstance(given, str) and name != "messages":
+        conversation = [*earlier, {"role": "user", "content": given}]
+    elif earlier:
+        raise DataError(f"{name} hold the history already; give history with prompt alone")
     else:
-        conversation = [*earlier, {"role": "user", "content": prompt}]
-    options = _checked_flags(flags)
-    if system := options.pop("system", None):
-        conversation.insert(0, {"role": "system", "content": system})
-    return Request.from_messages(conversation, **options)
+        conversation = _listed(given, name)
+        if name == "input":  # items of the Responses API that are not messages
+            conversation = [one for one in conversation if not (isinstance(one, Mapping) and "role" not in one)]
+    for system in SYSTEM:
+        if (said := body.get(system)) is not None:
+            if not isinstance(said, str | list):
+                raise DataError(f"{system} is a text; got {shown(said)}")
+            if said:
+                conversation.insert(0, {"role": "system", "content": said})
+                break
+    return Request.from_messages(conversation, **flags)
+
+
+def unknown_field(name: Any, known: Iterable[str]) -> str:
+    """What is wrong with a field that nothing here is called by, and what may have been meant."""
+    text = shown(name)
+    near = _OUR_NAMES.get(name) if isinstance(name, str) and known is FLAGS else None
+    near = near or next(iter(get_close_matches(name[:80] if isinstance(name, str) else text, sorted(known), n=1)), None)
+    hint = f" (did you mean {near}?)" if near is not None else ""
+    return f"unknown request field {text}{hint}; known are {', '.join(sorted(FLAGS))}"
 
 
 def has_text(request: Request) -> bool:
@@ -100,74 +176,19 @@ def _listed(messages: Any, name: str) -> list[Any]:
     return list(messages)
 
 
-def _checked_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags in the form that `Request` has them, with `system` beside them."""
-    unknown = flags.keys() - FLAGS
-    if unknown:
-        first = min(unknown, key=_shown)
-        near = _SERVERS_NAMES.get(first) or next(iter(get_close_matches(_shown(first), FLAGS, n=1)), None)
-        hint = f" (did you mean {near}?)" if near is not None else ""
-        raise DataError(f"unknown request field {_shown(first)}{hint}; known are {', '.join(sorted(FLAGS))}")
-    options = {name: value for name, value in flags.items() if value is not None}
-    for name, value in options.items():
-        if not _FLAG_CHECKS[name][0](value):
-            raise DataError(f"{name} is {_FLAG_CHECKS[name][1]}; got {_shown(value)}")
-    if "tools" in options:
-        options["tools"] = bool(options["tools"])
-    response_format = options.get("response_format", "")
-    if isinstance(response_format, Mapping):  # OpenAI's {"type": "json_object"}
-        response_format = str(response_format.get("type", ""))
-    options["response_format"] = "" if response_format == "text" else response_format
-    return options
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_name(value: Any) -> bool:
-    """A text that can be written down as UTF-8, as the names of LLMs are when what was learned is saved."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
-def _is_cap(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= MAX_TOKENS
-
-
-def _is_temperature(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= MAX_TEMPERATURE
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= MAX_SIZE
-
-
-_FLAG_CHECKS = {
-    "target_llm": (_is_name, "the name of an LLM"),
-    "system": (_is_text, "a text"),
-    "max_tokens": (_is_cap, f"a whole number from 1 to {MAX_TOKENS}"),
-    "temperature": (_is_temperature, f"a number from 0 to {MAX_TEMPERATURE}"),
-    "thinking": (lambda value: isinstance(value, bool), "true or false"),
-    "thinking_budget": (_is_cap, f"a whole number from 1 to {MAX_TOKENS}"),
-    "llm_family": (_is_name, "the family of an LLM"),
-    "llm_size": (_is_size, "billions of parameters, above 0"),
-    "llm_reasoning": (lambda value: isinstance(value, bool), "true or false"),
-    "tools": (lambda value: isinstance(value, bool | list | tuple | Mapping), "a list of tools, or true or false"),
-    "response_format": (lambda value: isinstance(value, str | Mapping), 'a name such as "json_object"'),
-}
-
-
 def _checked(request: Request) -> Request:
     """A request that a caller made, after looking at what a network would stumble over."""
     for name in ("prompt", "system", "previous_prompt", "response_format"):
         if not isinstance(getattr(request, name), str):
             raise DataError(f"{name} is {type(getattr(request, name)).__name__}; expected a string")
-    for name in ("target_llm", "max_tokens", "temperature", "thinking", "thinking_budget", *_LLM_FIELDS):
-        value = getattr(request, name)
-        if value is not None and not _FLAG_CHECKS[name][0](value):
-            raise DataError(f"{name} is {_FLAG_CHECKS[name][1]}; got {_shown(value)}")
+    said = {name: value for name in _VALUES if (value := getattr(request, name)) is not None}
+    read = read_flags(said, strict=True)
+    for name, value in said.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if read.get(name) != value or not (number or type(read.get(name)) is type(value)):
+            raise DataError(f"{name} is {FIELDS[name][0].expected}; got {shown(value)}")
     if not isinstance(request.tools, bool):
-        raise DataError(f"tools of a Request is true or false; got {_shown(request.tools)}")
+        raise DataError(f"tools of a Request is true or false; got {shown(request.tools)}")
     sizes = (
         (request.num_earlier_turns, *request.answer_estimates)
         if isinstance(request.answer_estimates, tuple)
@@ -178,12 +199,3 @@ def _checked(request: Request) -> Request:
             "answer_estimates is a tuple of whole numbers, and num_earlier_turns one; none of them negative"
         )
     return request
-
-
-def _shown(value: Any) -> str:
-    """A value in an error message, on one line and not longer than that."""
-    try:
-        text = repr(value)
-    except Exception as error:  # whatever a caller's class does
-        text = f"{type(value).__name__} ({type(error).__name__} in its repr)"
-    return text if len(text) <= 80 else f"{text[:77]}..."

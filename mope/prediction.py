@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mope.grid import Array
 from mope.prediction_batch import LEAST_TAIL_INDEX, PredictionBatch, generated_tokens
+
+if TYPE_CHECKING:
+    from mope.corrector import Answering
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,9 +30,8 @@ class LengthPrediction:
         route_probabilities: probability of each expert, shortest answers first.
         source: `"model"`, or `"fallback:<reason>"` where the network did not answer.
         max_tokens: the request's cap: no quantile and no mean goes above it.
-        target_llm: the LLM that will answer, if it was named.
-        llm_family: its family, if that was named.
-        mode: how it is asked, such as `"thinking"` or `"tools+json"`: `LengthPredictor.observe` keeps modes apart.
+        target_llm: the LLM that will answer, as it was named, if it was.
+        answering: how that name was read, and how the LLM is asked: what `LengthPredictor.observe` keeps apart.
         generated: tokens already generated, all figures then count what is still to come.
         raw_cumulative: the same before recalibration, for `LengthPredictor.observe`.
         tail_index: Pareto index of the lengths beyond what was predicted, see `PredictionBatch`.
@@ -41,11 +44,25 @@ class LengthPrediction:
     source: str = "model"
     max_tokens: int | None = None
     target_llm: str | None = None
-    llm_family: str | None = None
-    mode: str = ""
+    answering: Answering | None = None
     generated: float = 0.0
     raw_cumulative: Array | None = None
     tail_index: float = LEAST_TAIL_INDEX
+
+    @property
+    def llm(self) -> str:
+        """What the LLM's name was read as, such as `"llama-3.3-70b-instruct"`; empty without a name."""
+        return self.answering.llm if self.answering is not None else ""
+
+    @property
+    def llm_known(self) -> bool:
+        """Whether the predictor was trained on answers of this LLM."""
+        return self.answering is not None and self.answering.known
+
+    @property
+    def mode(self) -> str:
+        """How the LLM is asked, as far as that changes what it answers: such as `"thinking"` or `"tools+json"`."""
+        return self.answering.mode if self.answering is not None else ""
 
     @property
     def median(self) -> float:
@@ -83,6 +100,30 @@ class LengthPrediction:
             ConfigError: a negative or infinite number, or NaN.
         """
         return replace(self, generated=self.generated + float(generated_tokens(generated, 1).flat[0]))
+
+    def to_dict(self, levels: Sequence[float] = (0.1, 0.5, 0.9, 0.99)) -> dict[str, Any]:
+        """The figures as plain JSON values.
+
+        Args:
+            levels: quantiles to give.
+
+        Raises:
+            ConfigError: a level is not between 0 and 1.
+        """
+        return {
+            "median": self.median,
+            "mean": self.mean,
+            "quantiles": {f"{level:g}": float(tokens) for level, tokens in zip(levels, self.quantiles(levels), strict=True)},
+            "expert": self.expert,
+            "route_probabilities": list(self.route_probabilities),
+            "source": self.source,
+            "max_tokens": self.max_tokens,
+            "target_llm": self.target_llm,
+            "llm": self.llm,
+            "llm_known": self.llm_known,
+            "mode": self.mode,
+            "generated": self.generated,
+        }
 
     @property
     def _row(self) -> PredictionBatch:

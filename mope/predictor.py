@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral
 from pathlib import Path
@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mope import artifact
-from mope import packaged as packaged_predictors
 from mope.backends.choice import Choice, choose
 from mope.cache import CacheStats, LruCache
 from mope.calibration import Calibration
-from mope.epochs import Target
+from mope.corrector import Answering, Corrector, as_carried, kind_of
 from mope.errors import ArtifactError, DataError
-from mope.features import NUMBER_NAMES, RequestEncoder
-from mope.grid import Array, cdf_at
-from mope.inputs import as_requests, has_text, request_from
+from mope.features import NUMBER_NAMES, EncodedRequests, RequestEncoder
+from mope.grid import Array
+from mope.inputs import FLAGS, RequestFlags, as_request, as_requests, has_text, request_from, unknown_field
 from mope.mixture import assemble, experts_needed
 from mope.prediction import LengthPrediction
 from mope.recalibration import Recalibrator
@@ -34,6 +33,8 @@ from mope.router import Router
 from mope.target_llm import describe
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from mope.backends import Backend
     from mope.config import PredictorConfig
     from mope.serving import ServingPredictor
@@ -42,7 +43,20 @@ _logger = logging.getLogger("mope")
 
 
 CACHE_SIZE = 4096
-MAX_STRANGE_FAMILIES = 100  # families that are not known and that are spoken of
+MAX_UNKNOWN_FAMILIES = 100  # unknown families that are logged
+CHUNK_TOKENS, CHUNK_REQUESTS = 8192, 64  # of the input of one pass through the network, padding included
+ENCODED_AT_ONCE = 1024  # requests of a batch whose input is in memory at the same time
+# flags that change a prediction only if training rows had them, and the numbers by which the network sees each
+_TRAINED_FLAGS = {
+    "temperature": ("temperature", "has_temperature"),
+    "tools": ("tools",),
+    "response_format": ("response_format",),
+    "thinking": ("thinking", "not_thinking"),
+    "thinking_budget": ("log_thinking_budget", "has_thinking_budget"),
+    "llm_size": ("log_llm_size", "has_llm_size"),
+    "llm_reasoning": ("llm_reasoning",),
+    "llm_year": (),
+}
 
 
 class _Raw(NamedTuple):
@@ -66,7 +80,7 @@ class LengthPredictor:
         router: gives the route.
         calibration: corrects the mixture.
         fallback: cumulative distribution of the training answers at the grid's edges, shape (E,).
-        recalibrator: what was learned while serving.
+        corrector: corrects raw predictions by what was learned while serving; a new one if None.
         folder: the artifact folder it came from, if any.
         choice: how the backend was chosen, if it was.
         cache_size: requests whose predictions are kept, see `from_pretrained`.
@@ -80,24 +94,22 @@ class LengthPredictor:
         router: Router,
         calibration: Calibration,
         fallback: Array,
-        recalibrator: Recalibrator | None = None,
+        corrector: Corrector | None = None,
         folder: Path | None = None,
         choice: Choice | None = None,
         cache_size: int = 0,
     ) -> None:
         self.config, self.backend, self.encoder, self.router = config, backend, encoder, router
         self.calibration, self.folder = calibration, folder
-        self.recalibrator = Recalibrator(config.unknown_llms) if recalibrator is None else recalibrator
+        self.corrector = Corrector(config) if corrector is None else corrector
         self.device = "cpu" if choice is None else choice.device
         self.backend_reason = "" if choice is None else choice.reason
         self._serving: ServingPredictor | None = None
         self._starting = Lock()
         self._cache: LruCache[_Raw] = LruCache(cache_size)
-        self._fallback = np.array(fallback, dtype=np.float64)
-        self._fallback.flags.writeable = False
-        self._edges = np.asarray(config.edges, dtype=np.float64)
-        self._strange_families: set[str] = set()
-        self._unseen_modes = frozenset(config.unknown_llms) - {""}
+        self._fallback = as_carried(np.asarray(fallback))
+        self._unknown_families: set[str] = set()
+        self._unread = _unread_flags(config)
 
     @classmethod
     def from_pretrained(
@@ -132,7 +144,7 @@ class LengthPredictor:
             ConfigError: an unknown backend, or one that does not run on the device or in the precision.
             MissingExtraError: the backend's packages are not installed.
         """
-        folder = _find(name_or_path, revision)
+        folder = artifact.find(name_or_path, revision)
         config = artifact.check(folder)
         if config.number_names != NUMBER_NAMES:
             raise ArtifactError(
@@ -152,7 +164,7 @@ class LengthPredictor:
             artifact.read_router(folder),
             calibration,
             fallback,
-            Recalibrator.from_json(artifact.read_json(learned)) if learned.exists() else None,
+            Corrector(config, artifact.read_json(learned) if learned.exists() else None),
             folder,
             choice,
             cache_size,
@@ -160,46 +172,60 @@ class LengthPredictor:
 
     def predict(
         self,
-        prompt: str | None = None,
+        prompt: Request | str | Mapping[str, Any] | None = None,
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         history: Sequence[Mapping[str, Any]] = (),
-        **flags: Any,
+        **flags: Unpack[RequestFlags],
     ) -> LengthPrediction:
         """Predict the length of one answer.
 
         Args:
-            prompt: text of the user's message.
+            prompt: text of the user's message; or a whole request, as `predict_batch` takes it, and nothing else.
             messages: the whole conversation instead, OpenAI-style, ending with the user's message.
             history: the messages before `prompt`, OpenAI-style.
-            **flags: what else is known of the request: `target_llm` (and where its name does not tell `llm_family`,
-                `llm_size` in billions of parameters, `llm_reasoning`; a family that the predictor does not know is
-                logged once as a warning), `max_tokens`, `temperature`, `tools`,
-                `response_format`, `thinking`, `thinking_budget`, `system`.
+            **flags: what else is known of the request, see `mope.inputs.RequestFlags`: `target_llm` (and where its name
+                does not tell, `llm_family`, `llm_size` in billions of parameters, `llm_reasoning`, `llm_year`),
+                `max_tokens`, `temperature`, `tools`, `response_format`, `thinking`, `thinking_budget`, `system`. A
+                flag that this predictor was not trained on changes nothing and is logged once, as is a family that it
+                does not know.
 
         Returns:
             A distribution over response tokens.
 
         Raises:
-            DataError: no prompt, or messages that can't be read.
+            DataError: no prompt, a flag that does not exist, or a value that can't be read.
         """
-        return self.predict_batch([request_from(prompt, messages, history, flags)])[0]
+        for name in flags:
+            if name not in FLAGS:
+                raise DataError(unknown_field(name, FLAGS))
+        if prompt is None or isinstance(prompt, str | bytes):
+            request = request_from({"prompt": prompt, "messages": messages, "history": history, **flags})
+        elif messages is not None or history or flags:
+            beside = {"messages": messages is not None, "history": bool(history), **dict.fromkeys(flags, True)}
+            named = ", ".join(name for name, given in beside.items() if given)
+            raise DataError(f"a whole request was given, and {named} as well; put all of it into the request")
+        else:
+            request = as_request(prompt)
+        return self.predict_batch([request])[0]
 
     def predict_batch(self, requests: Iterable[Request | str | Mapping[str, Any]]) -> list[LengthPrediction]:
-        """Predict a batch.
+        """Predict a batch of any size: it is worked through in parts of like length, in flat memory.
 
         Args:
-            requests: each a `Request`, a prompt, or a mapping with `prompt` or `messages`, and optionally
-                `history` and the flags of `predict`.
+            requests: each a `Request`, a prompt, or a mapping: the body of an HTTP request, or `prompt` or `messages`
+                with the flags of `predict`, see `mope.inputs.as_request`.
 
         Returns:
             One prediction per request, in order. A request without any text gets the fallback, and
             `source` says so.
+
+        Raises:
+            DataError: not a batch, or a request that can't be read.
         """
         known = as_requests(requests)
         for request in known:
-            if request.llm_family:
-                self._check_family(request.llm_family)
+            self._say_what_is_not_read(request)
         answers: dict[int, LengthPrediction] = {
             row: self.fallback("no text", request) for row, request in enumerate(known) if not has_text(request)
         }
@@ -208,19 +234,35 @@ class LengthPredictor:
             if row not in answers and (raw := self._cache.get(key)) is not None:
                 answers[row] = self._answer(raw, known[row])
         rows = [row for row in range(len(known)) if row not in answers]
-        if rows:
-            for row, raw in zip(rows, self._ask([known[row] for row in rows]), strict=True):
-                answers[row] = self._answer(raw, known[row])
-                if keys:
-                    self._cache.put(keys[row], raw)
+        for place, raw in self._ask([known[row] for row in rows]):
+            row = rows[place]
+            answers[row] = self._answer(raw, known[row])
+            if keys:
+                self._cache.put(keys[row], raw)
         return [answers[row] for row in range(len(known))]
 
+    def known_llms(self) -> tuple[str, ...]:
+        """Names of the LLMs that this predictor was trained on, and of groups of them, in alphabetical order."""
+        return tuple(sorted(self.config.target_llms))
+
+    def _say_what_is_not_read(self, request: Request) -> None:
+        """Log a flag that no training row had, and an unknown family: each once."""
+        unread = [flag for flag in self._unread if getattr(request, flag) not in (None, False, "")]
+        if unread:
+            self._unread = tuple(flag for flag in self._unread if flag not in unread)
+            _logger.warning(
+                "this predictor was not trained on %s: ignored, here and from now on (said once)", ", ".join(unread)
+            )
+        if request.llm_family:
+            self._check_family(request.llm_family)
+
     def _check_family(self, family: str) -> None:
-        """Say once of a family that it is none the predictor knows; the prediction does not change by it."""
+        """Log unknown LLM families once. The prediction is unaffected."""
         llms, name = self.encoder.llms, describe(family).name
-        if llms.find(family) or name in self._strange_families or len(self._strange_families) >= MAX_STRANGE_FAMILIES:
+        seen = self._unknown_families
+        if llms.find(family) or name in seen or len(seen) >= MAX_UNKNOWN_FAMILIES:
             return
-        self._strange_families.add(name)
+        seen.add(name)
         families = llms.families()
         near = get_close_matches(name, list(dict.fromkeys([*families, *llms.names])), n=3)
         _logger.warning(
@@ -259,6 +301,11 @@ class LengthPredictor:
             serving.close()
 
     @property
+    def recalibrator(self) -> Recalibrator:
+        """What `observe` taught."""
+        return self.corrector.recalibrator
+
+    @property
     def cache_stats(self) -> CacheStats:
         """Hits and misses of the cache of repeated requests, and its size."""
         return self._cache.stats
@@ -272,8 +319,17 @@ class LengthPredictor:
         """
         return self._answer(_Raw(self._fallback, tuple(self.router.prior), -1, f"fallback:{reason}"), request)
 
-    def _ask(self, requests: Sequence[Request]) -> list[_Raw]:
-        encoded = self.encoder.encode(requests)
+    def _ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, _Raw]]:
+        """Positions of requests and what the network makes of each, in some order."""
+        for start in range(0, len(requests), ENCODED_AT_ONCE):
+            part = requests[start : start + ENCODED_AT_ONCE]
+            encoded = self.encoder.encode(part)
+            for rows in chunks([len(ids) for ids in encoded.token_ids]):
+                for row, raw in zip(rows, self._run([part[row] for row in rows], encoded.take(rows)), strict=True):
+                    yield start + row, raw
+
+    def _run(self, requests: Sequence[Request], encoded: EncodedRequests) -> list[_Raw]:
+        """One pass through the network."""
 
         def choose_experts(gate_BK: Array, embedding_BH: Array) -> Array:
             route_BK = self.router.probabilities(gate_BK, embedding_BH, encoded.rule_hits)
@@ -282,22 +338,14 @@ class LengthPredictor:
         raw = self.backend.run(encoded, choose_experts)
         has_history = np.array([request.num_earlier_turns > 0 for request in requests])
         result = assemble(self.config, self.router, self.calibration, raw, encoded.rule_hits, has_history)
-        found = []
-        for cdf_E, route_K in zip(result.cdf_BE, result.route_BK, strict=True):
-            own_E = cdf_E.copy()  # a view would keep the whole batch
-            own_E.flags.writeable = False  # it may be in the cache
-            found.append(_Raw(own_E, tuple(route_K.tolist()), int(route_K.argmax()), "model"))
-        return found
+        return [
+            _Raw(as_carried(cdf_E), tuple(route_K.tolist()), int(route_K.argmax()), "model")
+            for cdf_E, route_K in zip(result.cdf_BE, result.route_BK, strict=True)
+        ]
 
     def _answer(self, raw: _Raw, request: Request) -> LengthPrediction:
-        mode = _mode_of(request)
-        edges, cumulative = self._corrected(raw, request, mode)
-        if request.thinking_budget is not None and "thinking" in self._unseen_modes and "thinking" in mode.split("+"):
-            # what it would answer without thoughts, and at most the budget of them; the network knows nothing of either
-            plain = "+".join(part for part in mode.split("+") if part != "thinking")
-            shorter_edges, shorter = self._corrected(raw, request, plain)
-            bound = cdf_at(shorter_edges, shorter[None].repeat(len(edges), 0), edges - request.thinking_budget)
-            cumulative = np.maximum(cumulative, np.where(edges > request.thinking_budget, bound, 0.0))
+        answering = self._answering(request, raw.source)
+        edges, cumulative = self.corrector.correct(raw.cumulative, answering)
         return LengthPrediction(
             edges=edges,
             cumulative=cumulative,
@@ -306,25 +354,26 @@ class LengthPredictor:
             source=raw.source,
             max_tokens=request.max_tokens,
             target_llm=request.target_llm,
-            llm_family=request.llm_family,
-            mode=mode,
+            answering=answering,
             raw_cumulative=raw.cumulative,
             tail_index=self.config.tail_index,
         )
 
-    def _corrected(self, raw: _Raw, request: Request, mode: str) -> tuple[Array, Array]:
-        key = self._key_of(request.target_llm, request.llm_family, mode, raw.source)
-        return self.recalibrator.correct(self._edges, raw.cumulative, key)
-
-    def _key_of(self, llm: str | None, family: str | None, mode: str, source: str) -> Target:
-        """What corrections are kept apart by; the fallback is another distribution and has its own."""
-        named = describe(llm)
-        known = self.encoder.llms.knows(llm) if named.name else self.config.unnamed_llm
-        if not self._unseen_modes.isdisjoint(mode.split("+")):
-            known = False  # of this LLM too it was not seen what it answers when asked like this
-        if source != "model":
-            mode = f"fallback {mode}".rstrip()
-        return Target(named.name, mode, describe(family).family or named.family or "", known)
+    def _answering(self, request: Request, source: str) -> Answering:
+        """Which LLM answers a request, and how it is asked."""
+        named = describe(request.target_llm)
+        return Answering(
+            llm=named.name,
+            family=describe(request.llm_family).family or named.family or "",
+            kind=kind_of(
+                named.size if request.llm_size is None else request.llm_size,
+                named.reasoning if request.llm_reasoning is None else request.llm_reasoning,
+            ),
+            mode=_mode_of(request),
+            known=self.encoder.llms.knows(request.target_llm) if named.name else self.config.unnamed_llm,
+            thinking_budget=request.thinking_budget,
+            fallback=source != "model",
+        )
 
     def observe(
         self,
@@ -338,23 +387,24 @@ class LengthPredictor:
 
         Args:
             prediction: what was predicted for it, from this predictor.
-            actual_tokens: tokens that were generated.
+            actual_tokens: tokens that were generated. More than 131,072 count as that many;
+                `recalibrator.num_clamped` says how often.
             censored: the answer was cut; if None, it counts as cut when it reached the request's `max_tokens`.
             time_s: when it finished, in seconds since 1970; now if None.
 
         Raises:
-            DataError: fewer than 1 token, a time that is none, or a prediction that already counts what remains.
+            DataError: fewer than 1 token, a time that is not one, or a prediction that already counts what remains.
         """
         if not isinstance(prediction, LengthPrediction):
             raise DataError(f"prediction is {type(prediction).__name__}; expected what predict() gave")
-        if prediction.generated or prediction.raw_cumulative is None:
+        if prediction.generated or prediction.raw_cumulative is None or prediction.answering is None:
             raise DataError("observe needs the prediction that predict() gave, not one made by remaining()")
         if isinstance(actual_tokens, bool) or not isinstance(actual_tokens, Integral | float):
             raise DataError(f"actual_tokens is {type(actual_tokens).__name__}; expected a number of tokens")
         if censored is None:
             censored = prediction.max_tokens is not None and actual_tokens >= prediction.max_tokens
-        key = self._key_of(prediction.target_llm, prediction.llm_family, prediction.mode, prediction.source)
-        self.recalibrator.observe(self._edges, prediction.raw_cumulative, key, actual_tokens, censored, time_s)
+        raw, answering = prediction.raw_cumulative, prediction.answering
+        self.corrector.observe(raw, answering, actual_tokens, censored=censored, time_s=time_s)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the predictor, with all that `observe` taught it, into a folder. Whole or not at all.
@@ -425,16 +475,25 @@ def _mode_of(request: Request) -> str:
     return "+".join(part for part in (thinking, "tools" if request.tools else "", output) if part)
 
 
-def _find(name_or_path: str | Path, revision: str | None) -> Path:
-    path = packaged_predictors.located(name_or_path)
-    name = str(name_or_path)
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _unread_flags(config: PredictorConfig) -> tuple[str, ...]:
+    """Flags that change no prediction, since no training row had them and nothing is believed of them either."""
+    seen = {name for name, scale in zip(config.number_names, config.number_scale, strict=True) if scale}
+    believed = {"thinking": ("thinking", "thinking_budget"), "tools": ("tools",), "json": ("response_format",)}
+    by_prior = {flag for mode in config.unknown_llms for flag in believed.get(mode, ())}
+    return tuple(flag for flag, numbers in _TRAINED_FLAGS.items() if seen.isdisjoint(numbers) and flag not in by_prior)
 
-    try:
-        return Path(snapshot_download(name, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"no folder {name}, and the Hugging Face Hub gave none: {reason}") from error
+
+def chunks(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Positions of inputs in parts of like length, each small enough for one pass: shortest first.
+
+    Args:
+        lengths: tokens of each input.
+    """
+    rows: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if rows and (len(rows) == CHUNK_REQUESTS or (len(rows) + 1) * lengths[row] > CHUNK_TOKENS):
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows

@@ -7,8 +7,9 @@ outcomes and who is related to whom; not requests or networks.
 from __future__ import annotations
 
 import heapq
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf, log
 from threading import Lock
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mope.epochs import MAX_CELLS, Batch, Epochs, Target
+from mope.epochs import MAX_NEWEST, Batch, Epochs, Target
 from mope.errors import ArtifactError, ConfigError, DataError
 from mope.grid import Array
 from mope.shift import (
@@ -39,7 +40,10 @@ from mope.shift import (
     pooled_shape,
 )
 
-VERSION = 2
+VERSION = 3
+READABLE = (2, 3)  # version 2 lacks the kinds of LLMs and the pools
+MAX_DERIVED = 2048  # targets whose corrections are kept ready
+LONGEST = 131_072.0  # tokens of an answer: what claims to be longer counts as that
 WINDOW = 400.0  # the newest observations of a target that count
 PATIENCE = 4.0  # evidence in log units above which older observations are taken for those of another LLM
 UNIT = 2**20  # predicted probabilities are summed as multiples of 1 / UNIT
@@ -48,9 +52,12 @@ UNIT = 2**20  # predicted probabilities are summed as multiples of 1 / UNIT
 KNOWN_WIDTH, UNKNOWN_WIDTH, GIVEN_WIDTH = 0.15, 0.35, 0.15
 TRAINED_COUNT = 4.0  # what the training rows of a known LLM count beside what its relatives were seen to do
 MAX_RELATIVES = 12
+MAX_SAME_LLM = 12  # modes of asking the same LLM that are looked at
 RELATIVE_COUNT = 10.0  # observations at which a relative counts half
 NUM_CODES = 2 * NUM_X * NUM_BINS
 _TYPICAL = np.exp(-0.5 * (CENTRES_R / 0.8) ** 2)  # expected residuals before any prediction is seen
+
+_logger = logging.getLogger("mope")
 
 # for LLMs that the predictor does not know: mode -> pairs of a factor on the length and its weight
 UnknownPrior = Mapping[str, Sequence[tuple[float, float]]]
@@ -105,9 +112,10 @@ class _Profile(NamedTuple):
 class Recalibrator:
     """Corrections learned from pairs of a prediction and a true length. Safe to use from many threads.
 
+    Its memory and the time that it takes are bounded, however many LLMs are named: see `mope.epochs.Epochs`.
+
     Merging replicas is exactly observing in one place: what is kept is a function of the set of observations, whatever
-    their order and wherever they were made. It is bounded, see `mope.epochs.Epochs`, and the same holds once the bounds
-    are passed.
+    their order and wherever they were made. The same holds once the bounds are passed.
 
     A correction rests on the newest `WINDOW` observations of its target, fewer if older ones tell of another LLM. Its
     prior comes from relatives: other modes of the same LLM, its family, then all others. `observe` works it out anew
@@ -118,6 +126,9 @@ class Recalibrator:
     Args:
         unknown_llms: how many times longer than predicted LLMs may answer that the predictor does not know: pairs of a
             factor and its weight per mode, `""` for any other mode. None if predictions are believed for them too.
+
+    Attributes:
+        num_clamped: observations since the start that were longer than `LONGEST` and count as that long.
 
     Raises:
         ConfigError: a factor or weight that is not positive.
@@ -130,6 +141,7 @@ class Recalibrator:
         for mode, pairs in self.unknown_llms.items():
             if not pairs or not all(0 < number < inf for pair in pairs for number in pair):
                 raise ConfigError(f"prior of mode {mode!r}: got {list(pairs)}; expected pairs (factor > 0, weight > 0)")
+        self.num_clamped = 0
         self._lock = Lock()
         self._epochs = Epochs()
         self._forget_derived()
@@ -139,12 +151,13 @@ class Recalibrator:
         self._profiles: dict[Target, _Profile] = {}
         self._expired: dict[Target, None] = {}
         self._own_seen: dict[Target, int] = {}
+        self._newest: dict[str | None, tuple[int, list[Target]]] = {}
         self._seen = 0
 
     def __len__(self) -> int:
         """How many observations are kept."""
         with self._lock:
-            return sum(self._epochs.total(target) for target in self._epochs.newest())
+            return self._epochs.num_observations()
 
     def observe(
         self,
@@ -161,12 +174,12 @@ class Recalibrator:
             edges: edges of the prediction's grid in tokens.
             raw_cumulative: the predicted distribution before any correction from here.
             target: who answered.
-            actual_tokens: tokens that were generated.
+            actual_tokens: tokens that were generated. More than `LONGEST`, or the last edge, count as that many.
             censored: the answer was cut (aborted, or its cap was hit): its true length is at least that.
             time_s: when, in seconds since 1970; now if None.
 
         Raises:
-            DataError: fewer than 1 token, a time that is none, or no distribution.
+            DataError: fewer than 1 token, a time that is not one, or no distribution.
         """
         if not 1 <= actual_tokens < inf:
             raise DataError(f"an observed answer has at least 1 token; got {actual_tokens!r}")
@@ -177,11 +190,14 @@ class Recalibrator:
         expected = np.rint(UNIT * np.diff(reached)).astype(np.int64)
         if not (expected.min() >= 0 and abs(int(expected.sum()) - UNIT) <= NUM_BINS):
             raise DataError("observe needs cumulative probabilities that rise from 0 to 1; got others")
+        told, actual_tokens = actual_tokens, min(actual_tokens, max(float(edges[-1]), LONGEST))
         row = min(max(int((log_median - X_LOW) / X_BIN), 0), NUM_X - 1)
         column = min(max(int((log(actual_tokens) - log_median - LOW) / BIN), 0), NUM_BINS - 1)
         code = (int(censored) * NUM_X + row) * NUM_BINS + column
         with self._lock:
             self._epochs.add(target, time.time() if time_s is None else time_s, code, expected)
+            if told > actual_tokens:
+                self._count_clamped(told, actual_tokens)
             self._seen += 1
             own = self._own_seen[target] = self._own_seen.get(target, 0) + 1
             derived = self._derived.get(target)
@@ -234,10 +250,10 @@ class Recalibrator:
     def summary(self) -> list[TargetSummary]:
         """What was learned about each target, for a dashboard; in the order of their names."""
         with self._lock:
-            return [self._summary(target) for target in sorted(self._epochs.newest())]
+            return [self._summary(target) for target in self._epochs.targets()]
 
     def _summary(self, target: Target) -> TargetSummary:
-        counts = self._read(target)
+        counts = self._read(self._epochs.batches(target))
         learned = fit(counts, self._prior(target, self._relatives(target)))
         raw = distribution(counts.ended.sum(axis=0), counts.cut.sum(axis=0), np.diff(learned.expected) + 1e-9, 1e-6)
         predicted_90, corrected_90 = (np.interp(0.9, of, EDGES_R) for of in (learned.expected, learned.learned))
@@ -259,23 +275,19 @@ class Recalibrator:
             self._forget_derived()
             return {
                 "version": VERSION,
-                "unknown_llms": {
-                    mode: [list(pair) for pair in pairs] for mode, pairs in sorted(self.unknown_llms.items())
-                },
-                "targets": self._epochs.to_json(),
+                **self._epochs.to_json(),
             }
 
-    @classmethod
-    def from_json(cls, saved: Any) -> Recalibrator:
-        """Restore what `to_json` wrote, exactly.
+    def restore(self, saved: Any) -> None:
+        """Go on with what `to_json` wrote, exactly, in place of what was learned here.
 
         Raises:
             ArtifactError: it was not written by `to_json`, or by that of another version.
         """
         version = saved.get("version") if isinstance(saved, dict) else None
-        if version != VERSION:
+        if version not in READABLE:
             raise ArtifactError(
-                f"recalibration.json has version {version!r}; this mope reads version {VERSION}: "
+                f"recalibration.json has version {version!r}; this mope reads versions {READABLE[0]} to {VERSION}: "
                 + (
                     "update mope (pip install -U mope-llm)"
                     if isinstance(version, int) and version > VERSION
@@ -283,21 +295,35 @@ class Recalibrator:
                 )
             )
         try:
-            restored = cls(
-                {mode: [(pair[0], pair[1]) for pair in pairs] for mode, pairs in saved["unknown_llms"].items()}
-            )
-            restored._epochs = Epochs.from_json(saved["targets"], NUM_CODES, NUM_BINS)
+            restored = Epochs.from_json(saved, NUM_CODES, NUM_BINS)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = error.args[0] if isinstance(error, ValueError) else repr(error)
             raise ArtifactError(f"recalibration.json can't be read: {reason}; copy the whole folder again") from error
-        return restored
+        with self._lock:
+            self._epochs = restored
+            self._forget_derived()
 
     # what follows is called with the lock held
 
+    def _count_clamped(self, told: float, longest: float) -> None:
+        self.num_clamped += 1
+        if self.num_clamped == 1:
+            _logger.warning(
+                "an answer of %g tokens was observed: it counts as one of %.0f tokens (said once, see num_clamped)",
+                told,
+                longest,
+            )
+
+    def _factors(self, target: Target) -> Sequence[tuple[float, float]]:
+        """How many times longer than predicted an unknown LLM may answer, asked like this: factors and weights."""
+        modes = target.mode.removeprefix("fallback").lstrip().split("+")
+        asked = next((part for part in modes if part in self.unknown_llms), "")
+        return self.unknown_llms.get(asked, ())
+
     def _derive(self, target: Target) -> _Derived:
-        if len(self._derived) > MAX_CELLS or len(self._own_seen) > MAX_CELLS:
-            self._forget_derived()
-        counts = self._read(target)
+        while len(self._derived) >= MAX_DERIVED and target not in self._derived:
+            self._forget(next(iter(self._derived)))
+        counts = self._read(self._epochs.batches(target))
         correction = None
         relatives = self._relatives(target)
         if counts.total or relatives or (self.unknown_llms and not target.known):
@@ -307,12 +333,18 @@ class Recalibrator:
         self._derived[target] = derived
         return derived
 
-    def _read(self, target: Target) -> Counts:
-        """The observations of a target that count at present; the last batch in part, so as to fill the window."""
+    def _forget(self, target: Target) -> None:
+        """Make room: what was worked out for a target, not what was observed."""
+        for kept in (self._derived, self._profiles, self._own_seen, self._expired):
+            kept.pop(target, None)
+
+    @staticmethod
+    def _read(newest_first: Iterable[Batch]) -> Counts:
+        """The observations that count at present; the last batch in part, so as to fill the window."""
         batches: list[Batch] = []
         shares: list[float] = []
         missing = WINDOW
-        for batch in self._epochs.batches(target):
+        for batch in newest_first:
             held = float(batch.counts.sum())
             batches.append(batch)
             shares.append(min(missing / held, 1.0))
@@ -337,33 +369,50 @@ class Recalibrator:
 
     def _relatives(self, target: Target) -> list[tuple[float, float, _Profile]]:
         """Other targets to learn from: their weights, by how much they may differ in shift, what they are like."""
+        epochs = self._epochs
+        near = (*epochs.of_llm(target.llm)[:MAX_SAME_LLM], *self._newest_of(target.family), *self._newest_of(None))
         others = [
-            (*_kinship(target, other), newest, other)
-            for other, newest in self._epochs.newest().items()
+            (*_kinship(target, other), epochs.last_epoch(other), other)
+            for other in dict.fromkeys(near)
             if other != target and _tells_of(other, target)
         ]
-        nearest = heapq.nsmallest(MAX_RELATIVES, others, key=lambda one: (-one[0], -one[2], one[3]))
-        found = []
-        for weight, width, _, other in nearest:
-            profile = self._profile(other)
-            found.append((weight * profile.total / (profile.total + RELATIVE_COUNT), width, profile))
+        # of equally near ones those that make room last, so that their profiles are worked out once
+        nearest = heapq.nlargest(MAX_RELATIVES, others, key=lambda one: (one[0], one[2], one[3]))
+        found = [(weight, width, self._profile(other)) for weight, width, _, other in nearest]
+        for pool in epochs.pools(target.family):
+            if _tells_of(pool, target) and pool.mode == target.mode:
+                found.append((*_kinship(target, pool), self._profile(pool, pooled=True)))
+        return [
+            (weight * profile.total / (profile.total + RELATIVE_COUNT), width, profile)
+            for weight, width, profile in found
+        ]
+
+    def _newest_of(self, family: str | None) -> list[Target]:
+        """Those of a family, or of all, that were observed last, as they were some observations ago at most."""
+        until, found = self._newest.get(family, (-1, []))
+        if self._seen > until:
+            found = self._epochs.newest(family)
+            if len(self._newest) > MAX_DERIVED:
+                self._newest.clear()
+            # few are looked at anew each time, so that no answer of theirs is missed; of many the order hardly changes
+            self._newest[family] = self._seen + (0 if len(found) < MAX_NEWEST else len(self._epochs)), found
         return found
 
-    def _profile(self, target: Target) -> _Profile:
-        own = self._own_seen.get(target, 0)
+    def _profile(self, target: Target, *, pooled: bool = False) -> _Profile:
+        own = self._seen if pooled else self._own_seen.get(target, 0)
         known = self._profiles.get(target)
         if known is not None and own - known.own < min(max(known.own // 4, 1), 100):
             return known
-        found = fit(self._read(target), self._prior(target, []))
+        batches = self._epochs.pooled(target) if pooled else self._epochs.batches(target)
+        found = fit(self._read(batches), self._prior(target, []))
         profile = _Profile(own, found.total, found.shift, found.log_spread, found.shape())
+        if len(self._profiles) > MAX_DERIVED:
+            del self._profiles[next(iter(self._profiles))]
         self._profiles[target] = profile
         return profile
 
     def _prior(self, target: Target, relatives: Sequence[tuple[float, float, _Profile]]) -> Prior:
-        pairs: Sequence[tuple[float, float]] = ()
-        if not target.known:
-            asked = next((part for part in target.mode.split("+") if part in self.unknown_llms), "")
-            pairs = self.unknown_llms.get(asked, ())
+        pairs = () if target.known else self._factors(target)
         width = GIVEN_WIDTH if pairs else KNOWN_WIDTH if target.known else UNKNOWN_WIDTH
         pairs = pairs or [(1.0, 1.0)]
         total = sum(weight for _, weight in pairs)
@@ -382,8 +431,8 @@ class Recalibrator:
 def _tells_of(other: Target, target: Target) -> bool:
     """Whether what another target does says anything of this one.
 
-    That the predictor is wrong about a stranger that it never learned says nothing of an LLM that it did learn,
-    whatever their names have in common; of requests that name no LLM it does.
+    Observations of an unknown LLM never change predictions for an LLM seen in training, even of the same family. They
+    do change predictions for requests that name no LLM.
     """
     return other.known or not target.known or not target.llm
 
@@ -391,14 +440,14 @@ def _tells_of(other: Target, target: Target) -> bool:
 def _kinship(target: Target, other: Target) -> tuple[float, float]:
     """How much another target counts, and by how much in log units it may differ in shift.
 
-    As measured between the LLMs on AlpacaEval, except for modes.
+    As measured between the LLMs on AlpacaEval, except for modes and kinds.
     """
     asked_alike = 1.0 if target.mode == other.mode else 0.5
     if target.llm and target.llm == other.llm:
         return 8.0, 0.5
     if target.family and target.family == other.family:
         return 8.0 * asked_alike, 0.15
-    return asked_alike, 0.2
+    return asked_alike * (1.0 if target.kind == other.kind else 0.5), 0.2
 
 
 def _log_median(log_edges: Array, cumulative: Array) -> float:

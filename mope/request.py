@@ -16,6 +16,14 @@ from mope.token_estimate import estimate_tokens
 
 MAX_EARLIER_ANSWERS = 8  # earlier answers whose lengths are kept, counted from the newest
 
+# who speaks, in the words of OpenAI, Google and ShareGPT -> OpenAI's
+ROLES = {
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "system": "system", "developer": "system",
+    "tool": "tool", "function": "tool",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -38,6 +46,7 @@ class Request:
         llm_family: family of the target LLM, such as `"qwen"`, where its name does not tell.
         llm_size: billions of parameters of the target LLM, where its name does not tell.
         llm_reasoning: whether the target LLM writes long thoughts, where its name does not tell.
+        llm_year: year in which the target LLM was released, where its name does not tell.
     """
 
     prompt: str
@@ -55,13 +64,15 @@ class Request:
     llm_family: str | None = None
     llm_size: float | None = None
     llm_reasoning: bool | None = None
+    llm_year: int | None = None
 
     @classmethod
     def from_messages(cls, messages: Sequence[Mapping[str, Any]], **flags: Any) -> Request:
         """Build a request from OpenAI-style messages (`{"role", "content"}`), the last of them the user's.
 
-        Content given as parts (`[{"type": "text", "text": ...}, ...]`) is joined; parts that are not text
-        are passed over.
+        Content given as parts (`[{"type": "text", "text": ...}, ...]`) is joined; parts that are not text are passed
+        over. ShareGPT's `from` and `value` are read, too. A last message of the assistant is the beginning of the
+        answer, or the answer as it was logged: it is not one of the earlier answers.
 
         Of a long conversation only what is kept is read: a message before costs a fraction of a microsecond.
 
@@ -69,38 +80,69 @@ class Request:
             DataError: no user message, or a message without role and content.
         """
         system: list[str] = []
-        prompts: list[str] = []
-        answers: deque[str] = deque(maxlen=MAX_EARLIER_ANSWERS)
-        num_answers = 0
+        prompts: deque[str] = deque(maxlen=2)
+        answers: deque[str] = deque(maxlen=MAX_EARLIER_ANSWERS + 1)
+        num_answers, role = 0, None
         for position, message in enumerate(messages):
-            role = message.get("role") if isinstance(message, Mapping) else None
-            if not isinstance(role, str):
-                raise DataError(
-                    f"message {position} is {type(message).__name__} without a role; expected "
-                    '{"role": "user" | "assistant" | "system", "content": "..."}'
-                )
-            text = message_text(message.get("content"))
+            said = role_of(message) if isinstance(message, Mapping) else None
+            role = ROLES.get(said) if isinstance(said, str) else None
+            if role is None:
+                raise DataError(_no_role(position, message, said))
+            text = message_text(content_of(message))
             if role == "user":
                 prompts.append(text)
             elif role == "assistant":
                 answers.append(text)
                 num_answers += 1
-            elif role in ("system", "developer"):
+            elif role == "system":
                 system.append(text)
-            elif role not in ("tool", "function"):
-                raise DataError(f"message {position} has the role {role!r}; known are system, user, assistant and tool")
         if not prompts:
             raise DataError(
                 f"no message with role 'user' among {len(messages)} messages; the prompt is the last of them"
             )
+        if role == "assistant":
+            answers.pop()
+            num_answers -= 1
         return cls(
-            prompt=prompts[-1],
-            system="\n".join(system),
-            previous_prompt=prompts[-2] if len(prompts) > 1 else "",
-            answer_estimates=tuple(map(estimate_tokens, answers)),
+            prompt=clean(prompts[-1]),
+            system=clean("\n".join(system)),
+            previous_prompt=clean(prompts[0]) if len(prompts) > 1 else "",
+            answer_estimates=tuple(estimate_tokens(clean(text)) for text in list(answers)[-MAX_EARLIER_ANSWERS:]),
             num_earlier_turns=num_answers,
             **flags,
         )
+
+
+def role_of(message: Mapping[str, Any]) -> Any:
+    """Who speaks, as it is written."""
+    return message.get("role", message.get("from"))
+
+
+def content_of(message: Mapping[str, Any]) -> Any:
+    """What is said, as it is written: for `message_text`."""
+    return message.get("content", message.get("value"))
+
+
+def _no_role(position: int, message: Any, said: Any) -> str:
+    if isinstance(said, str):
+        return f"message {position} has the role {said[:40]!r}; known are system, user, assistant and tool"
+    return (
+        f"message {position} is {type(message).__name__} without a role; expected "
+        '{"role": "user" | "assistant" | "system", "content": "..."}'
+    )
+
+
+def clean(text: str) -> str:
+    """A text without NULs and lone surrogates, which neither Arrow nor tokenizers take. Next to nothing for ASCII."""
+    if "\0" in text:
+        text = text.replace("\0", "")
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def message_text(content: Any) -> str:

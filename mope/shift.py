@@ -32,11 +32,15 @@ KNOTS = np.sin(np.linspace(0.0, np.pi / 2, 33)) ** 2  # probabilities at which t
 
 OUTLIERS = 0.1  # share of answers that the fit of shift and slope takes for accidents
 FEW_OUTLIERS = 0.03  # and that of the spread, which would come out too small if many answers did not count
+LONE_OUTLIERS = 0.3  # and this share more over the number of answers: a lone one that is far off is an accident
 OUTLIER_SCALE = 1.5  # how far these lie off
 CUT_RATIO, CUT_COUNT = 3.0, 4.0  # cut answers weigh as much as this many times the ended ones, and this many, at most
 UNSURE = 0.9  # width of the middle 90 % of the shift's posterior above which predictions are widened by it
 NUM_SHIFTS = 20  # shifts that then stand for the posterior, each as likely
 BEYOND = 1e-4  # probability above the grid for which it is extended
+FAR = 100.0  # log units
+ACCIDENTS = 0.01  # share of answers, and one more, that count as no longer than `REACH` says
+REACH = (0.99, log(2.0))  # twice the 99 % quantile: the mean would follow a single answer beyond
 SHAPE_COUNT = 100.0  # answers that the fitted distribution is worth beside the counts themselves
 SPREAD_PRIOR = log(0.82)  # within an LLM lengths scatter less than over all of them, which is what was predicted
 SPREAD_DEVIATION = 0.25
@@ -144,9 +148,12 @@ class Correction:
         least = 0.5 / (fit.total + SHAPE_COUNT)
         inner = np.flatnonzero((fit.learned > least) & (fit.learned < 1.0 - least))
         if len(inner) >= 2:
-            self._knots, self._images = EDGES_R[inner], np.interp(fit.learned[inner], fit.expected, EDGES_R)
+            knots, images = EDGES_R[inner], np.interp(fit.learned[inner], fit.expected, EDGES_R)
         else:
-            self._knots, self._images = np.array([fit.shift]), np.zeros(1)
+            knots, images = np.array([fit.shift]), np.zeros(1)
+        # beyond what was observed the map goes on with a slope of 1: two more knots, far out
+        self._knots = np.concatenate([[knots[0] - FAR], knots, [knots[-1] + FAR]])
+        self._images = np.concatenate([[images[0] - FAR], images, [images[-1] + FAR]])
         self._slope, self._pivot = fit.slope, fit.pivot
 
     def __call__(self, edges: Array, log_edges: Array, cumulative: Array, log_median: float) -> tuple[Array, Array]:
@@ -165,28 +172,20 @@ class Correction:
         if self._shifts is not None:
             return _mixed(edges, log_edges, cumulative, self._shifts)
         centre = log_median + self._slope * (log_median - self._pivot)
-        corrected = np.interp(log_median + self._image(log_edges - centre), log_edges, cumulative)
+        image = np.interp(log_edges - centre, self._knots, self._images)
+        image += log_median
+        corrected = np.interp(image, log_edges, cumulative)
         corrected[0] = 0.0
         if corrected[-1] < 1.0 - BEYOND:
             top = float(log_edges[-1])
-            end = centre + self._preimage(top - log_median)
+            end = centre + float(np.interp(top - log_median, self._images, self._knots))
             further = _further(top, end)
-            above = np.interp(log_median + self._image(further - centre), log_edges, cumulative)
+            above = np.interp(
+                log_median + np.interp(further - centre, self._knots, self._images), log_edges, cumulative
+            )
             edges, corrected = np.concatenate([edges, np.exp(further)]), np.concatenate([corrected, above])
         corrected[-1] = 1.0
         return edges, corrected
-
-    def _image(self, r: Array) -> Array:
-        knots, images = self._knots, self._images
-        image = np.interp(r, knots, images)
-        image += np.minimum(r - knots[0], 0.0)
-        image += np.maximum(r - knots[-1], 0.0)
-        return np.asarray(image)
-
-    def _preimage(self, image: float) -> float:
-        knots, images = self._knots, self._images
-        beyond = min(image - float(images[0]), 0.0) + max(image - float(images[-1]), 0.0)
-        return float(np.interp(image, images, knots)) + beyond
 
 
 def _further(top: float, end: float) -> Array:
@@ -217,7 +216,8 @@ def fit(counts: Counts, prior: Prior) -> Fit:
 
     The likelihood is that of the predicted distribution, shifted, stretched and mixed with a share of accidents; cut
     answers enter by their probability of being longer. The distribution is that of the counts, with `SHAPE_COUNT` more
-    answers as fitted, blurred by what is not known of shift and spread.
+    answers as fitted, blurred by what is not known of shift and spread. Of answers that are far longer than the fitted
+    distribution says, the longest `ACCIDENTS` are moved to where it ends for practical purposes.
 
     Args:
         counts: what was observed; `expected` must not be all zero.
@@ -244,9 +244,11 @@ def fit(counts: Counts, prior: Prior) -> Fit:
         per_x_XS = _log_likelihood(with_outliers_CD[spread][None], ended_XR, cut_XR)
         slope = _mean_slope(per_x_XS, x - pivot, log_prior_S)
         ended_R, cut_R = (_without_slope(rows, slope * (x - pivot)) for rows in (ended_XR, cut_XR))
-    with_few_CD = (1.0 - FEW_OUTLIERS) * mass_CD + FEW_OUTLIERS * _WIDE
+    few = FEW_OUTLIERS + LONE_OUTLIERS / (1.0 + counts.total)
+    with_few_CD = (1.0 - few) * mass_CD + few * _WIDE
     joint_CS = _posterior(with_few_CD, ended_R, cut_R, log_prior_C, log_prior_S)
     base_R = _spread_out(joint_CS, mass_CD)
+    ended_R, cut_R = _without_accidents(ended_R, cut_R, base_R)
     learned = distribution(ended_R, cut_R, base_R, SHAPE_COUNT)
     return Fit(
         total=counts.total,
@@ -259,6 +261,26 @@ def fit(counts: Counts, prior: Prior) -> Fit:
         observed=distribution(ended_R, cut_R, base_R, 1e-6),
         shifts=joint_CS.sum(axis=0),
     )
+
+
+def _without_accidents(ended_R: Array, cut_R: Array, base_R: Array) -> tuple[Array, Array]:
+    """Counts with the few longest answers moved to `REACH`, where they lie beyond."""
+    level, further = REACH
+    reach = int(np.searchsorted(np.cumsum(base_R), level) + further / BIN) + 1
+    if reach >= NUM_BINS or not (ended_R[reach:].any() or cut_R[reach:].any()):
+        return ended_R, cut_R
+    beyond_R = (ended_R + cut_R)[reach:]
+    from_top_R = np.cumsum(beyond_R[::-1])[::-1]
+    left = 1.0 + ACCIDENTS * float(ended_R.sum() + cut_R.sum())
+    taken_R = np.minimum(np.maximum(left - (from_top_R - beyond_R), 0.0), beyond_R)
+    share_R = taken_R / np.maximum(beyond_R, _TINY)
+    moved = []
+    for counts_R in (ended_R.astype(np.float64), cut_R.astype(np.float64)):
+        away_R = counts_R[reach:] * share_R
+        counts_R[reach:] -= away_R
+        counts_R[reach - 1] += away_R.sum()
+        moved.append(np.asarray(counts_R))
+    return moved[0], moved[1]
 
 
 def distribution(ended_R: Array, cut_R: Array, base_R: Array, count: float) -> Array:

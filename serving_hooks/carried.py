@@ -7,69 +7,77 @@ engine.
 
 from __future__ import annotations
 
+from binascii import Error as NotBase64
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Mapping
-from math import inf
-from operator import le
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from mope.grid import Array
+
 PREFIX = "mope_"
-CLIENT, TOKENS, QUANTILES, TARGET = "mope_client", "mope_tokens", "mope_quantiles", "mope_target"
-LEVELS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)  # of the quantiles
+CLIENT, TOKENS, HIGH, RAW, ANSWERING = "mope_client", "mope_tokens", "mope_high", "mope_raw", "mope_answering"
+_FLOAT = np.dtype("<f4")
 
 
 class Carried(NamedTuple):
-    """What is carried with one request.
+    """What is carried with one request. It is read quickly; `raw` and `answering` are decoded where they are needed.
 
     Attributes:
         client: its path, parts joined by `/`; None where nobody said.
-        tokens: expected response tokens; None without a prediction.
-        quantiles: of the prediction before recalibration, at `LEVELS`, in tokens; empty without one.
-        target: the LLM, its family and the mode of asking, for recalibration: `llm|family|mode`.
+        tokens: expected response tokens, as the front end knows them; None without a prediction.
+        high: the 90 % quantile of the same prediction, in tokens; None without a prediction.
+        raw: the prediction before any correction, see `pack`; None where the scheduler corrects nothing.
+        answering: which LLM answers and how it is asked, see `Answering.write`.
     """
 
     client: str | None = None
     tokens: float | None = None
-    quantiles: tuple[float, ...] = ()
-    target: str | None = None
+    high: float | None = None
+    raw: str | None = None
+    answering: str | None = None
 
     def write(self) -> dict[str, str | float]:
         """As keys and values that engines carry."""
-        written: dict[str, str | float] = {}
-        if self.client is not None:
-            written[CLIENT] = self.client
-        if self.tokens is not None:
-            written[TOKENS] = self.tokens
-        if self.quantiles:
-            written[QUANTILES] = ",".join(f"{quantile:.6g}" for quantile in self.quantiles)
-        if self.target is not None:
-            written[TARGET] = self.target
-        return written
+        return {key: value for key, value in zip(_KEYS, self, strict=True) if value is not None}
 
     @classmethod
     def read(cls, carried: Mapping[str, Any] | None) -> Carried:
         """From what the engine carried; what cannot be read is as if it had not been sent."""
         if not carried:
             return cls()
-        client, tokens, target = carried.get(CLIENT), carried.get(TOKENS), carried.get(TARGET)
+        client, tokens, high, raw, answering = map(carried.get, _KEYS)
         return cls(
             client if isinstance(client, str) else None,
             float(tokens) if isinstance(tokens, (int, float)) else None,
-            _quantiles(carried.get(QUANTILES)),
-            target if isinstance(target, str) else None,
+            float(high) if isinstance(high, (int, float)) else None,
+            raw if isinstance(raw, str) else None,
+            answering if isinstance(answering, str) else None,
         )
+
+
+_KEYS = (CLIENT, TOKENS, HIGH, RAW, ANSWERING)
+
+
+def pack(raw_E: Array) -> str:
+    """Cumulative probabilities as a text: base64 of float32. What `mope.corrector.as_carried` gave stays exact."""
+    return b2a_base64(raw_E.astype(_FLOAT).tobytes(), newline=False).decode()
+
+
+def unpack(text: str, num_edges: int) -> Array | None:
+    """What `pack` wrote, shape (num_edges,); None if it is anything else. A few microseconds."""
+    if len(text) > 8 * num_edges:
+        return None
+    try:
+        found = np.frombuffer(a2b_base64(text), _FLOAT).astype(np.float64)
+    except (NotBase64, ValueError):
+        return None
+    if len(found) != num_edges or found[0] != 0.0 or found[-1] != 1.0 or not (found[1:] >= found[:-1]).all():
+        return None
+    return found
 
 
 def without_ours(carried: Mapping[str, Any] | None) -> dict[str, Any]:
     """What a caller sent, less what only the front end may say."""
     return {key: value for key, value in (carried or {}).items() if not str(key).startswith(PREFIX)}
-
-
-def _quantiles(text: Any) -> tuple[float, ...]:
-    if not isinstance(text, str):
-        return ()
-    try:
-        found = tuple(map(float, text.split(",", len(LEVELS))))
-    except ValueError:
-        return ()
-    usable = len(found) == len(LEVELS) and found[0] >= 0 and found[-1] < inf and all(map(le, found, found[1:]))
-    return found if usable else ()

@@ -15,21 +15,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mope.corrector import as_carried
 from mope.errors import UserError
-from mope.grid import quantiles_at
 from mope.request import Request
 from mope.serving import ServingPredictor
 from mope.serving_hooks.bodies import Asked, Kind, read
-from mope.serving_hooks.carried import LEVELS, Carried
+from mope.serving_hooks.carried import Carried, pack
 from mope.serving_hooks.identity import Headers, Identity
-from mope.serving_hooks.options import HookOptions
-from mope.target_llm import describe
+from mope.serving_hooks.options import NO_PREDICTOR, HookOptions
 
 if TYPE_CHECKING:
     from mope.prediction import LengthPrediction
     from mope.predictor import LengthPredictor
 
-NO_PREDICTOR = "none"
 BOUNDS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the latency's histogram
 # what became of predictions, by the source that `LengthPrediction` names
 OUTCOMES = {
@@ -42,18 +40,19 @@ OUTCOMES = {
 
 
 class Predicted(NamedTuple):
-    """What is predicted for the answers of one HTTP request.
+    """What is predicted for the answers of one HTTP request: of a batch, for an answer drawn from it.
 
     Attributes:
-        tokens: expected tokens of an answer; of a batch, the mean of its prompts.
-        quantiles: before recalibration and the request's cap, at `LEVELS`, in tokens; of a batch, those of a prompt
-            drawn from it.
-        target: the LLM, its family and the mode of asking: `llm|family|mode`.
+        tokens: expected tokens of an answer.
+        high: its 90 % quantile in tokens.
+        raw: before any correction and the request's cap, see `mope.serving_hooks.carried.pack`.
+        answering: the LLM and how it is asked, see `mope.corrector.Answering.write`.
     """
 
     tokens: float
-    quantiles: tuple[float, ...]
-    target: str
+    high: float
+    raw: str
+    answering: str
 
 
 class Front:
@@ -62,6 +61,7 @@ class Front:
     Attributes:
         options: how.
         target_llm: the LLM that answers, as the predictor is told; None if nobody names it.
+        corrector: of the predictor; None without one.
     """
 
     def __init__(
@@ -78,7 +78,10 @@ class Front:
         """
         self.options, self._identity = options, identity
         self.target_llm = options.target_llm or _telling(names, predictor)
+        facts = {name: getattr(options, name) for name in ("llm_family", "llm_size", "llm_reasoning", "llm_year")}
+        self._facts = {name: fact for name, fact in facts.items() if fact is not None}
         self._predictor = predictor
+        self.corrector = predictor.corrector if predictor is not None else None
         self._serving = ServingPredictor(predictor) if predictor is not None else None
         self._requests: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
@@ -129,7 +132,7 @@ class Front:
 
     def read(self, kind: Kind, body: Mapping[str, Any]) -> Asked:
         """What a request asks for."""
-        return read(kind, body, self.target_llm)
+        return read(kind, body, self.target_llm, **self._facts)
 
     async def predict(self, asked: Asked) -> Predicted | None:
         """What is predicted for a request, within the deadline; None if nothing is."""
@@ -157,18 +160,13 @@ class Front:
         return answer
 
     def _joined(self, answers: Sequence[LengthPrediction]) -> Predicted | None:
-        first = answers[0]
         raw = [answer.raw_cumulative for answer in answers if answer.raw_cumulative is not None]
-        if self._predictor is None or not raw:
+        answering, cap = answers[0].answering, answers[0].max_tokens
+        if self.corrector is None or not raw or answering is None:
             return None
-        edges = np.asarray(self._predictor.config.edges, dtype=np.float64)
-        quantiles = quantiles_at(edges, np.mean(raw, axis=0)[None], np.asarray(LEVELS))[0]
-        parts = (describe(first.target_llm).name, first.llm_family or "", first.mode)
-        return Predicted(
-            float(np.mean([answer.mean for answer in answers])),
-            tuple(quantiles.tolist()),
-            "|".join(part.replace("|", "-") for part in parts),
-        )
+        raw_E = raw[0] if len(raw) == 1 else as_carried(np.mean(raw, axis=0))
+        tokens, high = self.corrector.expected(raw_E, answering, cap)
+        return Predicted(tokens, high, pack(raw_E), answering.write())
 
     def snapshot(self) -> dict[str, Any]:
         """Counters so far.

@@ -220,7 +220,7 @@ class StewardCollector:
             value=lengths.num_dropped,
         )
         yield GaugeMetricFamily(
-            "mope_learning", "1 while predictions are recalibrated.", value=float(lengths.recalibrator is not None)
+            "mope_learning", "1 while predictions are recalibrated.", value=float(lengths.corrector is not None)
         )
 
     def _clients(self) -> Iterator[Metric]:

@@ -15,10 +15,12 @@ from pydantic import Field, ValidationError, model_validator
 from mope import packaged
 from mope.errors import ConfigError, UserError
 from mope.fairness import FairnessConfig, load_profile
+from mope.target_llm import MAX_SIZE
 
 _BARE = re.compile(r"[\w.-]+")  # a name without a folder or an organisation
 
 Identity = Literal["api-key", "header", "user", "none"]
+NO_PREDICTOR = "none"
 
 
 class HookOptions(FairnessConfig):
@@ -43,6 +45,21 @@ class HookOptions(FairnessConfig):
     )
     target_llm: str | None = Field(
         None, description="name of the LLM for the predictor; by default what the server says"
+    )
+    llm_family: str | None = Field(
+        None,
+        min_length=1,
+        max_length=100,
+        description="family of the LLM, such as `qwen`, if its name does not tell",
+    )
+    llm_size: float | None = Field(
+        None, gt=0, le=MAX_SIZE, description="billions of parameters of the LLM, where its name does not tell"
+    )
+    llm_reasoning: bool | None = Field(
+        None, description="whether the LLM writes long thoughts before it answers, where its name does not tell"
+    )
+    llm_year: int | None = Field(
+        None, ge=1, le=9999, description="year in which the LLM was released, where its name does not tell"
     )
     deadline_ms: float = Field(
         30, gt=0, le=60_000, description="how long a request waits for its prediction before it goes on without"
@@ -112,7 +129,7 @@ class HookOptions(FairnessConfig):
             return f"profile: {error}"
         name = self.predictor
         here = Path(name).exists() or (packaged.PREDICTORS / name).exists()
-        if name != "none" and _BARE.fullmatch(name) and not here:
+        if name != NO_PREDICTOR and _BARE.fullmatch(name) and not here:
             return f"predictor: {packaged.not_found(name)}"
         if self.state is not None and not self.state.expanduser().absolute().parent.parent.is_dir():  # one is made
             return f"state: there is no folder {self.state.parent.parent} for it; make it, or name another file"

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from mope.corrector import Corrector
 from mope.errors import ConfigError, UserError
 from mope.fairness import IDLE, Charge, Ledger, Load, Policy, Ticket
 from mope.fairness.stores import Store, StoreConfig, open_store
 from mope.serving_hooks.carried import Carried
 from mope.serving_hooks.lengths import Expected, Lengths
-from mope.serving_hooks.options import HookOptions
+from mope.serving_hooks.options import NO_PREDICTOR, HookOptions
 from mope.serving_hooks.tallies import Tallies, Tally
 
 _SAVE_EVERY_S = 60.0
@@ -99,7 +100,7 @@ class Steward:
             max_clients=options.max_clients,
         )
         self.policy = Policy(options, ledger=ledger)
-        self.lengths = Lengths(recalibrate=options.recalibrate)
+        self.lengths = Lengths(_corrector(options))
         self.tallies = Tallies(options.metrics_clients)
         self.held: dict[str, Held] = {}
         self.patience = 0
@@ -145,9 +146,9 @@ class Steward:
         said = carried.client or fallback_client
         client = said or "(anonymous)"
         if known_tokens is not None:
-            carried, expected = carried._replace(tokens=None, quantiles=()), Expected(known_tokens)
+            carried, expected = Carried(carried.client), Expected(known_tokens)
         else:
-            expected = self.lengths.expected(carried, client)
+            expected = self.lengths.expected(carried, client, max_tokens)
         ticket = self.policy.enqueue(request_id, said, prompt_tokens, expected.tokens, max_tokens=max_tokens, load=load)
         if arrived_s is None:
             arrived_s = self.clock()
@@ -348,6 +349,17 @@ class Steward:
             logger.warning("mope starts with empty books: %s cannot be read (%s)", path, error)
         else:
             logger.info("mope: went on with the state in %s", path)
+
+
+def _corrector(options: HookOptions) -> Corrector | None:
+    """What corrects predictions here; None where nothing is predicted or corrected, or the predictor cannot be read."""
+    if not options.recalibrate or options.predictor == NO_PREDICTOR:
+        return None
+    try:
+        return Corrector.load(options.predictor)
+    except UserError as error:
+        logger.error("mope corrects no predictions by finished requests: %s", error)
+        return None
 
 
 def write_state(path: Path, kept: dict[str, Any]) -> None:

@@ -5,8 +5,12 @@ Knows the folder `onnx/` that `mope-export` wrote into an artifact; does not kno
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 from mope.artifact import read_json
@@ -15,6 +19,7 @@ from mope.config import PredictorConfig, network_names
 from mope.errors import ArtifactError, ConfigError
 from mope.extras import require
 from mope.features import EncodedRequests
+from mope.forking import after_fork
 from mope.grid import Array
 from mope.provenance import file_sha256
 
@@ -129,10 +134,31 @@ def export_target(precision: str) -> str:
     return "onnx" if precision == "fp32" else f"onnx-{precision}"
 
 
+def load_runtime(purpose: str, extra: str | None = None) -> ModuleType:
+    """The module `onnxruntime`, with its telemetry switched off unless the operator chose otherwise.
+
+    Since 1.29 official builds send events to Microsoft, from a thread that starts with the import. With that thread, a
+    child of a fork hangs when it exits. A program that imports `onnxruntime` before mope sets
+    `ORT_DISABLE_TELEMETRY=1` itself.
+
+    Args:
+        purpose: what needs it, see `mope.extras.require`.
+        extra: that brings it, see `mope.extras.require`.
+
+    Raises:
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    return require("onnxruntime", purpose, extra)
+
+
 class OnnxBackend:
     """Runs exported graphs in ONNX Runtime on the CPU.
 
     One session serves any number of threads: ONNX Runtime releases the GIL and keeps no state between calls.
+
+    A session does not survive a fork: its locks may be held by threads that the child lacks. A child opens sessions of
+    its own at its first `run`, which takes about as long as loading did.
 
     Args:
         graphs: files of the graphs, in the order of `mope.config.network_names`.
@@ -155,18 +181,44 @@ class OnnxBackend:
     ) -> None:
         if num_threads < 1:
             raise ConfigError(f"num_threads: got {num_threads}; expected at least 1")
-        runtime = require("onnxruntime", "the onnx backend")
+        self.precision = precision
+        self._folder, self._config, self._num_threads = folder, config, num_threads
+        self._graphs = [(path, _version(path)) for path in graphs]
+        self._opening = Lock()
+        self._sessions = self._open()
+        self._runners = [_runner(session) for session in self._sessions]
+        after_fork(self._leave_sessions)
+
+    def _open(self) -> list[Any]:
+        runtime = load_runtime("the onnx backend")
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = num_threads
+        options.intra_op_num_threads = self._num_threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry(
             "session.intra_op.allow_spinning", "0"
         )  # a waiting thread must not burn a core
-        self.precision = precision
-        self._folder, self._config = folder, config
-        self._runners = [
-            _runner(runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])) for path in graphs
-        ]
+        return [runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for path, _ in self._graphs]
+
+    def _leave_sessions(self) -> None:
+        """In the child of a fork: leave the parent's sessions alone for good.
+
+        Deleting a session waits for its threads, which are not there. Its memory stays shared with the parent.
+        """
+        for session in self._sessions:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))  # it outlives even the end of the interpreter
+        self._sessions, self._runners, self._opening = [], [], Lock()
+
+    def _reopen(self) -> list[RunNetwork]:
+        with self._opening:
+            if not self._runners:
+                for path, loaded in self._graphs:
+                    if not path.exists() or _version(path) != loaded:
+                        raise ArtifactError(
+                            f"{path} changed after it was loaded, so a forked process can't open it; restart the server"
+                        )
+                self._sessions = self._open()
+                self._runners = [_runner(session) for session in self._sessions]
+            return self._runners
 
     @classmethod
     def load(
@@ -190,12 +242,18 @@ class OnnxBackend:
 
     def run(self, encoded: EncodedRequests, choose: ChooseExperts) -> RawOutputs:
         """Outputs for a batch, in float32."""
-        return run_networks(self._runners, self._config, encoded, choose)
+        return run_networks(self._runners or self._reopen(), self._config, encoded, choose)
 
     def save(self, folder: Path) -> None:
         """Copy the weight files, as far as the artifact has any, into a folder."""
         if self._folder is not None:
             copy_weights(self._folder, folder, self._config)
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Changes when a file is replaced."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _runner(session: Any) -> RunNetwork:

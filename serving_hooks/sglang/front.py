@@ -40,6 +40,7 @@ CONVERSATIONS: dict[str, Kind] = {  # paths whose JSON says more than the text t
     "/v1/responses": "responses",
     "/v1/messages": "messages",
 }
+NATIVE_TOKENS = 128  # cap of a request of SGLang's own that names none
 _KEEP_EVERY_S = 60.0
 _HEALTH = ("/health", "/health_generate")
 SERVER = "(server)"  # the client of the server's own requests
@@ -74,11 +75,7 @@ class FrontEnd:
 
         self.options = options
         self.guard = Guard(logger)
-        self.lengths = Lengths(recalibrate=options.recalibrate)
         self.num_stripped = 0
-        self._kept = _kept_beside(options.state)
-        self._kept_s = time.monotonic()
-        self._restore()
         identity = Identity(options, keys_checked=bool(server_args.api_key), logger=logger)
         names = [str(name) for name in (server_args.served_model_name, server_args.model_path) if name]
         try:
@@ -86,6 +83,11 @@ class FrontEnd:
         except UserError as error:
             logger.error("mope predicts nothing, clients are told apart as before: %s", error)
             self.front = Front(options, identity, None, names)
+        # the front end predicts with the corrector that learns here: its predictions come corrected
+        self.lengths = Lengths(self.front.corrector if options.recalibrate else None)
+        self._kept = _kept_beside(options.state)
+        self._kept_s = time.monotonic()
+        self._restore()
         if server_args.enable_metrics:
             from mope.serving_hooks.front_metrics import front_collector
 
@@ -100,7 +102,7 @@ class FrontEnd:
             request: the HTTP request; None from `sgl.Engine`.
 
         Returns:
-            What was predicted for each of its prompts, or for all of them together, before any correction.
+            What was predicted for each of its prompts, or for all of them together.
         """
         path, headers, body = await _http(request)
         texts = obj.text if isinstance(obj.text, list) else [obj.text] if isinstance(obj.text, str) else []
@@ -112,7 +114,7 @@ class FrontEnd:
             asked = []
         else:
             asked = [
-                self.front.read("completions", self._as_completion(obj, place, text))
+                self.front.read("chat", self._as_body(obj, place, text))  # without the cap of /v1/completions
                 for place, text in enumerate(texts)
             ]
         if len(asked) == 1:
@@ -123,21 +125,16 @@ class FrontEnd:
             Carried(client, *one) if one is not None and isfinite(one.tokens) else Carried(client) for one in predicted
         ]
         carried = carried or [Carried(client)]
-        _write(obj, [self.lengths.corrected(one) for one in carried])
+        _write(obj, [one._replace(raw=None, answering=None) for one in carried])
         return carried
 
     @staticmethod
-    def _as_completion(obj: Any, place: int, text: str) -> dict[str, Any]:
+    def _as_body(obj: Any, place: int, text: str) -> dict[str, Any]:
         parameters = obj.sampling_params
         if isinstance(parameters, list):
             parameters = parameters[place] if place < len(parameters) else {}
         found = parameters if isinstance(parameters, Mapping) else {}
-        return {
-            "prompt": text,
-            "max_tokens": found.get("max_new_tokens"),
-            "temperature": found.get("temperature"),
-            "n": found.get("n"),
-        }
+        return {"prompt": text, "sampling_params": {"max_new_tokens": NATIVE_TOKENS, **found}, "n": found.get("n")}
 
     def saw(self, carried: Sequence[Carried], output: Any) -> None:
         """Learns from what came of a request, once it has ended."""

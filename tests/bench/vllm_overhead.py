@@ -30,12 +30,16 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from mope.console import console
-from mope.serving_hooks.carried import Carried
+from mope.corrector import Answering, Corrector, as_carried
+from mope.serving_hooks.carried import Carried, pack
+from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.replay.engine import EngineSettings
 from mope.serving_hooks.replay.engine_vllm import VllmEngine
 
@@ -45,7 +49,7 @@ LEARNED = 1_100  # answers that are complete before it begins
 SETTINGS = ((1_000, 100), (10_000, 1_000))  # requests that wait, of so many clients
 OURS = "mope.serving_hooks.vllm.scheduler.make_scheduler"
 SHUFFLED = "stock-shuffled"
-SHARES = tuple(0.1 * (number + 1) for number in range(14))  # of the mean answer: quantiles of each prediction
+ANSWERING = Answering("llm", "llm", "", "", True).write()
 
 
 class Loaded:
@@ -66,6 +70,7 @@ class Loaded:
         self.cpu_s = self.own_s = 0.0
         self.lengths: dict[str, int] = {}
         self.random = random.Random(7)
+        self.raw = raw_prediction(mean_answer)
         for method in ("add_request", "schedule", "update_from_output"):
             self.watch(method)
         if ours:
@@ -83,7 +88,7 @@ class Loaded:
         mean = self.mean_answer
         self.lengths[name] = self.random.randint(mean // 2, 3 * mean // 2)
         client = f"client-{self.num_sent % self.num_clients}"
-        carried = Carried(client, 0.9 * mean, tuple(mean * share for share in SHARES), "llm||")
+        carried = Carried(client, 0.9 * mean, 2.0 * mean, self.raw, ANSWERING)
         self.engine.add(name, 30 + self.num_sent % 40, carried, float(self.num_sent), None)
         self.num_sent += 1
 
@@ -120,6 +125,15 @@ class Loaded:
                 self.own_s += time.perf_counter() - start
 
         guard.run = timed
+
+
+def raw_prediction(median: float) -> str:
+    """A lognormal distribution on the predictor's grid, as it is carried."""
+    edges = Corrector.load(HookOptions().predictor).edges
+    scores = (np.log(edges) - np.log(median)) / 0.75
+    cumulative = np.array([NormalDist().cdf(score) for score in scores])
+    cumulative[0], cumulative[-1] = 0.0, 1.0
+    return pack(as_carried(cumulative))
 
 
 def shuffled_queue() -> Any:

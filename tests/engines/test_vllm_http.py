@@ -17,7 +17,7 @@ import pytest
 import tiny_vllm
 from tiny_vllm import NAME, Server, serve
 
-from mope.serving_hooks.carried import CLIENT, LEVELS, QUANTILES, TARGET, TOKENS
+from mope.serving_hooks.carried import ANSWERING, CLIENT, HIGH, RAW, TOKENS
 from mope.serving_hooks.identity import digest
 
 pytestmark = pytest.mark.skipif(tiny_vllm.MISSING is not None, reason=str(tiny_vllm.MISSING))
@@ -87,10 +87,10 @@ def test_client_and_prediction_reach_the_scheduler(fair: Recorded, path: str, bo
     assert len(lines) == count
     for line in lines:
         extra = line["extra"]
-        assert extra.keys() == {"mine", CLIENT, TOKENS, QUANTILES, TARGET}
-        assert (extra["mine"], extra[CLIENT], extra[TARGET]) == (7, "acme/alice", "llama-3-8b||")
+        assert extra.keys() == {"mine", CLIENT, TOKENS, HIGH, RAW, ANSWERING}
+        assert (extra["mine"], extra[CLIENT], extra[ANSWERING]) == (7, "acme/alice", "llama-3-8b|llama|small||1||0")
         assert 1 <= extra[TOKENS] <= 3
-        assert len(extra[QUANTILES].split(",")) == len(LEVELS)
+        assert extra[TOKENS] <= extra[HIGH] <= 3
 
 
 def test_each_key_is_a_client(fair: Recorded) -> None:

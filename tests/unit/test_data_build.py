@@ -232,6 +232,7 @@ def test_censoring_by_cap_and_by_finish_reason(build: Any) -> None:
 FLAGS = {
     "target_llm": "mine", "max_tokens": 900, "temperature": 0.5, "tools": True, "response_format": "json_object",
     "thinking": True, "thinking_budget": 300, "llm_family": "qwen2.5", "llm_size": 7.6, "llm_reasoning": False,
+    "llm_year": 2026,
 }  # fmt: skip
 
 

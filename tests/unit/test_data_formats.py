@@ -59,7 +59,7 @@ def test_detection(record: dict[str, Any], data_format: str | None) -> None:
 
 def test_lmsys() -> None:
     chat = read(LMSYS, "lmsys")
-    assert (chat.chat_id, chat.group, chat.target_llm, chat.language) == ("c1", "c1", "vicuna-13b", "English")
+    assert (chat.chat_id, chat.group, chat.flags.get("target_llm"), chat.language) == ("c1", "c1", "vicuna-13b", "English")
     assert chat.answers == ["A protocol.", "Another."]
     first, second = chat.turns
     assert (first.turn_index, first.num_known, first.previous_prompt) == (0, 0, "")
@@ -125,8 +125,8 @@ def test_messages_with_flags() -> None:
     }
     chat = read(record, "messages")
     assert (chat.chat_id, chat.group, chat.system) == ("r1", "s1", "Be brief.")
-    assert (chat.max_tokens, chat.temperature, chat.tools) == (64, 0.2, True)
-    assert (chat.response_format, chat.thinking) == ("json_object", False)
+    assert (chat.flags.get("max_tokens"), chat.flags.get("temperature"), chat.flags.get("tools")) == (64, 0.2, True)
+    assert (chat.flags.get("response_format"), chat.flags.get("thinking")) == ("json_object", False)
     assert chat.turns[0].turn_index == 0
     assert chat.turns[0].response_tokens is None
 
@@ -146,12 +146,12 @@ def test_messages_with_flags() -> None:
     ],
 )
 def test_thinking_flags(flags: dict[str, Any], thinking: bool | None) -> None:
-    assert read({"messages": [ASK, REPLY], **flags}, "messages").thinking is thinking
+    assert read({"messages": [ASK, REPLY], **flags}, "messages").flags.get("thinking") is thinking
 
 
 @pytest.mark.parametrize("cap", [-1, 0, None, "", "many", 2**40, True])
 def test_a_cap_that_is_none(cap: Any) -> None:
-    assert read({"messages": [ASK, REPLY], "max_tokens": cap}, "messages").max_tokens is None
+    assert read({"messages": [ASK, REPLY], "max_tokens": cap}, "messages").flags.get("max_tokens") is None
 
 
 @pytest.mark.parametrize(
@@ -169,14 +169,14 @@ def test_a_cap_that_is_none(cap: Any) -> None:
     ],
 )
 def test_a_thinking_budget_in_the_words_of_many_servers(flags: dict[str, Any]) -> None:
-    assert read({"messages": [ASK, REPLY], **flags}, "messages").thinking_budget == 1000
+    assert read({"messages": [ASK, REPLY], **flags}, "messages").flags.get("thinking_budget") == 1000
     request = {"messages": [ASK], **flags}
-    assert read({"request": request, "usage": {"completion_tokens": 3}}, "logs").thinking_budget == 1000
+    assert read({"request": request, "usage": {"completion_tokens": 3}}, "logs").flags.get("thinking_budget") == 1000
 
 
 @pytest.mark.parametrize("flags", [{}, {"thinking_budget": 0}, {"thinking_budget": -1}, {"reasoning": "Let me see."}])
 def test_no_thinking_budget(flags: dict[str, Any]) -> None:
-    assert read({"messages": [ASK, REPLY], **flags}, "messages").thinking_budget is None
+    assert read({"messages": [ASK, REPLY], **flags}, "messages").flags.get("thinking_budget") is None
 
 
 @pytest.mark.parametrize(
@@ -202,9 +202,9 @@ def test_what_is_said_of_the_llm(said: dict[str, Any], expected: tuple[Any, Any,
         ({"request": {**request, **said}, "response": measured}, "logs"),
     ):
         chat = read(record, data_format)
-        assert (chat.llm_family, chat.llm_size, chat.llm_reasoning) == expected
+        assert (chat.flags.get("llm_family"), chat.flags.get("llm_size"), chat.flags.get("llm_reasoning")) == expected
     chat = read({"request": {**request, **other}, "response": measured, **said}, "logs")  # the request's goes first
-    assert (chat.llm_size, chat.llm_reasoning) == (1.0, True)
+    assert (chat.flags.get("llm_size"), chat.flags.get("llm_reasoning")) == (1.0, True)
 
 
 def test_measured_length_goes_to_the_answer_it_belongs_to() -> None:
@@ -223,7 +223,7 @@ def test_log_under_request_and_response() -> None:
     (turn,) = chat.turns
     assert (turn.response_tokens, turn.censored, turn.turn_index, turn.num_known) == (100, True, 1, 1)
     assert (turn.prompt, turn.previous_prompt, chat.answers) == ("More", "What is TCP?", ["A protocol."])
-    assert (chat.chat_id, chat.target_llm, chat.max_tokens, chat.first_prompt) == ("x", "llama", 100, "What is TCP?")
+    assert (chat.chat_id, chat.flags.get("target_llm"), chat.flags.get("max_tokens"), chat.first_prompt) == ("x", "llama", 100, "What is TCP?")
 
 
 def test_flat_log_as_text_columns() -> None:

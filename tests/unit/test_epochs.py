@@ -14,7 +14,7 @@ from mope.epochs import LONG_EPOCH_S, SHORT_EPOCH_S, Epochs, Target
 from mope.errors import DataError
 
 NUM_CODES = 5
-TARGETS = [Target("a"), Target("a", "thinking"), Target("b", known=False), Target()]
+TARGETS = [Target("a", family="f"), Target("a", "thinking", "f"), Target("b", "", "f", known=False), Target()]
 
 observations = st.lists(
     st.tuples(
@@ -25,7 +25,12 @@ observations = st.lists(
     max_size=60,
 )
 bounds = st.fixed_dictionaries(
-    {"SHORT_EPOCHS": st.integers(1, 4), "LONG_EPOCHS": st.integers(1, 3), "MAX_CELLS": st.integers(1, 12)}
+    {
+        "SHORT_EPOCHS": st.integers(1, 4),
+        "LONG_EPOCHS": st.integers(1, 6),
+        "MAX_CELLS": st.integers(1, 12),
+        "MAX_POOL_CELLS": st.integers(1, 12),
+    }
 )
 
 
@@ -48,9 +53,14 @@ def expected_cells(stream, epoch_s, num_epochs, max_cells):
     return {cell: dict(counts[cell]) for cell in newest}
 
 
+def all_codes(saved):
+    cells_of = (cell for entry in saved for cell in entry["long_epochs"])
+    return (code for cell in cells_of for code, count in zip(cell["codes"], cell["counts"], strict=True) for _ in range(count))
+
+
 def cells(saved, name):
     return {
-        (cell["epoch"], Target(entry["llm"], entry["mode"], entry["family"], entry["known"])): dict(
+        (cell["epoch"], Target(*(entry[name] for name in Target._fields))): dict(
             zip(cell["codes"], cell["counts"], strict=True)
         )
         for entry in saved
@@ -68,9 +78,14 @@ def test_what_is_kept_is_the_newest_whatever_the_order(stream, bound, random):
         again = observed(shuffled)
     saved = kept.to_json()
     most = bound["MAX_CELLS"]
-    assert cells(saved, "short_epochs") == expected_cells(stream, SHORT_EPOCH_S, bound["SHORT_EPOCHS"], most)
-    assert cells(saved, "long_epochs") == expected_cells(stream, LONG_EPOCH_S, bound["LONG_EPOCHS"], most)
+    assert cells(saved["targets"], "short_epochs") == expected_cells(stream, SHORT_EPOCH_S, bound["SHORT_EPOCHS"], most)
+    assert cells(saved["targets"], "long_epochs") == expected_cells(stream, LONG_EPOCH_S, bound["LONG_EPOCHS"], most)
     assert json.dumps(saved) == json.dumps(again.to_json())
+    # what made room is in the pools, as long as it is not too old there
+    kept_codes = Counter(code for name in ("targets", "pools", "all") for code in all_codes(saved[name]))
+    assert kept_codes <= Counter(code for _, _, code in stream)
+    if bound["LONG_EPOCHS"] >= len({time_s // LONG_EPOCH_S for _, time_s, _ in stream}):
+        assert kept_codes == Counter(code for _, _, code in stream)
 
 
 @settings(max_examples=150)
@@ -115,7 +130,7 @@ def test_batches_hold_each_observation_once_and_the_newest_first(stream):
         total = np.sum([batch.expected for batch in batches], axis=0) if batches else np.zeros(3)
         assert total.tolist() == np.sum([np.arange(3) + code for _, code in own] or [np.zeros(3)], axis=0).tolist()
         assert kept.total(target) == len(own)
-        assert (target in kept) == bool(own)
+        assert (target in kept.targets()) == bool(own)
         if own:
             newest = max(time_s for time_s, _ in own) // SHORT_EPOCH_S
             first = Counter(code for time_s, code in own if time_s // SHORT_EPOCH_S == newest)
@@ -129,7 +144,7 @@ def test_a_flood_of_names_is_bounded_and_the_newest_stay():
         for number in range(3000):
             kept.add(Target(f"llm-{number}"), number * SHORT_EPOCH_S, 0, np.ones(3, dtype=np.int64))
         assert len(kept) == 50
-        assert set(kept.newest()) == {Target(f"llm-{number}") for number in range(2950, 3000)}
+        assert set(kept.targets()) == {Target(f"llm-{number}") for number in range(2950, 3000)}
         assert len(kept._short._oldest) <= 100
 
 

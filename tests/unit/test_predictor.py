@@ -133,7 +133,7 @@ def test_rows_without_text_do_not_shift_the_others(predictor):
     assert predictor.predict_batch([]) == []
 
 
-@pytest.mark.parametrize("text", ["\ud800", "\0", "🙂" * 5000, "a" * 200_000, "[CLS][SEP][PAD]", "\u202e" * 50])
+@pytest.mark.parametrize("text", ["\ud800", "a\0", "🙂" * 5000, "a" * 200_000, "[CLS][SEP][PAD]", "\u202e" * 50])
 def test_hostile_text_is_answered(predictor, text):
     prediction = predictor.predict(
         text, history=[{"role": "user", "content": text}, {"role": "assistant", "content": text}]
@@ -417,18 +417,20 @@ def test_an_unknown_engine_or_device_is_refused(tiny, options, message):
     ("arguments", "message"),
     [
         ({}, "either a prompt or messages; got neither"),
-        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "got both"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "got prompt and messages"),
         ({"messages": HISTORY, "history": HISTORY}, "messages hold the history already"),
         ({"messages": []}, "no message with role 'user' among 0 messages"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "no message with role 'user' among 1"),
         ({"messages": ["hello"]}, "message 0 is str without a role"),
-        ({"prompt": 5}, "prompt is int; expected a string"),
+        ({"prompt": 5}, "a request is a prompt, a mapping or a Request; got int"),
+        ({"prompt": b"a"}, "prompt is bytes; expected a string"),
+        ({"prompt": {"prompt": "a"}, "max_tokens": 5}, "a whole request was given, and max_tokens as well"),
         ({"prompt": "a", "max_token": 5}, r"field 'max_token' \(did you mean max_tokens\?\); known are llm_family"),
         ({"prompt": "a", "model": "gpt-4"}, r"unknown request field 'model' \(did you mean target_llm\?\); known are"),
         ({"prompt": "a", "max_tokens": 0}, "from 1 to 2147483647; got 0"),
         ({"prompt": "a", "max_tokens": 10**400}, "max_tokens is a whole number"),
         ({"prompt": "a", "max_tokens": True}, "got True"),
-        ({"prompt": "a", "max_tokens": "9"}, "got '9'"),
+        ({"prompt": "a", "max_tokens": "many"}, "got 'many'"),
         ({"prompt": "a", "temperature": float("nan")}, "temperature is a number from 0 to 100; got nan"),
         ({"prompt": "a", "temperature": "hot"}, "got 'hot'"),
     ],
@@ -444,7 +446,8 @@ def test_what_users_get_wrong_is_said_in_one_line(predictor, arguments, message)
     [
         (3, "a prompt, a mapping or a Request; got int"),
         ({"id": 1}, "got neither"),
-        ({"prompt": ["a"]}, "prompt is list; expected a string"),
+        ({"prompt": ["a", "b"]}, "prompt is list; expected a string"),
+        ({"prompt": "a", "max_completion_token": 3}, r"\(did you mean max_completion_tokens\?\)"),
         ({"prompt": "a", "colour": 1}, "unknown request field 'colour'"),
     ],
 )

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from raw_predictions import carried
 
 from mope.serving_hooks.carried import Carried
 from mope.serving_hooks.front import Predicted
@@ -17,7 +18,6 @@ from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import front
 from mope.serving_hooks.sglang.policy import ATTRIBUTE
 
-QUANTILES = tuple(float(tokens) for tokens in range(10, 150, 10))
 
 
 def server_args(**changes: Any) -> SimpleNamespace:
@@ -64,7 +64,8 @@ class Manager:
     async def predict(self, asked: Any) -> Predicted | None:
         self.asked.extend(asked.requests)
         length = len(asked.requests[0].prompt) if asked.requests else 0
-        return Predicted(float(length), QUANTILES, "tiny||chat") if length else None
+        said = carried(None, float(length))
+        return Predicted(float(length), 2.0 * length, said.raw or "", said.answering or "") if length else None
 
     async def generate_request(self, obj: Any, request: Any = None) -> Any:
         self.reached.append(obj)
@@ -105,9 +106,8 @@ def test_chat_is_predicted_from_its_messages_and_not_from_the_template() -> None
     messages = [{"role": "user", "content": "five"}]
     manager.ask(asked, http("/v1/chat/completions", {"messages": messages}, x_client_id="acme/alice"))
     assert [request.prompt for request in manager.asked] == ["five"]
-    carried = Carried.read(told(asked))
-    assert (carried.client, carried.target) == ("acme/alice", "tiny||chat")
-    assert carried.quantiles == pytest.approx(QUANTILES, rel=0.2)
+    said = Carried.read(told(asked))
+    assert said == Carried("acme/alice", 4.0, 8.0)  # the scheduler corrects nothing, so it is not told of what
     assert asked.sampling_params["max_new_tokens"] == 9
 
 
@@ -134,15 +134,17 @@ def test_the_servers_own_requests_are_the_servers() -> None:
     assert told(asked) == {"mope_client": front.SERVER}
 
 
-def test_finished_answers_teach_and_correct_later_predictions() -> None:
-    meta = {"finish_reason": {"type": "stop"}, "completion_tokens": 400}
-    manager = Manager({"meta_info": {"finish_reason": None}}, {"meta_info": meta}, options={"identity": "none"})
-    before = obj(text="x" * 50)
+def test_finished_answers_teach_and_correct_later_predictions(tiny: Path) -> None:
+    meta = {"finish_reason": {"type": "stop"}, "completion_tokens": 4000}
+    options = {"identity": "none", "predictor": str(tiny), "deadline_ms": 60_000}
+    manager = Manager({"meta_info": {"finish_reason": None}}, {"meta_info": meta}, options=options, predicts=False)
+    free = {"max_new_tokens": 100_000}
+    before = obj(text="x" * 50, sampling_params=free)
     manager.ask(before)
     for _ in range(60):
-        manager.ask(obj(text="x" * 50))
+        manager.ask(obj(text="x" * 50, sampling_params=free))
     manager.end.lengths.close()
-    after = obj(text="x" * 50)
+    after = obj(text="x" * 50, sampling_params=free)
     manager.ask(after)
     assert manager.end.lengths.num_observed == 61
     assert told(after)["mope_tokens"] > 2 * told(before)["mope_tokens"]
@@ -178,7 +180,7 @@ def test_predictions_that_are_no_numbers_are_none() -> None:
     manager = Manager(options={"identity": "none"})
 
     async def nonsense(asked: Any) -> Predicted:
-        return Predicted(float("nan"), (float("nan"),) * 14, "x||y")
+        return Predicted(float("nan"), float("nan"), "x", "x|y")
 
     manager.end.front.predict = nonsense  # type: ignore[method-assign]
     asked = obj(text="x", sampling_params={})

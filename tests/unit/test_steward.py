@@ -6,20 +6,22 @@ import json
 import logging
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from raw_predictions import EDGES, KNOWN, carried, corrector, lognormal
 
+from mope.corrector import Answering
 from mope.errors import ConfigError, UserError
-from mope.serving_hooks.carried import LEVELS, Carried, without_ours
+from mope.serving_hooks.carried import Carried, pack, unpack, without_ours
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.lengths import Lengths
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.steward import Steward
 from mope.serving_hooks.tallies import OTHERS, Histogram, Tallies
 
-QUANTILES = tuple(20.0 * (number + 1) for number in range(len(LEVELS)))
-PREDICTED = Carried("acme/alice", 150.0, QUANTILES, "llama-3-8b|llama|")
+PREDICTED = carried("acme/alice", 150.0)
 
 
 class Clock:
@@ -67,14 +69,13 @@ def test_every_option_says_what_it_is_for():
 # -- carried
 
 
-@given(
-    st.one_of(st.none(), st.text(max_size=20)),
-    st.one_of(st.none(), st.floats(0, 1e6)),
-    st.booleans(),
-    st.one_of(st.none(), st.text(max_size=20)),
-)
-def test_what_is_carried_arrives(client, tokens, with_quantiles, target):
-    sent = Carried(client, tokens, QUANTILES if with_quantiles else (), target)
+texts = st.one_of(st.none(), st.text(max_size=20))
+figures = st.one_of(st.none(), st.floats(0, 1e6))
+
+
+@given(texts, figures, figures, texts, texts)
+def test_what_is_carried_arrives(client, tokens, high, raw, answering):
+    sent = Carried(client, tokens, high, raw, answering)
     written = json.loads(json.dumps(sent.write()))
     assert all(isinstance(value, (str, int, float)) for value in written.values())  # engines carry no more
     assert Carried.read(written) == sent
@@ -84,15 +85,37 @@ def test_what_is_carried_arrives(client, tokens, with_quantiles, target):
     st.one_of(st.none(), st.booleans(), st.floats(), st.text(max_size=5)), lambda inner: st.lists(inner, max_size=3)
 )))  # fmt: skip
 def test_anything_may_be_carried_and_nothing_raises(rubbish):
-    Carried.read({**rubbish, "mope_quantiles": rubbish.get("mope_quantiles", "1,2,x")})
+    Carried.read({**rubbish, "mope_raw": rubbish.get("mope_raw", "1,2,x")})
     assert without_ours({**rubbish, "own": 1}) == {"own": 1}
 
 
+@given(st.floats(1, 1e5), st.floats(0.1, 2))
+def test_a_raw_prediction_is_carried_exactly(median, deviation):
+    raw = lognormal(median, deviation)
+    assert np.array_equal(unpack(pack(raw), len(raw)), raw)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "1,2", ",".join(["nan"] * 14), ",".join(["5"] * 13 + ["4"]), "1" * 10_000, None, 7]
+    "text", ["", "AAAA", "not base64 at all", "é" * 576, "A" * 576, "A" * 10_000_000, pack(lognormal(9)[::-1])]
 )
-def test_quantiles_that_are_none_are_none(text):
-    assert Carried.read({"mope_quantiles": text}).quantiles == ()
+def test_a_raw_prediction_that_cannot_be_read_is_none(text):
+    assert unpack(text, len(EDGES)) is None
+    lengths = Lengths(corrector())
+    said = Carried("a", 5.0, 9.0, text, KNOWN.write())
+    lengths.observe(said, "a", 10, censored=False)
+    lengths.observe(PREDICTED, "a", 10, censored=False)
+    lengths.close()
+    assert (lengths.num_observed, lengths.num_dropped) == (1, 1)
+    assert lengths.expected(said, "a") == (5.0, 9.0)
+
+
+@given(texts, texts, texts, texts, st.booleans(), st.one_of(st.none(), st.integers(1, 2**31)), st.booleans())
+def test_who_answers_is_carried(llm, family, kind, mode, known, budget, fallback):
+    said = [(text or "").replace("|", "") for text in (llm, family, kind, mode)]
+    answering = Answering(*said, known, budget, fallback)
+    assert Answering.read(answering.write()) == answering
+    for rubbish in ("", "|", "a|b|c|d|e|f|g", "a|b|c|d|1|x|0", "a|b|c|d|1||2", "|" * 6, "|" * 9):
+        assert Answering.read(rubbish) is None
 
 
 # -- the guard
@@ -122,23 +145,22 @@ def test_a_guard_survives_its_own_tidying(caplog):
 
 
 def test_predictions_are_corrected_by_what_was_seen():
-    lengths = Lengths()
+    lengths = Lengths(corrector())
     before = lengths.expected(PREDICTED, "a")
-    assert before.tokens == pytest.approx(140, rel=0.25)
-    assert before.nine_tenths == pytest.approx(QUANTILES[LEVELS.index(0.9)], rel=0.02)
+    assert before == (PREDICTED.tokens, PREDICTED.high)
     for _ in range(100):
         lengths.observe(PREDICTED, "a", 420, censored=False)
     lengths.close()
     assert lengths.num_observed == 100
     after = lengths.expected(PREDICTED, "b")
     assert after.tokens == pytest.approx(420, rel=0.15)
-    other = lengths.expected(PREDICTED._replace(target="gpt-4|gpt|"), "b")
+    other = lengths.expected(PREDICTED._replace(answering=KNOWN._replace(llm="claude-2", family="claude").write()), "b")
     assert abs(other.tokens - before.tokens) < abs(after.tokens - before.tokens)
 
 
 @pytest.mark.parametrize("tokens", [float("nan"), float("inf"), -1.0, 0.0, 1e300])
 def test_impossible_predictions_pass_to_the_policy_which_replaces_them(tokens):
-    lengths = Lengths()
+    lengths = Lengths(corrector())
     for _ in range(5):
         lengths.observe(PREDICTED._replace(tokens=tokens), "a", 10, censored=False)
     lengths.close()
@@ -149,7 +171,7 @@ def test_impossible_predictions_pass_to_the_policy_which_replaces_them(tokens):
 
 def test_once_much_is_known_one_in_eight_is_learned_from(monkeypatch):
     monkeypatch.setattr("mope.serving_hooks.lengths._ALL_OF", 40)
-    lengths = Lengths()
+    lengths = Lengths(corrector())
     for _ in range(40 + 80):
         lengths.observe(PREDICTED, "a", 100, censored=False)
     lengths.close()
@@ -178,11 +200,11 @@ def test_means_of_clients_are_bounded(monkeypatch):
 
 
 def test_lessons_are_restored_exactly():
-    lengths = Lengths()
+    lengths = Lengths(corrector())
     for number in range(50):
         lengths.observe(PREDICTED, "a", 300 + number, censored=number % 7 == 0)
     lengths.close()
-    again = Lengths()
+    again = Lengths(corrector())
     again.restore(json.loads(json.dumps(lengths.to_json())))
     assert again.to_json() == lengths.to_json()
     for rubbish in (None, [], {"means": 5}, {}):
@@ -191,26 +213,26 @@ def test_lessons_are_restored_exactly():
 
 
 def test_learning_that_fails_stops_and_predictions_go_on(monkeypatch, caplog):
-    lengths = Lengths()
-    monkeypatch.setattr(lengths.recalibrator, "observe", lambda *_: 1 // 0)
+    lengths = Lengths(corrector())
+    monkeypatch.setattr(lengths.corrector, "observe", lambda *_, **__: 1 // 0)
     with caplog.at_level(logging.ERROR, logger="mope"):
         lengths.observe(PREDICTED, "a", 10, censored=False)
         end = time.monotonic() + 5
-        while lengths.recalibrator is not None and time.monotonic() < end:
+        while lengths.corrector is not None and time.monotonic() < end:
             time.sleep(0.01)
     assert "stops learning" in caplog.text
     assert lengths.expected(PREDICTED, "a").tokens == 150
 
 
-@pytest.mark.parametrize("quantiles", [(0.0,) * 14, (5.0,) * 14, tuple(float(n) for n in range(14))])
-def test_narrow_predictions_can_be_corrected(quantiles):
-    lengths = Lengths()
-    carried = Carried("a", 5.0, quantiles, "||")
+@pytest.mark.parametrize(("median", "deviation"), [(1, 0.01), (5, 0.01), (60_000, 2.0)])
+def test_narrow_and_wide_predictions_can_be_corrected(median, deviation):
+    lengths = Lengths(corrector())
+    said = PREDICTED._replace(raw=pack(lognormal(median, deviation)))
     for _ in range(30):
-        lengths.observe(carried, "a", 9, censored=False)
+        lengths.observe(said, "a", 9, censored=False)
     lengths.close()
-    assert lengths.recalibrator is not None
-    assert lengths.expected(carried, "a").tokens > 0
+    assert lengths.num_observed == 30
+    assert lengths.expected(said, "a").tokens > 0
 
 
 # -- tallies

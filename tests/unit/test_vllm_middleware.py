@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from mope.serving_hooks import asgi
 from mope.serving_hooks import vllm as hooks
 from mope.serving_hooks.asgi import may_hold, without_forged
-from mope.serving_hooks.carried import CLIENT, QUANTILES, TARGET, TOKENS
+from mope.serving_hooks.carried import ANSWERING, CLIENT, HIGH, RAW, TOKENS
 from mope.serving_hooks.vllm import Middleware, PriorityMiddleware
 from mope.serving_hooks.vllm import middleware as module
 from mope.serving_hooks.vllm.settings import hook_options, llm_names, num_api_servers
@@ -174,10 +174,10 @@ def test_client_and_prediction_are_told(tiny: Path, path: str, body: dict[str, A
     assert {key: value for key, value in engine.json.items() if key != "vllm_xargs"} == {
         key: value for key, value in full.items() if key != "vllm_xargs"
     }
-    assert told.keys() == {"mine", CLIENT, TOKENS, QUANTILES, TARGET}
+    assert told.keys() == {"mine", CLIENT, TOKENS, HIGH, RAW, ANSWERING}
     assert (told["mine"], told[CLIENT]) == (3, "acme/alice")
     assert 0 < told[TOKENS] <= 50
-    assert told[TARGET] == "tiny||"
+    assert told[ANSWERING].startswith("tiny|")
     assert engine.headers[-1]["content-length"] == str(len(engine.bodies[-1]))
     assert [message["type"] for message in engine.received] == ["http.request", "http.disconnect"]
     assert [message.get("body") for message in sent] == [None, b"data: 1\n\n", b"data: 2\n\n", b""]

@@ -7,15 +7,13 @@ used raises `Unusable` with the reason under which it is counted.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mope.errors import DataError
-from mope.request import MAX_EARLIER_ANSWERS, message_text
-from mope.target_llm import MAX_SIZE, describe
+from mope.reader import TOP_NAMES, number, parsed, read_flags, read_messages
+from mope.request import MAX_EARLIER_ANSWERS, ROLES, clean, content_of, message_text, role_of
 from mope.training.data import problems as reasons
 from mope.training.data.problems import Problems
 
@@ -26,28 +24,16 @@ ANSWER_COLUMNS = ("response", "output", "answer", "completion", "reply")
 LENGTH_COLUMNS = ("response_tokens", "output_tokens", "completion_tokens")
 GROUP_COLUMNS = ("conversation_id", "conversation_hash", "conv_id", "session_id")
 ID_COLUMNS = ("id", "request_id", *GROUP_COLUMNS)
-LLM_COLUMNS = ("model", "target_llm")
-CAP_COLUMNS = ("max_tokens", "max_completion_tokens", "max_new_tokens")
-BUDGET_COLUMNS = ("thinking_budget", "thinking_token_budget", "max_thinking_tokens")
-FAMILY_COLUMNS = ("llm_family", "model_family")
-SIZE_COLUMNS = ("llm_size", "model_size")
-REASONING_COLUMN = "llm_reasoning"
-ABOUT_LLM_COLUMNS = (*FAMILY_COLUMNS, *SIZE_COLUMNS, REASONING_COLUMN)
-# where servers take flags of their own: below these keys of the request
-NESTED_FLAGS = ("chat_template_kwargs", "custom_params", "nvext")
+OF_LLM = ("target_llm", "llm_family", "llm_size", "llm_reasoning", "llm_year")
 
 # what a reader of columns may load; everything else is left on disk
-COLUMNS = frozenset(
-    (*PROMPT_COLUMNS, *ANSWER_COLUMNS, *LENGTH_COLUMNS, *ID_COLUMNS, *GROUP_COLUMNS, *LLM_COLUMNS, *CAP_COLUMNS)
-).union(
-    (*BUDGET_COLUMNS, *ABOUT_LLM_COLUMNS, *NESTED_FLAGS),
+COLUMNS = TOP_NAMES.union(
+    (*PROMPT_COLUMNS, *ANSWER_COLUMNS, *LENGTH_COLUMNS, *ID_COLUMNS, *GROUP_COLUMNS),
     ("conversation", "conversations", "messages", "request", "response", "usage", "choices", "finish_reason"),
-    ("system", "language", "dataset", "redacted", "temperature", "tools", "functions", "response_format", "censored"),
-    ("enable_thinking", "thinking", "reasoning_effort"),
+    ("language", "dataset", "redacted", "censored"),
 )
 MODERATION_COLUMN = "openai_moderation"
 
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "developer": "system"}
 KNOWN_FORMATS = {
     "lmsys": "conversation [{role, content}]",
     "sharegpt": "conversations [{from, value}]",
@@ -104,23 +90,14 @@ class Chat:
     turns: list[Turn]
     first_prompt: str = ""
     system: str = ""
-    target_llm: str | None = None
     language: str | None = None
     dataset: str | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    tools: bool = False
-    response_format: str = ""
-    thinking: bool | None = None
-    thinking_budget: int | None = None
-    llm_family: str | None = None
-    llm_size: float | None = None
-    llm_reasoning: bool | None = None
+    flags: dict[str, Any] = field(default_factory=dict)  # of `Request`, as `mope.reader` read them
 
     def content_hash(self) -> int:
         """What makes two chats the same: prompts, answers, lengths and the LLM."""
         digest = hashlib.blake2b(digest_size=8)
-        for part in (self.target_llm or "", self.system, *self.answers):
+        for part in (self.flags.get("target_llm", ""), self.system, *self.answers):
             digest.update(part.encode() + b"\0")
         for turn in self.turns:
             digest.update(f"{turn.position} {turn.response_tokens} {turn.prompt}\0".encode())
@@ -247,21 +224,18 @@ def _messages(record: Record, column: str, location: str, problems: Problems) ->
 
 
 def _log(record: Record, location: str, problems: Problems) -> Chat:
-    request, response = _parsed(record.get("request")), _parsed(record.get("response"))
+    request, response = parsed(record.get("request")), parsed(record.get("response"))
     request = request if isinstance(request, Mapping) else record
     response = response if isinstance(response, Mapping) else record
-    if request.get("messages"):
-        messages = _role_texts(request["messages"], location, problems)
-    else:
-        messages = [("user", _text(request, PROMPT_COLUMNS, location, problems))]
+    messages = _asked(request, location, problems)
     if messages[-1][0] == "assistant" and len(messages) > 1:
         messages = messages[:-1]  # the answer was logged with the request; its length is what the server counted
-    chat = _pair_up(messages, location, History(system=_text_or_none(request, "system") or ""))
+    chat = _pair_up(messages, location, History())
     _fill(chat, request)
     chat.chat_id = _first_text(record, ID_COLUMNS) or _first_text(response, ID_COLUMNS)
     chat.group = _first_text(record, GROUP_COLUMNS) or _first_text(request, GROUP_COLUMNS) or chat.chat_id
-    chat.target_llm = _first_text(request, LLM_COLUMNS) or _first_text(response, LLM_COLUMNS) or None
-    _describe_llm(chat, request, record)
+    for said in (response, record):  # of the LLM; the request's own words go first
+        chat.flags = {**{name: flag for name, flag in read_flags(said).items() if name in OF_LLM}, **chat.flags}
     measured = _usage_tokens(response)
     if measured is None:
         measured = _usage_tokens(record)
@@ -273,6 +247,23 @@ def _log(record: Record, location: str, problems: Problems) -> Chat:
     first = max(0, turn.num_known - MAX_EARLIER_ANSWERS)
     chat.answers, turn.num_known = chat.answers[first : turn.num_known], turn.num_known - first
     return chat
+
+
+def _asked(request: Record, location: str, problems: Problems) -> list[tuple[str, str]]:
+    """(role, text) of what was sent: as `mope.reader.read_messages` has it, or the text of a prompt column."""
+    try:
+        messages = [(message["role"], message_text(message["content"])) for message in read_messages(request)]
+    except DataError as error:
+        raise Unusable(reasons.WRONG_COLUMNS) from error
+    if not any(ROLES[role] == "user" for role, _ in messages):
+        if parsed(request.get("messages")):
+            raise Unusable(reasons.WRONG_COLUMNS if not messages else reasons.NO_ANSWER)
+        return [*_tidied(messages, location, problems), ("user", _text(request, PROMPT_COLUMNS, location, problems))]
+    return _tidied(messages, location, problems)
+
+
+def _tidied(messages: Iterable[tuple[str, str]], location: str, problems: Problems) -> list[tuple[str, str]]:
+    return [(ROLES[role], tidy(text, location, problems)) for role, text in messages]
 
 
 def _pair(record: Record, location: str, problems: Problems) -> Chat:
@@ -368,98 +359,26 @@ def _fill(chat: Chat, record: Record) -> None:
     """What a record says about the conversation as a whole."""
     chat.chat_id = _first_text(record, ID_COLUMNS)
     chat.group = _first_text(record, GROUP_COLUMNS) or chat.chat_id
-    chat.target_llm = _first_text(record, LLM_COLUMNS) or None
     chat.language = _text_or_none(record, "language")
     chat.dataset = _text_or_none(record, "dataset")
-    chat.max_tokens = _cap(record, CAP_COLUMNS)
-    chat.temperature = _number(record.get("temperature"))
-    chat.tools = bool(_parsed(record.get("tools")) or _parsed(record.get("functions")))
-    chat.response_format = _response_format(_parsed(record.get("response_format")))
-    chat.thinking = _thinking(record)
-    chat.thinking_budget = _thinking_budget(record)
-    _describe_llm(chat, record)
-
-
-def _describe_llm(chat: Chat, *records: Record) -> None:
-    """What is said of the LLM beside its name, in the first of some records that says it."""
-    said = {
-        name: record[name] for record in reversed(records) for name in ABOUT_LLM_COLUMNS if record.get(name) is not None
-    }
-    chat.llm_family = _first_text(said, FAMILY_COLUMNS) or None
-    chat.llm_size = next((size for name in SIZE_COLUMNS if (size := _size(said.get(name))) is not None), None)
-    chat.llm_reasoning = _true_or_false(said.get(REASONING_COLUMN))
-
-
-def _size(value: Any) -> float | None:
-    """Billions of parameters, also as text such as `70B`."""
-    number = _number(value)
-    if number is None:
-        return describe(value).size if isinstance(value, str) else None
-    return number if 0 < number <= MAX_SIZE else None
-
-
-def _cap(flags: Record, names: Sequence[str]) -> int | None:
-    """The first of some numbers of tokens; None for what means no cap to some servers, such as -1 and 0."""
-    cap = next((number for name in names if (number := _number(flags.get(name))) is not None), 0)
-    return int(cap) if 1 <= cap < 2**31 else None
-
-
-def _response_format(value: Any) -> str:
-    name = value.get("type") if isinstance(value, Mapping) else value
-    return name if isinstance(name, str) and name != "text" else ""
-
-
-def _thinking(record: Record) -> bool | None:
-    """Whether the LLM is asked to think, in any of the ways that servers know."""
-    for flags in (record, _nested(record, "chat_template_kwargs")):
-        for name in ("enable_thinking", "thinking"):
-            value = flags.get(name)
-            said = _true_or_false(value.get("type") if isinstance(value, Mapping) else value)
-            if said is not None:
-                return said
-    effort = record.get("reasoning_effort")
-    return effort != "none" if isinstance(effort, str) and effort else None
-
-
-def _true_or_false(value: Any) -> bool | None:
-    word = str(value).lower()
-    return (
-        True if word in ("true", "1", "enabled", "adaptive") else False if word in ("false", "0", "disabled") else None
-    )
-
-
-def _thinking_budget(record: Record) -> int | None:
-    """The cap on the tokens of the LLM's thoughts, in any of the ways that servers know."""
-    places: list[tuple[Record, Sequence[str]]] = [
-        (record, BUDGET_COLUMNS),
-        *((_nested(record, name), BUDGET_COLUMNS) for name in NESTED_FLAGS),
-        (_nested(record, "thinking"), ("budget_tokens",)),
-        (_nested(record, "reasoning"), ("max_tokens",)),
-    ]
-    return next((cap for flags, names in places if (cap := _cap(flags, names)) is not None), None)
-
-
-def _nested(record: Record, name: str) -> Record:
-    """The mapping below a key, empty if there is none."""
-    value = _parsed(record.get(name))
-    return value if isinstance(value, Mapping) else {}
+    chat.flags = read_flags(record)
 
 
 def _usage_tokens(record: Record) -> int | None:
-    usage = _parsed(record.get("usage"))
+    usage = parsed(record.get("usage"))
     tokens = usage.get("completion_tokens") if isinstance(usage, Mapping) else None
     return _whole_number(tokens) if tokens is not None else None
 
 
 def _is_cut_off(record: Record) -> bool:
-    choices = _parsed(record.get("choices"))
+    choices = parsed(record.get("choices"))
     choice = choices[0] if isinstance(choices, Sequence) and choices and isinstance(choices[0], Mapping) else {}
     return _is_true(record.get("censored")) or "length" in (record.get("finish_reason"), choice.get("finish_reason"))
 
 
 def _role_texts(value: Any, location: str, problems: Problems) -> list[tuple[str, str]]:
     """(role, text) of each message, roles in OpenAI's words; ShareGPT's `from`/`value` are read, too."""
-    value = _parsed(value)
+    value = parsed(value)
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise Unusable(reasons.WRONG_COLUMNS)
     if not value:
@@ -468,9 +387,9 @@ def _role_texts(value: Any, location: str, problems: Problems) -> list[tuple[str
     for message in value:
         if not isinstance(message, Mapping):
             raise Unusable(reasons.WRONG_COLUMNS)
-        role = message.get("role", message.get("from"))
+        role = role_of(message)
         try:
-            text = message_text(message.get("content", message.get("value")))
+            text = message_text(content_of(message))
         except DataError as error:
             raise Unusable(reasons.WRONG_COLUMNS) from error
         if not isinstance(role, str):
@@ -481,15 +400,13 @@ def _role_texts(value: Any, location: str, problems: Problems) -> list[tuple[str
 
 def tidy(text: str, location: str, problems: Problems) -> str:
     """The text without NULs and lone surrogates, which neither Arrow nor tokenizers take; both are counted."""
-    if "\0" in text:
-        problems.add(reasons.NUL_REMOVED, location)
-        text = text.replace("\0", "")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        problems.add(reasons.BROKEN_TEXT, location)
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    cleaned = clean(text)
+    if cleaned is not text:
+        if "\0" in text:
+            problems.add(reasons.NUL_REMOVED, location)
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            problems.add(reasons.BROKEN_TEXT, location)
+    return cleaned
 
 
 def _text(record: Record, columns: Sequence[str], location: str, problems: Problems) -> str:
@@ -515,21 +432,10 @@ def _plain(text: str) -> str:
 
 
 def _whole_number(value: Any) -> int:
-    number = _number(value)
-    if number is None or not number.is_integer() or not 0 <= number < 2**31:
+    count = number(value)
+    if count is None or not count.is_integer() or not 0 <= count < 2**31:
         raise Unusable(reasons.BAD_LENGTH)
-    return int(number)
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, also one that is written as text."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+    return int(count)
 
 
 def _is_true(value: Any) -> bool:
@@ -537,33 +443,23 @@ def _is_true(value: Any) -> bool:
 
 
 def _is_flagged(moderation: Any) -> bool:
-    moderation = _parsed(moderation)
+    moderation = parsed(moderation)
     if not isinstance(moderation, Sequence) or isinstance(moderation, str):
         return False
     return any(isinstance(verdict, Mapping) and _is_true(verdict.get("flagged")) for verdict in moderation)
 
 
-def _parsed(value: Any) -> Any:
-    """Nested values that a CSV file or a parquet column holds as JSON text."""
-    if isinstance(value, str) and value[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
-
-
 def _looks_like(record: Record) -> str | None:
     has = {name for name, value in record.items() if value is not None}
-    request = _parsed(record.get("request"))
+    request = parsed(record.get("request"))
     if isinstance(request, Mapping):
-        return "logs" if {"prompt", "messages"} & set(request) else None
+        return "logs" if {"prompt", "messages", "input"} & set(request) else None
     if "conversation" in has:
         return "lmsys"
     if "conversations" in has:
         return "sharegpt"
     if "messages" in has:
-        messages = _parsed(record["messages"])
+        messages = parsed(record["messages"])
         last = messages[-1] if isinstance(messages, Sequence) and messages else {}
         answered = isinstance(last, Mapping) and last.get("role", last.get("from")) in ("assistant", "gpt")
         return "messages" if answered or "usage" not in has else "logs"

@@ -23,7 +23,7 @@ from mope.training.data import splits
 from mope.training.data.config import DataConfig
 from mope.training.data.formats import Chat, Turn
 from mope.training.data.problems import MAX_EXAMPLES, Problems
-from mope.training.data.table import SCHEMA
+from mope.training.data.table import NO_FLAGS, SCHEMA
 
 BATCH_ROWS = 2048
 
@@ -123,21 +123,13 @@ class Staging:
                 "answer_estimates": estimates[earlier],
                 "answer_tokens": tokens[earlier],
                 "num_earlier_turns": turn.num_earlier_turns,
-                "target_llm": chat.target_llm or self._config.target_llm,
                 "language": chat.language,
                 "dataset": chat.dataset,
-                "max_tokens": chat.max_tokens,
-                "temperature": chat.temperature,
-                "tools": chat.tools,
-                "response_format": chat.response_format,
-                "thinking": chat.thinking,
-                "thinking_budget": chat.thinking_budget,
-                "llm_family": chat.llm_family,
-                "llm_size": chat.llm_size,
-                "llm_reasoning": chat.llm_reasoning,
+                **{name: chat.flags.get(name, default) for name, default in NO_FLAGS.items()},
                 "response_tokens": length,
                 "censored": turn.censored or self._is_capped(chat, length),
             }
+            row["target_llm"] = row["target_llm"] or self._config.target_llm
             for name, values in self._columns.items():
                 values.append(row[name])
             self._add_keys(chat, turn, group, answer, length, f"{chat.chat_id}/{turn.position}")
@@ -211,7 +203,7 @@ class Staging:
         return False
 
     def _is_capped(self, chat: Chat, length: int) -> bool:
-        caps = [cap for cap in (self._config.response_cap, chat.max_tokens) if cap is not None]
+        caps = [cap for cap in (self._config.response_cap, chat.flags.get("max_tokens")) if cap is not None]
         return bool(caps) and length >= min(caps)
 
     def _add_keys(self, chat: Chat, turn: Turn, group: int, answer: str | None, length: int, row_id: str) -> None:
@@ -222,7 +214,8 @@ class Staging:
             start = splits.norm_prefix(answer, splits.JOIN_ANSWER_CHARS)
             if length >= splits.MIN_ANSWER_TOKENS:
                 self._join(group, splits.key("answer", prompt, start))
-            row_hash = splits.key("row", chat.target_llm or "", prompt, start[: splits.DUPLICATE_ANSWER_CHARS])
+            llm = chat.flags.get("target_llm", "")
+            row_hash = splits.key("row", llm, prompt, start[: splits.DUPLICATE_ANSWER_CHARS])
         self._row_groups.append(group)
         self._row_hashes.append(row_hash)
         if self._config.max_rows_per_prompt:

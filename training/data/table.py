@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mope.reader import FIELDS
 from mope.request import Request
 
 SCHEMA = pa.schema(
@@ -34,7 +35,7 @@ SCHEMA = pa.schema(
         pa.field("language", pa.string()),  # ISO 639-1 or the data set's own word, null if unknown
         pa.field("dataset", pa.string()),  # the set a row belongs to, where a source is made of several
         pa.field("max_tokens", pa.int32()),
-        pa.field("temperature", pa.float32()),
+        pa.field("temperature", pa.float64()),
         pa.field("tools", pa.bool_(), nullable=False),
         pa.field("response_format", pa.string(), nullable=False),
         pa.field("thinking", pa.bool_()),
@@ -42,10 +43,14 @@ SCHEMA = pa.schema(
         pa.field("llm_family", pa.string()),
         pa.field("llm_size", pa.float64()),  # billions of parameters
         pa.field("llm_reasoning", pa.bool_()),
+        pa.field("llm_year", pa.int32()),
         pa.field("response_tokens", pa.int32(), nullable=False),  # the label
         pa.field("censored", pa.bool_(), nullable=False),  # the answer hit a cap: it would have been longer
     ]
 )
+
+# flags of `mope.reader.FIELDS`, and what a request has that does not say them
+NO_FLAGS = {name: Request.__dataclass_fields__[name].default for name in FIELDS}
 
 
 class RowTable:
