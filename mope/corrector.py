@@ -218,7 +218,7 @@ class _SurvivalIntegral:
         right = min(max(int(cumulative.searchsorted(level)), 1), len(self._edges) - 1)
         low, high = float(cumulative[right - 1]), float(cumulative[right])
         share = min(max((level - low) / max(high - low, 1e-12), 0.0), 1.0)
-        return self._edges[right - 1] * exp(share * float(self._width[right - 1]))
+        return float(self._edges[right - 1] * exp(share * float(self._width[right - 1])))
 
     def up_to(self, cumulative: Array, end: float) -> float:
         """E[min(length, end)]."""
@@ -230,4 +230,4 @@ class _SurvivalIntegral:
         whole = edges[n] - float(cumulative[:n] @ self._low[:n]) - float(cumulative[1 : n + 1] @ self._high[:n])
         a, low, high = edges[n], float(cumulative[n]), float(cumulative[n + 1])
         part = (end - a) * (1 - low) - (high - low) * (end * (log(end / a) - 1) + a) / float(self._width[n])
-        return whole + part
+        return float(whole + part)

@@ -190,11 +190,11 @@ class Epochs:
     def pools(self, family: str) -> list[Target]:
         """The pools of a family and of all other families: what LLMs told that are forgotten by their names."""
         own = [pool for pool in self._pools.cells if pool.family == family]
-        return own + list(self._all.cells)
+        return sorted(own) + sorted(self._all.cells)
 
     def of_llm(self, llm: str) -> list[Target]:
-        """Targets of one LLM."""
-        return list(self._by_llm.get(llm, ()))
+        """Targets of one LLM, in the order of their names."""
+        return sorted(self._by_llm.get(llm, ()))
 
     def newest(self, family: str | None = None) -> list[Target]:
         """The `MAX_NEWEST` targets that make room last, of one family or of all: the newest, then by name."""

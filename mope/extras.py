@@ -6,6 +6,7 @@ Knows the extras of `pyproject.toml`; does not know what the packages are used f
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
 from mope.errors import MissingExtraError
@@ -40,6 +41,9 @@ EXTRAS = {
 def require(module: str, purpose: str, extra: str | None = None) -> ModuleType:
     """Import `module`, or say which extra brings it.
 
+    ONNX Runtime's telemetry is switched off unless `ORT_DISABLE_TELEMETRY` says otherwise. A program that imports
+    `onnxruntime` before mope sets that itself.
+
     Args:
         module: dotted name, for example `"sklearn.linear_model"`.
         purpose: what needs it, in words that complete "... needs the package X".
@@ -49,6 +53,9 @@ def require(module: str, purpose: str, extra: str | None = None) -> ModuleType:
         MissingExtraError: the package is not installed. An error raised inside an installed package is
             passed on as it is.
     """
+    if module.partition(".")[0] == "onnxruntime":
+        # since 1.29 it sends events to Microsoft, from a thread with which a forked child hangs when it exits
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

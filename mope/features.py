@@ -9,6 +9,7 @@ Shape suffixes: B requests, S tokens, F numbers.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mope.forking import after_fork
 from mope.grid import Array
 from mope.request import Request
 from mope.rules import RULE_NAMES, RuleHits, match_rules
@@ -281,6 +283,12 @@ class RequestEncoder:
         self._compared_chars = min(COMPARED_CHARS, lexical_chars)
         self._read_chars = max(lexical_chars, window_chars, ceil(self._compared_chars / HEAD_SHARE))
         self.llms = LlmTable(target_llms)
+        after_fork(self._leave_threads)
+
+    def _leave_threads(self) -> None:
+        """In the child of a fork: the threads of the tokenizer's batches are not there, and waiting for them hangs."""
+        if "TOKENIZERS_PARALLELISM" in os.environ:  # otherwise tokenizers does this itself
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     @classmethod
     def of(cls, config: PredictorConfig, tokenizer: Tokenizer) -> RequestEncoder:

@@ -31,7 +31,9 @@ class LengthPrediction:
         source: `"model"`, or `"fallback:<reason>"` where the network did not answer.
         max_tokens: the request's cap: no quantile and no mean goes above it.
         target_llm: the LLM that will answer, as it was named, if it was.
-        answering: how that name was read, and how the LLM is asked: what `LengthPredictor.observe` keeps apart.
+        predicted_like: the LLM, or group of LLMs, among those of the training rows whose answers stand for it: the
+            LLM itself, its nearest relative, or None.
+        answering: how its name was read, and how the LLM is asked: what `LengthPredictor.observe` keeps apart.
         generated: tokens already generated, all figures then count what is still to come.
         raw_cumulative: the same before recalibration, for `LengthPredictor.observe`.
         tail_index: Pareto index of the lengths beyond what was predicted, see `PredictionBatch`.
@@ -44,6 +46,7 @@ class LengthPrediction:
     source: str = "model"
     max_tokens: int | None = None
     target_llm: str | None = None
+    predicted_like: str | None = None
     answering: Answering | None = None
     generated: float = 0.0
     raw_cumulative: Array | None = None
@@ -113,7 +116,7 @@ class LengthPrediction:
         return {
             "median": self.median,
             "mean": self.mean,
-            "quantiles": {f"{level:g}": float(tokens) for level, tokens in zip(levels, self.quantiles(levels), strict=True)},
+            "quantiles": dict(zip(map("{:g}".format, levels), self.quantiles(levels).tolist(), strict=True)),
             "expert": self.expert,
             "route_probabilities": list(self.route_probabilities),
             "source": self.source,
@@ -121,6 +124,7 @@ class LengthPrediction:
             "target_llm": self.target_llm,
             "llm": self.llm,
             "llm_known": self.llm_known,
+            "predicted_like": self.predicted_like,
             "mode": self.mode,
             "generated": self.generated,
         }

@@ -23,6 +23,7 @@ from mope.calibration import Calibration
 from mope.corrector import Answering, Corrector, as_carried, kind_of
 from mope.errors import ArtifactError, DataError
 from mope.features import NUMBER_NAMES, EncodedRequests, RequestEncoder
+from mope.forking import after_fork
 from mope.grid import Array
 from mope.inputs import FLAGS, RequestFlags, as_request, as_requests, has_text, request_from, unknown_field
 from mope.mixture import assemble, experts_needed
@@ -30,7 +31,7 @@ from mope.prediction import LengthPrediction
 from mope.recalibration import Recalibrator
 from mope.request import Request
 from mope.router import Router
-from mope.target_llm import describe
+from mope.target_llm import Reading, describe
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -104,12 +105,14 @@ class LengthPredictor:
         self.corrector = Corrector(config) if corrector is None else corrector
         self.device = "cpu" if choice is None else choice.device
         self.backend_reason = "" if choice is None else choice.reason
+        self._loading: dict[str, Any] | None = None  # how `from_pretrained` was asked
         self._serving: ServingPredictor | None = None
         self._starting = Lock()
         self._cache: LruCache[_Raw] = LruCache(cache_size)
         self._fallback = as_carried(np.asarray(fallback))
         self._unknown_families: set[str] = set()
         self._unread = _unread_flags(config)
+        after_fork(self._renew_lock)
 
     @classmethod
     def from_pretrained(
@@ -157,7 +160,7 @@ class LengthPredictor:
         _logger.info("%s: %s", folder, choice.reason)
         calibration, fallback = artifact.read_calibration(folder)
         learned = folder / "recalibration.json"
-        return cls(
+        predictor = cls(
             config,
             choice.load(folder, config, num_threads),
             encoder,
@@ -169,6 +172,14 @@ class LengthPredictor:
             choice,
             cache_size,
         )
+        predictor._loading = {
+            "backend": choice.backend,
+            "device": choice.device,
+            "precision": choice.precision,
+            "num_threads": num_threads,
+            "cache_size": cache_size,
+        }
+        return predictor
 
     def predict(
         self,
@@ -293,6 +304,10 @@ class LengthPredictor:
                 self._serving = ServingPredictor(self)
         return await self._serving.predict(request, deadline_s=deadline_s)
 
+    def _renew_lock(self) -> None:
+        """In the child of a fork, where nobody is left to release it."""
+        self._starting = Lock()
+
     def close(self) -> None:
         """End the threads of `predict_async`, if there are any."""
         with self._starting:
@@ -344,7 +359,8 @@ class LengthPredictor:
         ]
 
     def _answer(self, raw: _Raw, request: Request) -> LengthPrediction:
-        answering = self._answering(request, raw.source)
+        reading = self.encoder.llms.read(request.target_llm, request.llm_family)
+        answering = self._answering(request, reading, raw.source)
         edges, cumulative = self.corrector.correct(raw.cumulative, answering)
         return LengthPrediction(
             edges=edges,
@@ -354,12 +370,13 @@ class LengthPredictor:
             source=raw.source,
             max_tokens=request.max_tokens,
             target_llm=request.target_llm,
+            predicted_like=reading.name,
             answering=answering,
             raw_cumulative=raw.cumulative,
             tail_index=self.config.tail_index,
         )
 
-    def _answering(self, request: Request, source: str) -> Answering:
+    def _answering(self, request: Request, reading: Reading, source: str) -> Answering:
         """Which LLM answers a request, and how it is asked."""
         named = describe(request.target_llm)
         return Answering(
@@ -370,7 +387,7 @@ class LengthPredictor:
                 named.reasoning if request.llm_reasoning is None else request.llm_reasoning,
             ),
             mode=_mode_of(request),
-            known=self.encoder.llms.knows(request.target_llm) if named.name else self.config.unnamed_llm,
+            known=reading.how == "exact" if named.name else self.config.unnamed_llm,
             thinking_budget=request.thinking_budget,
             fallback=source != "model",
         )
@@ -460,12 +477,31 @@ class LengthPredictor:
                 api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Upload mope predictor")
             )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its artifact's folder, which has to be there where it is unpickled, and what `observe` taught.
+
+        Raises:
+            TypeError: it was not loaded from a folder.
+        """
+        if self.folder is None or self._loading is None:
+            raise TypeError(
+                "this predictor was not loaded from a folder, so it can't be pickled: save_pretrained() it, and pickle "
+                "what from_pretrained() loads from there"
+            )
+        return _unpickled, (str(self.folder.absolute()), self._loading, self.recalibrator.to_json())
+
     def __repr__(self) -> str:
         config = self.config
         return (
             f"LengthPredictor({config.preset}, {config.design}, {config.num_experts} experts, "
             f"encoder {config.encoder!r}, backend {self.backend_reason or self.backend.name})"
         )
+
+
+def _unpickled(folder: str, loading: dict[str, Any], learned: dict[str, Any]) -> LengthPredictor:
+    predictor = LengthPredictor.from_pretrained(folder, **loading)
+    predictor.recalibrator.restore(learned)
+    return predictor
 
 
 def _mode_of(request: Request) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from mope.epochs import MAX_NEWEST, Batch, Epochs, Target
 from mope.errors import ArtifactError, ConfigError, DataError
+from mope.forking import after_fork
 from mope.grid import Array
 from mope.shift import (
     BIN,
@@ -52,6 +53,7 @@ UNIT = 2**20  # predicted probabilities are summed as multiples of 1 / UNIT
 KNOWN_WIDTH, UNKNOWN_WIDTH, GIVEN_WIDTH = 0.15, 0.35, 0.15
 TRAINED_COUNT = 4.0  # what the training rows of a known LLM count beside what its relatives were seen to do
 MAX_RELATIVES = 12
+POOL_WEIGHT = 4.0  # relatives that a pool of LLMs stands for
 MAX_SAME_LLM = 12  # modes of asking the same LLM that are looked at
 RELATIVE_COUNT = 10.0  # observations at which a relative counts half
 NUM_CODES = 2 * NUM_X * NUM_BINS
@@ -144,6 +146,12 @@ class Recalibrator:
         self.num_clamped = 0
         self._lock = Lock()
         self._epochs = Epochs()
+        self._forget_derived()
+        after_fork(self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        """In the child of a fork: what was observed stays, what another thread may have been at work on goes."""
+        self._lock = Lock()
         self._forget_derived()
 
     def _forget_derived(self) -> None:
@@ -381,7 +389,8 @@ class Recalibrator:
         found = [(weight, width, self._profile(other)) for weight, width, _, other in nearest]
         for pool in epochs.pools(target.family):
             if _tells_of(pool, target) and pool.mode == target.mode:
-                found.append((*_kinship(target, pool), self._profile(pool, pooled=True)))
+                weight, width = _kinship(target, pool)
+                found.append((POOL_WEIGHT * weight, width, self._profile(pool, pooled=True)))
         return [
             (weight * profile.total / (profile.total + RELATIVE_COUNT), width, profile)
             for weight, width, profile in found

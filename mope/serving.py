@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import queue
 import threading
 import time
@@ -163,8 +162,6 @@ class ServingPredictor:
         """In the child of a fork: forget what belongs to the parent. The first request starts threads."""
         self._at_exit.detach()
         self._reset()
-        if "TOKENIZERS_PARALLELISM" in os.environ:  # otherwise tokenizers does this itself
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not there: a batch would hang
 
     async def predict(
         self, request: Request | str | Mapping[str, Any], *, deadline_s: float | None = None

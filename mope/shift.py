@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import exp, log
 
 import numpy as np
@@ -205,10 +206,13 @@ def _mixed(edges: Array, log_edges: Array, cumulative: Array, shifts: Array) -> 
     return edges, corrected
 
 
+@lru_cache(maxsize=4096)
 def bump(centre: float, width: float) -> Array:
     """Student's t with three degrees of freedom over the shifts, shape (S,): sums to 1, and rules nothing out."""
     density = (1.0 + ((CENTRES_R - centre) / width) ** 2 / 3.0) ** -2.0
-    return np.asarray(density / density.sum())
+    density /= density.sum()
+    density.flags.writeable = False
+    return np.asarray(density)
 
 
 def fit(counts: Counts, prior: Prior) -> Fit:

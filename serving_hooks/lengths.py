@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from mope.corrector import Answering, Corrector
 from mope.errors import UserError
+from mope.grid import Array
 from mope.serving_hooks.carried import Carried, unpack
 
 _MAX_CLIENTS = 10_000  # with a running mean of their own
@@ -67,10 +68,11 @@ class Lengths:
             return Expected(self._means.get(client))
         # before the first lesson, the front end's figures are those that the corrector would give
         if self.corrector is not None and self.num_observed and (read := self._read(carried)) is not None:
-            return Expected(*self.corrector.expected(*read, max_tokens))
+            raw_E, answering = read
+            return Expected(*self.corrector.expected(raw_E, answering, max_tokens))
         return Expected(carried.tokens, carried.high)
 
-    def _read(self, carried: Carried) -> Any:
+    def _read(self, carried: Carried) -> tuple[Array, Answering] | None:
         if self.corrector is None or carried.raw is None or carried.answering is None:
             return None
         raw_E, answering = unpack(carried.raw, len(self.corrector.edges)), Answering.read(carried.answering)
@@ -115,7 +117,7 @@ class Lengths:
                     if read is None:
                         self.num_dropped += 1
                         continue
-                    self.corrector.observe(*read, tokens, censored=censored)
+                    self.corrector.observe(read[0], read[1], tokens, censored=censored)
                     self.num_observed += 1
                 except Exception:
                     logger.exception("mope stops learning from finished requests; predictions are used as they come")

@@ -6,12 +6,12 @@ Knows the folder `onnx/` that `mope-export` wrote into an artifact; does not kno
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from types import ModuleType
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from mope.artifact import read_json
 from mope.backends import ChooseExperts, RawOutputs, RunNetwork, copy_weights, run_networks
@@ -134,24 +134,6 @@ def export_target(precision: str) -> str:
     return "onnx" if precision == "fp32" else f"onnx-{precision}"
 
 
-def load_runtime(purpose: str, extra: str | None = None) -> ModuleType:
-    """The module `onnxruntime`, with its telemetry switched off unless the operator chose otherwise.
-
-    Since 1.29 official builds send events to Microsoft, from a thread that starts with the import. With that thread, a
-    child of a fork hangs when it exits. A program that imports `onnxruntime` before mope sets
-    `ORT_DISABLE_TELEMETRY=1` itself.
-
-    Args:
-        purpose: what needs it, see `mope.extras.require`.
-        extra: that brings it, see `mope.extras.require`.
-
-    Raises:
-        MissingExtraError: ONNX Runtime is not installed.
-    """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    return require("onnxruntime", purpose, extra)
-
-
 class OnnxBackend:
     """Runs exported graphs in ONNX Runtime on the CPU.
 
@@ -186,11 +168,12 @@ class OnnxBackend:
         self._graphs = [(path, _version(path)) for path in graphs]
         self._opening = Lock()
         self._sessions = self._open()
-        self._runners = [_runner(session) for session in self._sessions]
+        self._row_by_row = [_quantises_a_pass(path) for path in graphs]
+        self._runners = self._new_runners()
         after_fork(self._leave_sessions)
 
     def _open(self) -> list[Any]:
-        runtime = load_runtime("the onnx backend")
+        runtime = require("onnxruntime", "the onnx backend")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = self._num_threads
         options.inter_op_num_threads = 1
@@ -217,8 +200,12 @@ class OnnxBackend:
                             f"{path} changed after it was loaded, so a forked process can't open it; restart the server"
                         )
                 self._sessions = self._open()
-                self._runners = [_runner(session) for session in self._sessions]
+                self._runners = self._new_runners()
             return self._runners
+
+    def _new_runners(self) -> list[RunNetwork]:
+        pairs = zip(self._sessions, self._row_by_row, strict=True)
+        return [_runner(session, row_by_row=row_by_row) for session, row_by_row in pairs]
 
     @classmethod
     def load(
@@ -256,13 +243,34 @@ def _version(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _runner(session: Any) -> RunNetwork:
+def _runner(session: Any, *, row_by_row: bool) -> RunNetwork:
     outputs = [output.name for output in session.get_outputs()]
 
     def run(*inputs: Array) -> tuple[Array | None, Array | None, Array]:
-        found: Mapping[str, Array] = dict(
-            zip(outputs, session.run(None, dict(zip(INPUTS, inputs, strict=True))), strict=True)
-        )
+        if row_by_row and len(inputs[0]) > 1:
+            rows = [ask(*_alone(inputs, row)) for row in range(len(inputs[0]))]
+            found = {name: np.concatenate([row[name] for row in rows]) for name in outputs}
+        else:
+            found = ask(*inputs)
         return found.get(GATE), found.get(HEADS), found[EMBEDDING]
 
+    def ask(*inputs: Array) -> dict[str, Array]:
+        return dict(zip(outputs, session.run(None, dict(zip(INPUTS, inputs, strict=True))), strict=True))
+
     return run
+
+
+def _alone(inputs: Sequence[Array], row: int) -> tuple[Array, ...]:
+    """One row of a batch, without its padding."""
+    input_ids, mask, *others = (array[row : row + 1] for array in inputs)
+    num_tokens = int(mask.sum())
+    return input_ids[:, :num_tokens], mask[:, :num_tokens], *others
+
+
+def _quantises_a_pass(graph: Path) -> bool:
+    """Whether a graph takes the range of its activations from all rows of a pass, so that they change each other.
+
+    ONNX Runtime has one scale for a whole tensor. One row at a time a request is predicted the same alone and in a
+    batch. On a CPU core that takes as long as a batch does, since a single request keeps the core busy.
+    """
+    return b"DynamicQuantizeLinear" in graph.read_bytes()

@@ -9,9 +9,7 @@ from typing import Any
 
 from mope import LengthPredictor, ServingPredictor
 
-predictor = LengthPredictor.from_pretrained(
-    os.environ["MOPE_TEST_ARTIFACT"], backend=os.environ["MOPE_TEST_BACKEND"], num_threads=2
-)
+predictor = LengthPredictor.from_pretrained(os.environ["MOPE_TEST_ARTIFACT"], backend="onnx", num_threads=2)
 serving = ServingPredictor(predictor)
 FIRST = asyncio.run(serving.predict("before the fork")).source
 

@@ -84,9 +84,7 @@ def _http(body: dict[str, Any]) -> Any:
     async def read() -> dict[str, Any]:
         return body
 
-    return SimpleNamespace(
-        scope={"type": "http", "path": "/v1/chat/completions", "headers": []}, _json=body, json=read
-    )
+    return SimpleNamespace(scope={"type": "http", "path": "/v1/chat/completions", "headers": []}, _json=body, json=read)
 
 
 @pytest.fixture(autouse=True)

@@ -59,7 +59,8 @@ def test_detection(record: dict[str, Any], data_format: str | None) -> None:
 
 def test_lmsys() -> None:
     chat = read(LMSYS, "lmsys")
-    assert (chat.chat_id, chat.group, chat.flags.get("target_llm"), chat.language) == ("c1", "c1", "vicuna-13b", "English")
+    assert (chat.chat_id, chat.group, chat.language) == ("c1", "c1", "English")
+    assert chat.flags == {"target_llm": "vicuna-13b"}
     assert chat.answers == ["A protocol.", "Another."]
     first, second = chat.turns
     assert (first.turn_index, first.num_known, first.previous_prompt) == (0, 0, "")
@@ -223,7 +224,8 @@ def test_log_under_request_and_response() -> None:
     (turn,) = chat.turns
     assert (turn.response_tokens, turn.censored, turn.turn_index, turn.num_known) == (100, True, 1, 1)
     assert (turn.prompt, turn.previous_prompt, chat.answers) == ("More", "What is TCP?", ["A protocol."])
-    assert (chat.chat_id, chat.flags.get("target_llm"), chat.flags.get("max_tokens"), chat.first_prompt) == ("x", "llama", 100, "What is TCP?")
+    assert (chat.chat_id, chat.first_prompt) == ("x", "What is TCP?")
+    assert chat.flags == {"target_llm": "llama", "max_tokens": 100}
 
 
 def test_flat_log_as_text_columns() -> None:

@@ -54,8 +54,9 @@ def expected_cells(stream, epoch_s, num_epochs, max_cells):
 
 
 def all_codes(saved):
-    cells_of = (cell for entry in saved for cell in entry["long_epochs"])
-    return (code for cell in cells_of for code, count in zip(cell["codes"], cell["counts"], strict=True) for _ in range(count))
+    kept = (cell for entry in saved for cell in entry["long_epochs"])
+    counts = (pair for cell in kept for pair in zip(cell["codes"], cell["counts"], strict=True))
+    return (code for code, count in counts for _ in range(count))
 
 
 def cells(saved, name):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timing import least_ratio
 
 from mope import epochs, recalibration
 from mope.epochs import Target
@@ -92,7 +93,8 @@ def test_any_stream_leaves_a_distribution(stream, target, stated, deviation):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(observations, min_size=3, max_size=3), st.booleans())
 def test_merging_is_observing_in_one_place(streams, is_bounded):
-    bound = {"SHORT_EPOCHS": 2, "LONG_EPOCHS": 2, "MAX_CELLS": 5, "MAX_POOL_CELLS": 3} if is_bounded else {"MAX_CELLS": 10_000}
+    tight = {"SHORT_EPOCHS": 2, "LONG_EPOCHS": 2, "MAX_CELLS": 5, "MAX_POOL_CELLS": 3}
+    bound = tight if is_bounded else {"MAX_CELLS": 10_000}
     with mock.patch.multiple(epochs, **bound):
         in_one_place = observed([one for stream in streams for one in stream])
         merged = observed(streams[2])
@@ -164,6 +166,46 @@ def test_names_that_are_only_asked_for_are_not_kept_for_ever(monkeypatch):
         recalibrator.observe(EDGES, lognormal(100), Target(f"other-{number}"), 100, False, NOW)
     assert len(recalibrator._derived) <= 21
     assert len(recalibrator._profiles) <= 21
+
+
+def test_an_llm_that_made_room_is_still_told_of_by_its_family():
+    with mock.patch.multiple(epochs, MAX_CELLS=20):
+        recalibrator = Recalibrator()
+        for number in range(60):  # each of them idle after a while
+            target = Target(f"own-{number:02}", family="own", known=False)
+            serve(recalibrator, target, 4.0, 10, seed=number, start=NOW + number * DAY // 10)
+        for number in range(60, 90):
+            serve(recalibrator, Target(f"x-{number}", family=f"x{number}", known=False), 1.0, 5, start=NOW + 7 * DAY)
+        assert len(recalibrator._epochs) == 20
+        assert not any(target.family == "own" for target in recalibrator._epochs.targets())
+        new = quantile(recalibrator, Target("own-new", family="own", known=False))
+        other = quantile(recalibrator, Target("other-new", family="other", known=False))
+    assert new == pytest.approx(400, rel=0.3)
+    assert other < 0.6 * new
+
+
+def test_a_new_name_costs_no_more_beside_thousands_of_others():
+    raw = lognormal(100)
+
+    def busy(num_names):
+        recalibrator = Recalibrator()
+        for number in range(num_names):
+            target = Target(f"f{number % 7}-{number}", family=f"f{number % 7}", known=False)
+            recalibrator.correct(EDGES, raw, target)
+            recalibrator.observe(EDGES, raw, target, 150, False, NOW + number)
+        fresh = iter(range(10**6))
+
+        def some_new_names():
+            for _ in range(20):
+                target = Target(f"f1-new-{next(fresh)}", family="f1", known=False)
+                recalibrator.correct(EDGES, raw, target)
+                recalibrator.observe(EDGES, raw, target, 150, False, NOW + 10_000)
+
+        return recalibrator, some_new_names
+
+    few, many = busy(60), busy(3000)
+    assert len(many[0]._epochs) <= epochs.MAX_CELLS
+    assert least_ratio(many[1], few[1], 2.5) < 2.5  # about 1.2; it was above 10
 
 
 def test_nothing_observed_changes_nothing():

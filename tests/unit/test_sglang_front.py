@@ -19,7 +19,6 @@ from mope.serving_hooks.sglang import front
 from mope.serving_hooks.sglang.policy import ATTRIBUTE
 
 
-
 def server_args(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(
         **{

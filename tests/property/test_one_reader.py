@@ -1,0 +1,201 @@
+"""A request is read the same way from Python, from an HTTP body and from a log."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from mope import Request
+from mope.inputs import as_request
+from mope.serving_hooks.bodies import Kind, read
+from mope.training.data import splits
+from mope.training.data.build import build_rows
+from mope.training.data.config import DataConfig
+
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+Body = dict[str, Any]
+
+# what the two readers of an earlier version read differently, and what it is
+PROBES: dict[str, tuple[Body, Body]] = {
+    "enable_thinking": ({"chat_template_kwargs": {"enable_thinking": False}}, {"thinking": False}),
+    "nested thinking_budget": (
+        {"chat_template_kwargs": {"enable_thinking": True, "thinking_budget": 1000}},
+        {"thinking": True, "thinking_budget": 1000},
+    ),
+    "reasoning.max_tokens": ({"reasoning": {"max_tokens": 2000}}, {"thinking_budget": 2000}),
+    "reasoning.effort": ({"reasoning": {"effort": "high"}}, {"thinking": True}),
+    "functions": ({"functions": [TOOL]}, {"tools": True}),
+    "json_object as text": ({"response_format": "json_object"}, {"response_format": "json_object"}),
+    "max_new_tokens": ({"max_new_tokens": 77}, {"max_tokens": 77}),
+    "max_output_tokens": ({"max_output_tokens": 77}, {"max_tokens": 77}),
+    "guided_json": ({"guided_json": {"type": "object"}}, {"response_format": "json_schema"}),
+    "text.format": ({"text": {"format": {"type": "json_schema"}}}, {"response_format": "json_schema"}),
+    "tools that may not be called": ({"tools": [TOOL], "tool_choice": "none"}, {}),
+    "no effort said": ({"reasoning_effort": ""}, {}),
+    "Anthropic's budget": (
+        {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+        {"thinking": True, "thinking_budget": 1024},
+    ),
+    "thinking: true": ({"thinking": True}, {"thinking": True}),
+    "custom_params": ({"custom_params": {"thinking_budget": 64}}, {"thinking_budget": 64}),
+    "a cap as text": ({"max_tokens": "4096"}, {"max_tokens": 4096}),
+}
+
+# flags that a body may have, some of which say nothing; one of each group at most
+FLAGS: tuple[tuple[Body, ...], ...] = (
+    ({"max_tokens": 5}, {"max_completion_tokens": 900}, {"max_output_tokens": 64}, {"max_new_tokens": 7},
+     {"max_tokens": "4096"}, {"max_tokens": 512.0}, {"max_tokens": 9, "max_completion_tokens": 3},
+     {"generationConfig": {"maxOutputTokens": 50}}, {"options": {"num_predict": 30}},
+     {"sampling_params": {"max_new_tokens": 20, "temperature": 0.25}}, {"parameters": {"max_new_tokens": 21}}),
+    ({"temperature": 0}, {"temperature": 0.7}, {"temperature": "0.3"}, {"temperature": 1.3333}),
+    ({"tools": [TOOL]}, {"tools": []}, {"tools": [TOOL], "tool_choice": "none"}, {"functions": [TOOL]},
+     {"functions": [TOOL], "function_call": "none"}, {"tools": [TOOL], "tool_choice": {"type": "auto"}},
+     {"tools": [TOOL], "tool_choice": {"type": "none"}}),
+    ({"response_format": {"type": "json_object"}}, {"response_format": "json_object"},
+     {"response_format": {"type": "text"}}, {"text": {"format": {"type": "json_schema", "schema": {}}}},
+     {"guided_json": {"type": "object"}}, {"guided_regex": "a+"}, {"structured_outputs": {"choice": ["a", "b"]}},
+     {"structured_outputs": {"json": {"type": "object"}}}, {"format": "json"}, {"guided_choice": []}),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, {"chat_template_kwargs": {"thinking": True}},
+     {"thinking": {"type": "enabled", "budget_tokens": 2048}}, {"thinking": {"type": "disabled"}},
+     {"reasoning_effort": "none"}, {"reasoning_effort": "minimal"}, {"reasoning_effort": ""},
+     {"reasoning": {"effort": "low"}}, {"reasoning": {"enabled": False}}, {"enable_thinking": "true"},
+     {"think": "high"}, {"extra_body": {"chat_template_kwargs": {"enable_thinking": True, "thinking_budget": 99}}}),
+    ({"thinking_budget": 100}, {"thinking_token_budget": "200"}, {"reasoning": {"max_tokens": 300}},
+     {"nvext": {"max_thinking_tokens": 400}}, {"chat_template_kwargs": '{"thinking_budget": 50}'}),
+    ({"llm_size": 7}, {"model_size": "8x7B"}, {"llm_family": "qwen", "llm_reasoning": True, "llm_year": 2026}),
+    ({"stream": True, "top_p": 0.9, "seed": 7, "user": "somebody"}, {"n": 1, "stop": ["x"], "metadata": {"a": 1}}),
+)  # fmt: skip
+WORDS = ("weather", "bridge", "number", "Grüße", "東京", "🙂", "a\0b", "lone\ud800", "code:", "x = {1}", "")
+SYSTEMS = ("Be brief.", [{"type": "text", "text": "Answer in French."}], "")
+
+
+def text(rng: random.Random, number: int) -> str:
+    return f"question {number} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
+
+
+def content(rng: random.Random, words: str) -> Any:
+    parts = [{"type": "text", "text": words}, {"type": "image_url", "image_url": {"url": "x"}}]
+    return parts if rng.random() < 0.2 else words
+
+
+def conversation(rng: random.Random, number: int) -> list[Body]:
+    messages: list[Body] = []
+    if rng.random() < 0.3:
+        messages.append({"role": rng.choice(["system", "developer"]), "content": content(rng, "Be kind.")})
+    for turn in range(rng.choice([0, 0, 0, 1, 2, 11])):
+        messages.append({"role": "user", "content": content(rng, f"{text(rng, number)} {turn}")})
+        messages.append({"role": "assistant", "content": content(rng, text(rng, number) * rng.randint(1, 40))})
+        if rng.random() < 0.2:
+            messages.append({"role": "tool", "tool_call_id": "1", "content": "42"})
+    messages.append({"role": "user", "content": content(rng, text(rng, number))})
+    if rng.random() < 0.1:
+        messages.append({"role": "assistant", "content": "Sure,"})  # the beginning of the answer
+    elif rng.random() < 0.1:
+        calls = [{"id": "1", "function": {"name": "look_up", "arguments": "{}"}}]
+        messages.append({"role": "assistant", "content": None, "tool_calls": calls})
+        messages.append({"role": "tool", "tool_call_id": "1", "content": "42"})
+    return messages
+
+
+def generated(rng: random.Random, number: int) -> tuple[Kind, Body]:
+    """A body as clients of OpenAI, Anthropic, vLLM, SGLang, Ollama and others send it."""
+    kind: Kind = rng.choice(("chat", "chat", "messages", "responses", "completions"))
+    body: Body = {"model": rng.choice(["Qwen/Qwen3-8B", "gpt-4o", "meta-llama/Llama-3.1-8B-Instruct"])}
+    if kind == "completions":
+        body |= {"prompt": rng.choice([text(rng, number), [text(rng, number)]]), "max_tokens": rng.randint(1, 900)}
+    elif kind == "responses":
+        body["input"] = rng.choice([text(rng, number), conversation(rng, number)])
+        if rng.random() < 0.5:
+            body["instructions"] = "Be brief."
+    else:
+        body["messages"] = conversation(rng, number)
+        if kind == "messages":
+            body["system"] = rng.choice(SYSTEMS)
+    for group in FLAGS[1:] if kind == "completions" else FLAGS:
+        if rng.random() < 0.4:
+            body |= {name: value for name, value in rng.choice(group).items() if name not in body}
+    return kind, body
+
+
+def by_http(kind: Kind, body: Body) -> Request:
+    (request,) = read(kind, body, body.get("model")).requests
+    return request
+
+
+@pytest.fixture(scope="module")
+def by_logs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Requests of the rows that training makes of logs with these bodies."""
+    folder = tmp_path_factory.mktemp("logs")
+    tokenizer = tokenizers.Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    def call(bodies: dict[str, Body], *, flat: bool) -> dict[str, Request]:
+        records = []
+        for name, body in bodies.items():
+            usage = {"usage": {"completion_tokens": recorded(name), "prompt_tokens": 9}}
+            records.append({"id": name, **({**body, **usage} if flat else {"request": body, "response": usage})})
+        path = folder / "logs.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+        config = DataConfig(
+            source=str(path), data_format="logs", label_tokenizer=str(folder / "tokenizer.json"), min_rows=0,
+            num_workers=1, cache_dir=folder / "cache",
+        )  # fmt: skip
+        rows = build_rows(config).rows
+        names = [row_id.rpartition("/")[0] for row_id in rows.strings("row_id")]
+        assert rows.response_tokens.tolist() == [recorded(name) for name in names]
+        return dict(zip(names, rows.requests(), strict=True))
+
+    return call
+
+
+def recorded(name: str) -> int:
+    """Tokens that the server counted."""
+    return 50 + int(name[1:]) % 97
+
+
+def not_reserved(count: int, start: int = 0) -> list[int]:
+    """Numbers whose group trains, validates or tests."""
+    numbers = (number for number in range(start, start + 10 * count) if splits.split_of(f"r{number}") != 3)
+    return [number for number, _ in zip(numbers, range(count), strict=False)]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_sixteen_probes(by_logs: Any, flat: bool) -> None:
+    numbers = not_reserved(len(PROBES))
+    bodies = {
+        f"r{number}": {"model": "gpt-4o", "messages": [{"role": "user", "content": f"question {number}"}], **flags}
+        for number, (flags, _) in zip(numbers, PROBES.values(), strict=True)
+    }
+    logged = by_logs(bodies, flat=flat)
+    for (name, body), (_, expected) in zip(bodies.items(), PROBES.values(), strict=True):
+        prompt = body["messages"][0]["content"]
+        request = Request(prompt=prompt, target_llm="gpt-4o", **expected)
+        assert as_request(body) == request
+        assert by_http("chat", body) == request
+        assert logged[name] == request
+
+
+def test_two_thousand_generated_bodies(by_logs: Any) -> None:
+    rng = random.Random(16)
+    made = {f"r{number}": generated(rng, number) for number in not_reserved(2000)}
+    logged = by_logs({name: body for name, (_, body) in made.items()}, flat=False)
+    assert len(logged) == len(made)
+    for name, (kind, body) in made.items():
+        in_python, in_http = as_request(body), by_http(kind, body)
+        assert in_python == in_http == logged[name], (kind, body)
+    assert len({request.mode for request in map(_Shape, logged.values())}) > 100  # they are not all alike
+
+
+class _Shape:
+    """What flags a request has."""
+
+    def __init__(self, request: Request) -> None:
+        names = ("max_tokens", "temperature", "tools", "response_format", "thinking", "thinking_budget", "system")
+        self.mode = tuple(getattr(request, name) for name in names)
