@@ -200,12 +200,7 @@ def test_a_training_row_and_a_served_request_give_the_same_input(turns, system, 
         previous_prompt=last.previous_prompt,
         answer_estimates=tuple(map(estimate_tokens, chat.answers[: last.num_known][-8:])),
         num_earlier_turns=last.num_earlier_turns,
-        target_llm=chat.target_llm,
-        max_tokens=chat.max_tokens,
-        temperature=chat.temperature,
-        tools=chat.tools,
-        response_format=chat.response_format,
-        thinking=chat.thinking,
+        **chat.flags,
     )
     assert read == served
 

@@ -91,9 +91,9 @@ def test_longer_answers_are_expected_where_more_is_asked_for(predictor):
     assert max(medians[:3]) < 0.6 * min(medians[3:])
 
 
-def test_chat_micro_says_the_same_alone_and_in_a_batch():
-    """No activation of its graph is rounded by what else is in the batch; `chat-small`'s are."""
-    predictor = LengthPredictor.from_pretrained("chat-micro", backend="onnx", cache_size=0)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_request_is_predicted_the_same_alone_and_in_a_batch(name):
+    predictor = LengthPredictor.from_pretrained(name, backend="onnx", cache_size=0)
     prompts = ["Hi", "Write an essay on Rome.", "write a story " * 40, "?", "In one word: is water wet?"]
     levels = (0.01, 0.1, 0.5, 0.9, 0.99)
     together = [prediction.quantiles(levels) for prediction in predictor.predict_batch(prompts)]
