@@ -81,7 +81,7 @@ class Expected(NamedTuple):
 def as_carried(cumulative_E: Array) -> Array:
     """A raw prediction in the precision in which it is carried from process to process, read-only: float32 is exact."""
     carried: Array = cumulative_E.astype(np.float32).astype(np.float64)
-    carried.flags.writeable = False
+    carried.setflags(write=False)
     return carried
 
 

@@ -10,8 +10,8 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from mope.errors import DataError
-from mope.reader import FIELDS, SYSTEM, TOP_NAMES, read_flags, shown
-from mope.request import Request
+from mope.reader import FIELDS, SYSTEM, TOP_NAMES, Field, read_flags, shown
+from mope.request import Request, clean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +50,7 @@ class RequestFlags(TypedDict, total=False):
 
 
 FLAGS = frozenset(RequestFlags.__annotations__)
-_VALUES = tuple(sorted(FLAGS - {"system", "tools", "response_format"}))
+_VALUES = tuple((name, FIELDS[name][0]) for name in sorted(FLAGS - {"system", "tools", "response_format"}))
 _TEXT_FIELDS = ("prompt", "messages", "input", "history", "id")
 # fields of HTTP bodies that say nothing of the request's text or flags
 _OTHER_FIELDS = frozenset(
@@ -109,8 +109,7 @@ def as_requests(requests: Iterable[Request | str | Mapping[str, Any]]) -> list[R
     Raises:
         DataError: not a batch, or see `as_request`.
     """
-    is_single = isinstance(requests, str | bytes) or (isinstance(requests, Mapping) and "prompt" in requests)
-    if is_single or not isinstance(requests, Iterable):
+    if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
         raise DataError(f"a batch is a list of requests; got {type(requests).__name__}; put one request into [...]")
     read: list[Request] = []
     for number, request in enumerate(requests):
@@ -138,6 +137,8 @@ def request_from(body: Mapping[str, Any]) -> Request:
         if not (isinstance(given, list) and len(given) == 1 and isinstance(given[0], str)):
             raise DataError(f"prompt is {type(given).__name__}; expected a string")
         (given,) = given
+    if name == "prompt" and not earlier and not any(system in body for system in SYSTEM):
+        return Request(prompt=clean(given), **flags)
     if isinstance(given, str) and name != "messages":
         conversation = [*earlier, {"role": "user", "content": given}]
     elif earlier:
@@ -165,6 +166,16 @@ def unknown_field(name: Any, known: Iterable[str]) -> str:
     return f"unknown request field {text}{hint}; known are {', '.join(sorted(FLAGS))}"
 
 
+def _is_read(value: Any, field: Field) -> bool:
+    """Whether a value is what the reader makes of it: a number, not a text that says one."""
+    try:
+        read = field.read(value)
+    except ValueError:
+        return False
+    is_number = type(value) in (int, float)
+    return bool(read == value) and (is_number or type(read) is type(value))
+
+
 def has_text(request: Request) -> bool:
     """Whether there is anything but blanks for a network to read."""
     return any(text and not text.isspace() for text in (request.prompt, request.previous_prompt, request.system))
@@ -181,12 +192,10 @@ def _checked(request: Request) -> Request:
     for name in ("prompt", "system", "previous_prompt", "response_format"):
         if not isinstance(getattr(request, name), str):
             raise DataError(f"{name} is {type(getattr(request, name)).__name__}; expected a string")
-    said = {name: value for name in _VALUES if (value := getattr(request, name)) is not None}
-    read = read_flags(said, strict=True)
-    for name, value in said.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if read.get(name) != value or not (number or type(read.get(name)) is type(value)):
-            raise DataError(f"{name} is {FIELDS[name][0].expected}; got {shown(value)}")
+    for name, field in _VALUES:
+        value = getattr(request, name)
+        if value is not None and not _is_read(value, field):
+            raise DataError(f"{name} is {field.expected}; got {shown(value)}")
     if not isinstance(request.tools, bool):
         raise DataError(f"tools of a Request is true or false; got {shown(request.tools)}")
     sizes = (

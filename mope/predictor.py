@@ -336,6 +336,9 @@ class LengthPredictor:
 
     def _ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, _Raw]]:
         """Positions of requests and what the network makes of each, in some order."""
+        if len(requests) == 1:
+            yield 0, self._run(requests, self.encoder.encode(requests))[0]
+            return
         for start in range(0, len(requests), ENCODED_AT_ONCE):
             part = requests[start : start + ENCODED_AT_ONCE]
             encoded = self.encoder.encode(part)

@@ -226,6 +226,7 @@ FIELDS: Mapping[str, tuple[Field, ...]] = {
 NO_TOOLS = ("tool_choice", "function_call")  # say "none" where tools are offered and may not be called
 SYSTEM = ("system", "instructions", "system_prompt")  # beside the messages
 # names that a body may have at its top
+_HOLDERS = frozenset(HOLDERS)
 TOP_NAMES = frozenset(
     name.partition(".")[0] for fields in FIELDS.values() for field in fields for name in field.names
 ).union(HOLDERS, NO_TOOLS, SYSTEM)
@@ -251,16 +252,22 @@ def read_flags(body: Mapping[str, Any], *, strict: bool = False) -> dict[str, An
     Raises:
         DataError: strictly read, a value that cannot be used.
     """
-    places = _places(body)
-    candidates = [
-        (order, number, flag, field, path)
-        for number, place in enumerate(places)
-        for key in place
-        for order, flag, field, path in _AT.get(key, ())
-    ]
+    places = [body] if _HOLDERS.isdisjoint(body) else _places(body)
+    candidates = []
+    for number, place in enumerate(places):
+        for key in place:
+            if key in _AT:
+                candidates += [(order, number, *entry) for order, *entry in _AT[key]]
+    if len(candidates) > 1:
+        candidates.sort(key=itemgetter(0, 1))
     found: dict[str, Any] = {}
-    for _, number, flag, field, path in sorted(candidates, key=itemgetter(0, 1)):
-        if flag in found or (value := _at(places[number], path)) is None:
+    for _, number, flag, field, path in candidates:
+        if flag in found:
+            continue
+        value = places[number][path[0]]
+        if len(path) > 1:
+            value = _below(value, path)
+        if value is None:
             continue
         try:
             said = field.read(value)
@@ -270,8 +277,8 @@ def read_flags(body: Mapping[str, Any], *, strict: bool = False) -> dict[str, An
             continue
         if said is not None:
             found[flag] = said
-    if found.get("tools") is False or (
-        "tools" in found and any(_is_none(place.get(name)) for place in places for name in NO_TOOLS)
+    if "tools" in found and (
+        found["tools"] is False or any(_is_none(place.get(name)) for place in places for name in NO_TOOLS)
     ):
         del found["tools"]
     return found
@@ -286,8 +293,8 @@ def _places(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return places
 
 
-def _at(place: Mapping[str, Any], path: Sequence[str]) -> Any:
-    value = place[path[0]]
+def _below(value: Any, path: Sequence[str]) -> Any:
+    """What stands at a path, of whose first part the value is given."""
     for key in path[1:]:
         value = parsed(value)
         value = value.get(key) if isinstance(value, Mapping) else None

@@ -139,6 +139,13 @@ def held_out(path: str, seed: int) -> tuple[list[Case], list[Case]]:
     return [case(column) for column in new], [case(column) for column in old[:RELATIVES]]
 
 
+def restored(saved: Any) -> Recalibrator:
+    """A recalibrator that goes on with what was saved."""
+    recalibrator = Recalibrator()
+    recalibrator.restore(saved)
+    return recalibrator
+
+
 def teach(recalibrator: Recalibrator, target: Target, case: Case, first: int, last: int) -> None:
     """Observe some of the answers of the train split, a minute apart."""
     for row in range(first, min(last, len(case.observed[0]))):
@@ -197,7 +204,7 @@ def measure_llms(path: str, seeds: int) -> Scores:
             learners = {
                 "this": Recalibrator(),
                 "this, prior given": Recalibrator(prior),
-                "this, 12 other LLMs observed": Recalibrator.from_json(saved),
+                "this, 12 other LLMs observed": restored(saved),
             }
             target = Target(case.llm, known=False)
             for start, count in zip((0, *COUNTS), COUNTS, strict=False):

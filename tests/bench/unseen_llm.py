@@ -90,7 +90,7 @@ def measure(predictor: LengthPredictor, path: Path, num_llms: int, seed: int) ->
             asked, wanted = (
                 [{"prompt": prompt, "target_llm": name} for prompt in rows.prompt] for rows in (train, test)
             )
-            predictor.recalibrator = Recalibrator(priors)
+            predictor.corrector.recalibrator = Recalibrator(priors)
             observed = predictor.predict_batch(asked)
             raw = [log_medians(predictor.predict_batch(rows)) for rows in (asked, wanted)]
             found["no correction"].append(score(np.exp(raw[1]), None, tokens))

@@ -106,6 +106,7 @@ def test_a_wrong_type_at_any_place_is_answered_or_refused(predictor: LengthPredi
         ("messages", "hi", "messages is str; expected a list of messages"),
         ("history", 7, "history is int; expected a list of messages"),
         ("batch", "hi", r"a batch is a list of requests; got str; put one request into \[...\]"),
+        ("batch", {"messages": [USER]}, r"a batch is a list of requests; got dict; put one request into \[...\]"),
         ("tools", 7, "tools is a list of tools, or true or false; got 7"),
         ("target_llm", "\ud800", "target_llm is the name of an LLM; got '.ud800'"),
         ("key", 1, "unknown request field 1; known are"),
