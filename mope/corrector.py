@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mope.config import PredictorConfig
 
 HIGH = 0.9  # the level of `Expected.high`
+MAX_TARGETS = 4096  # ways of asking LLMs that are remembered
 SMALL, LARGE = 15.0, 60.0  # billions of parameters: borders of the size classes
 
 
@@ -115,7 +116,9 @@ class Corrector:
         if learned is not None:
             self.recalibrator.restore(learned)
         self._unseen_modes = frozenset(config.unknown_llms) - {""}
+        self._log_edges: Array = np.log(self.edges)
         self._integral = _SurvivalIntegral(self.edges)
+        self._targets: dict[Answering, Target] = {}
         self._power = min(max(self.tail_index, LEAST_TAIL_INDEX), MOST_TAIL_INDEX) - 1.0
 
     @classmethod
@@ -137,7 +140,8 @@ class Corrector:
         Returns:
             Edges and cumulative probabilities. The edges are `edges` themselves, or more follow above them.
         """
-        edges, cumulative = self.recalibrator.correct(self.edges, raw_E, self._target(answering))
+        target = self._target(answering)
+        edges, cumulative = self.recalibrator.correct(self.edges, raw_E, target, self._log_edges)
         budget = answering.thinking_budget
         if budget is None or "thinking" not in self._unseen_modes:
             return edges, cumulative
@@ -147,7 +151,7 @@ class Corrector:
         # what it would answer without thoughts, and at most the budget of them; the network knows nothing of either
         modes.remove("thinking")
         plain = self._target(answering._replace(mode="+".join(modes)))
-        shorter_edges, shorter = self.recalibrator.correct(self.edges, raw_E, plain)
+        shorter_edges, shorter = self.recalibrator.correct(self.edges, raw_E, plain, self._log_edges)
         bound = cdf_at(shorter_edges, np.broadcast_to(shorter, (len(edges), len(shorter))), edges - budget)
         return edges, np.maximum(cumulative, np.where(edges > budget, bound, 0.0))
 
@@ -188,12 +192,18 @@ class Corrector:
 
     def _target(self, answering: Answering) -> Target:
         """What corrections are kept apart by. The fallback is another distribution and has its own."""
+        kept = self._targets.get(answering)
+        if kept is not None:
+            return kept
         mode = answering.mode
         # of a known LLM, too, the predictor never saw what it answers when asked like this
         known = answering.known and (not mode or self._unseen_modes.isdisjoint(mode.split("+")))
         if answering.fallback:
             mode = f"fallback {mode}".rstrip()
-        return Target(answering.llm, mode, answering.family, known, answering.kind)
+        if len(self._targets) >= MAX_TARGETS:
+            self._targets.clear()
+        target = self._targets[answering] = Target(answering.llm, mode, answering.family, known, answering.kind)
+        return target
 
 
 class _SurvivalIntegral:
@@ -209,9 +219,10 @@ class _SurvivalIntegral:
         a, b = edges[:-1], edges[1:]
         self._edges = edges.tolist()
         self._width = np.log(b / a)
-        # over a whole bin the integral is (b - a) - low * `_low` - high * `_high`
-        self._high = (b * (self._width - 1) + a) / self._width
-        self._low = b - a - self._high
+        # over a whole bin the integral is (b - a) - low * (b - a - high_share) - high * high_share
+        self._high: Array = (b * (self._width - 1) + a) / self._width
+        self._weights = b - a - self._high  # of the cumulative probability at an edge with whole bins on both sides
+        self._weights[1:] += self._high[:-1]
 
     def quantile(self, cumulative: Array, level: float) -> float:
         """The length that a share `level` stays under."""
@@ -227,7 +238,7 @@ class _SurvivalIntegral:
             return end
         end = min(end, edges[-1])
         n = bisect_left(edges, end) - 1
-        whole = edges[n] - float(cumulative[:n] @ self._low[:n]) - float(cumulative[1 : n + 1] @ self._high[:n])
         a, low, high = edges[n], float(cumulative[n]), float(cumulative[n + 1])
+        whole = a - float(cumulative[:n] @ self._weights[:n]) - (low * float(self._high[n - 1]) if n else 0.0)
         part = (end - a) * (1 - low) - (high - low) * (end * (log(end / a) - 1) + a) / float(self._width[n])
         return float(whole + part)

@@ -9,18 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
-from weakref import WeakMethod
+from types import MethodType
+from weakref import WeakKeyDictionary
 
-_Methods = dict[int, WeakMethod[Callable[[], None]]]
-_before_fork: _Methods = {}
-_after_fork: _Methods = {}
+_Owners = WeakKeyDictionary[object, str]  # object -> name of its method
+_before_fork: _Owners = WeakKeyDictionary()
+_after_fork: _Owners = WeakKeyDictionary()
 
 
 def before_fork(method: Callable[[], None]) -> None:
     """Call a method in the parent before each fork, as long as its object lives.
 
     Args:
-        method: a bound method. Its object is not kept alive. The fork waits until the method returns.
+        method: a bound method, one for each object. The object is not kept alive. The fork waits until it returns.
     """
     _add(_before_fork, method)
 
@@ -29,17 +30,17 @@ def after_fork(method: Callable[[], None]) -> None:
     """Call a method in the child after each fork, as long as its object lives.
 
     Args:
-        method: a bound method that replaces locks, queues and threads of its object. Its object is not kept alive. It
-            must not take a lock that another thread may have held.
+        method: a bound method, one for each object, that replaces locks, queues and threads of the object. The object
+            is not kept alive. It must not take a lock that another thread may have held.
     """
     _add(_after_fork, method)
 
 
-def _add(methods: _Methods, method: Callable[[], None]) -> None:
+def _add(owners: _Owners, method: Callable[[], None]) -> None:
     _register()
-    forget = methods.pop  # still there when Python ends and clears this module
-    kept = WeakMethod(method, lambda gone: forget(id(gone), None))
-    methods[id(kept)] = kept
+    if not isinstance(method, MethodType):
+        raise TypeError(f"{method!r} is not a bound method")
+    owners[method.__self__] = method.__name__
 
 
 @cache
@@ -48,8 +49,6 @@ def _register() -> None:
         os.register_at_fork(before=lambda: _call(_before_fork), after_in_child=lambda: _call(_after_fork))
 
 
-def _call(methods: _Methods) -> None:
-    for kept in list(methods.values()):
-        method = kept()
-        if method is not None:
-            method()
+def _call(owners: _Owners) -> None:
+    for owner, name in list(owners.items()):
+        getattr(owner, name)()

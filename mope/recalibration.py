@@ -214,7 +214,9 @@ class Recalibrator:
             elif self._expired:
                 self._derive(self._expired.popitem()[0])
 
-    def correct(self, edges: Array, raw_cumulative: Array, target: Target) -> tuple[Array, Array]:
+    def correct(
+        self, edges: Array, raw_cumulative: Array, target: Target, log_edges: Array | None = None
+    ) -> tuple[Array, Array]:
         """The corrected distribution; unchanged before any observation, unless the target has a prior.
 
         Takes about 10 µs and no lock; a millisecond or a few when a target is asked for first.
@@ -223,6 +225,7 @@ class Recalibrator:
             edges: edges of the prediction's grid in tokens, shape (E,).
             raw_cumulative: predicted cumulative probabilities at the edges, shape (E,).
             target: who will answer.
+            log_edges: logarithms of the edges, where they are at hand.
 
         Returns:
             Edges and cumulative probabilities. The edges are those given; where the target's answers may be longer than
@@ -236,7 +239,8 @@ class Recalibrator:
             self._expired[target] = None  # for the next `observe`, which nobody waits for
         if derived.correction is None:
             return edges, raw_cumulative
-        log_edges = np.log(edges)
+        if log_edges is None:
+            log_edges = np.log(edges)
         return derived.correction(edges, log_edges, raw_cumulative, _log_median(log_edges, raw_cumulative))
 
     def merge(self, other: Recalibrator) -> None:
@@ -460,4 +464,8 @@ def _kinship(target: Target, other: Target) -> tuple[float, float]:
 
 
 def _log_median(log_edges: Array, cumulative: Array) -> float:
-    return float(np.interp(0.5, cumulative, log_edges))
+    right = min(max(int(cumulative.searchsorted(0.5)), 1), len(cumulative) - 1)  # twice as quick as np.interp
+    low, high = float(cumulative[right - 1]), float(cumulative[right])
+    left = float(log_edges[right - 1])
+    share = (0.5 - low) / (high - low) if high > low else 1.0
+    return left + min(max(share, 0.0), 1.0) * (float(log_edges[right]) - left)

@@ -66,14 +66,17 @@ def pack(raw_E: Array) -> str:
 
 
 def unpack(text: str, num_edges: int) -> Array | None:
-    """What `pack` wrote, shape (num_edges,); None if it is anything else. A few microseconds."""
+    """What `pack` wrote, shape (num_edges,); None if it is anything else. Two microseconds.
+
+    That it rises is left to whoever learns from it.
+    """
     if len(text) > 8 * num_edges:
         return None
     try:
         found = np.frombuffer(a2b_base64(text), _FLOAT).astype(np.float64)
     except (NotBase64, ValueError):
         return None
-    if len(found) != num_edges or found[0] != 0.0 or found[-1] != 1.0 or not (found[1:] >= found[:-1]).all():
+    if len(found) != num_edges or found[0] != 0.0 or found[-1] != 1.0:
         return None
     return found
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict, deque
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from mope.corrector import Answering, Corrector
-from mope.errors import UserError
+from mope.errors import DataError, UserError
 from mope.grid import Array
 from mope.serving_hooks.carried import Carried, unpack
 
@@ -24,6 +25,9 @@ _SHARE = 0.2  # of the newest answer in a running mean
 _ALL_OF, _ONE_IN = 1_000, 8  # corrections learn from so many finished requests, then from one in eight
 
 logger = logging.getLogger("mope")
+
+
+_answering = lru_cache(maxsize=1024)(Answering.read)
 
 
 class Expected(NamedTuple):
@@ -75,7 +79,7 @@ class Lengths:
     def _read(self, carried: Carried) -> tuple[Array, Answering] | None:
         if self.corrector is None or carried.raw is None or carried.answering is None:
             return None
-        raw_E, answering = unpack(carried.raw, len(self.corrector.edges)), Answering.read(carried.answering)
+        raw_E, answering = unpack(carried.raw, len(self.corrector.edges)), _answering(carried.answering)
         return None if raw_E is None or answering is None else (raw_E, answering)
 
     def observe(self, carried: Carried, client: str, tokens: int, *, censored: bool) -> None:
@@ -119,6 +123,8 @@ class Lengths:
                         continue
                     self.corrector.observe(read[0], read[1], tokens, censored=censored)
                     self.num_observed += 1
+                except DataError:  # no distribution
+                    self.num_dropped += 1
                 except Exception:
                     logger.exception("mope stops learning from finished requests; predictions are used as they come")
                     self.corrector = None
