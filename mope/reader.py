@@ -253,11 +253,11 @@ def read_flags(body: Mapping[str, Any], *, strict: bool = False) -> dict[str, An
         DataError: strictly read, a value that cannot be used.
     """
     places = [body] if _HOLDERS.isdisjoint(body) else _places(body)
-    candidates = []
+    candidates: list[tuple[int, int, str, Field, list[str]]] = []
     for number, place in enumerate(places):
         for key in place:
             if key in _AT:
-                candidates += [(order, number, *entry) for order, *entry in _AT[key]]
+                candidates += [(order, number, flag, field, path) for order, flag, field, path in _AT[key]]
     if len(candidates) > 1:
         candidates.sort(key=itemgetter(0, 1))
     found: dict[str, Any] = {}

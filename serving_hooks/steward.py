@@ -28,6 +28,7 @@ from mope.serving_hooks.options import NO_PREDICTOR, HookOptions
 from mope.serving_hooks.tallies import Tallies, Tally
 
 _SAVE_EVERY_S = 60.0
+ANYBODY = "(anonymous)"  # all requests without a client
 _SMALL = 20_000  # accounts up to which a snapshot is taken between two steps of the engine
 
 logger = logging.getLogger("mope")
@@ -128,6 +129,7 @@ class Steward:
         fallback_client: str | None = None,
         load: Load = IDLE,
         arrived_s: float | None = None,
+        expected: Expected | None = None,
     ) -> Ticket:
         """A request begins to wait.
 
@@ -140,14 +142,15 @@ class Steward:
             fallback_client: who it is from where the front end did not say, such as a LoRA adapter.
             load: what the engine is doing.
             arrived_s: when it came, by `clock`; None for now.
+            expected: what `lengths` expects of it, where that is known already.
         """
         if self._over and self.policy.find(request_id) is not None:  # one of that name is over, but not booked
             self.settle()
         said = carried.client or fallback_client
-        client = said or "(anonymous)"
+        client = said or ANYBODY
         if known_tokens is not None:
             carried, expected = Carried(carried.client), Expected(known_tokens)
-        else:
+        elif expected is None:
             expected = self.lengths.expected(carried, client, max_tokens)
         ticket = self.policy.enqueue(request_id, said, prompt_tokens, expected.tokens, max_tokens=max_tokens, load=load)
         if arrived_s is None:

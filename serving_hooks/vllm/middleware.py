@@ -41,6 +41,7 @@ from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.identity import Identity
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.start_time import StartTimeTags
+from mope.serving_hooks.steward import ANYBODY
 from mope.serving_hooks.vllm.settings import (
     hook_options,
     keys_checked,
@@ -65,7 +66,6 @@ FORMS = ("/v1/audio/transcriptions", "/v1/audio/translations")  # the only ones 
 TOKENS_IN = "/inference/v1/generate"  # its `sampling_params` are vLLM's own
 MAX_PREDICTED = 32 * 2**20  # bytes of a body; a larger one is images, and gets no prediction
 PRIORITY_HEADER = b"x-vllm-priority"  # of vLLM 0.28 and later: wins over the body's `priority`
-ANYBODY = "(anonymous)"
 
 _logger = logging.getLogger("vllm.mope")  # below vLLM's own logger, whose handlers show it
 _MAY_NAME_XARGS = re.compile(rb"xargs|name\s*\*", re.IGNORECASE)

@@ -23,7 +23,8 @@ from mope.fairness.accounts import Group
 from mope.fairness.clients import client_path
 from mope.serving_hooks.carried import CLIENT, Carried
 from mope.serving_hooks.guard import Guard
-from mope.serving_hooks.steward import Steward
+from mope.serving_hooks.lengths import Expected
+from mope.serving_hooks.steward import ANYBODY, Steward
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -153,34 +154,52 @@ class FairQueue(RequestQueue):
 
     # -- what may go wrong
 
-    def announce(self, request: Request, load: Load | None = None, arrived_s: float | None = None) -> None:
+    def announce(
+        self,
+        request: Request,
+        load: Load | None = None,
+        arrived_s: float | None = None,
+        foreseen: tuple[Carried, Expected] | None = None,
+    ) -> None:
         """Tells the policy of a request that begins to wait, here or in another of vLLM's queues.
 
         Args:
             request: it.
             load: what the engine was doing when it came; None for now.
             arrived_s: when that was; None for now.
+            foreseen: what was carried with it and what is expected of it, see `_foresee`; None to look now.
         """
-        steward = self._steward
-        parameters = request.sampling_params
-        carried = Carried.read(getattr(parameters, "extra_args", None) if parameters is not None else None)
-        adapter = getattr(request, "lora_request", None)
-        steward.arrive(
+        carried, expected = self._foresee(request) if foreseen is None else foreseen
+        self._steward.arrive(
             request.request_id,
-            carried if parameters is not None else carried._replace(tokens=1.0),  # pooling answers nothing
+            carried,
             max(0, request.num_tokens - request.num_computed_tokens),
             max_tokens=getattr(request, "max_tokens", None),
-            fallback_client=f"lora/{adapter.lora_name}" if adapter is not None else None,
+            fallback_client=_of_adapter(request),
             load=load if load is not None else self._load(),
             arrived_s=arrived_s,
+            expected=expected,
         )
 
     def catch_up(self) -> None:
-        """Tells the policy of the requests that it was not told of yet."""
+        """Tells the policy of the requests that it was not told of yet.
+
+        What is expected of all of them is worked out first: in a row that takes a third of the time.
+        """
         if self._later:
             later, self._later = self._later, []
-            for request, load, arrived_s in later:
-                self.announce(request, load, arrived_s)
+            foreseen = [self._foresee(request) for request, _, _ in later]
+            for (request, load, arrived_s), one in zip(later, foreseen, strict=True):
+                self.announce(request, load, arrived_s, one)
+
+    def _foresee(self, request: Request) -> tuple[Carried, Expected]:
+        """What was carried with a request, and how long its answer is expected to be."""
+        parameters = request.sampling_params
+        carried = Carried.read(getattr(parameters, "extra_args", None))
+        if parameters is None:  # pooling answers nothing
+            carried = Carried(tokens=1.0)
+        client = carried.client or _of_adapter(request) or ANYBODY
+        return carried, self._steward.lengths.expected(carried, client, getattr(request, "max_tokens", None))
 
     def _add(self, request: Request) -> None:
         if self._in_turns and self._stands_behind(request):
@@ -195,10 +214,9 @@ class FairQueue(RequestQueue):
 
     def _stands_behind(self, request: Request) -> bool:
         """Whether its client has others here that the policy knows of and that go first in any case."""
-        parameters, adapter = request.sampling_params, getattr(request, "lora_request", None)
-        said = (getattr(parameters, "extra_args", None) or {}).get(CLIENT)
+        said = (getattr(request.sampling_params, "extra_args", None) or {}).get(CLIENT)
         if not isinstance(said, str):
-            said = f"lora/{adapter.lora_name}" if adapter is not None else None
+            said = _of_adapter(request)
         account = self._steward.policy.ledger.find(client_path(said))
         if account is None or not account.num_waiting or isinstance(account, Group):
             return False
@@ -247,6 +265,12 @@ class FairQueue(RequestQueue):
             self.head = ticket
             return False
         return ticket is not None
+
+
+def _of_adapter(request: Request) -> str | None:
+    """Who a request is from where nobody said: its LoRA adapter."""
+    adapter = getattr(request, "lora_request", None)
+    return f"lora/{adapter.lora_name}" if adapter is not None else None
 
 
 def _arrival(request: Request) -> float:
