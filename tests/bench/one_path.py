@@ -3,8 +3,8 @@
     python tests/bench/one_path.py --output model_cards/results/DATE-one-path.json
 
 Convergence: what the hooks expect of an answer after 0 to 200 answers of an LLM, over the true mean. Raw predictions
-are lognormal around medians of 60 to 800 tokens; true lengths are drawn from them, times a factor that the predictor does
-not know. Medians and worst cases are over draws. Batches: prompts of ShareGPT, with a number each so that all differ.
+are lognormal around medians of 60 to 800 tokens. True lengths are drawn from them, times a factor that the predictor
+does not know. Medians and worst cases are over draws. Batches: prompts of ShareGPT, with a number each.
 Names: predict and observe of an LLM named for the first time, beside so many others.
 """
 
@@ -24,10 +24,11 @@ import numpy as np
 
 from mope import LengthPredictor
 from mope.artifact import find, read_config
-from mope.bench.prompts import read_sample
 from mope.corrector import Answering, Corrector, as_carried
 from mope.serving_hooks.carried import Carried, pack
 from mope.serving_hooks.lengths import Lengths
+from mope.training.data.build import build_rows
+from mope.training.data.config import DataConfig
 
 COUNTS, FACTORS, DRAWS, DEVIATION = (0, 20, 50, 200), (0.4, 1.0, 2.5, 8.0, 25.0), 12, 0.75
 ANSWERING = {
@@ -66,8 +67,10 @@ def converges(answering: Answering, factor: float, seed: int) -> list[float]:
 
 def batch(name: str, num_prompts: int) -> dict[str, float]:
     """Memory above that of one prompt, and time per prompt, of one big batch; in a fresh process."""
-    prompts = read_sample("sharegpt", 2500, 0)
-    texts = [f"{prompts[number % len(prompts)].prompt} {number}" for number in range(num_prompts)]
+    rows = build_rows(DataConfig(source="sharegpt")).rows
+    prompts = rows.split("validation").strings("prompt")
+    texts = [f"{prompts[number % len(prompts)]} {number}" for number in range(num_prompts)]
+    del rows
     predictor = LengthPredictor.from_pretrained(name, cache_size=0)
     predictor.predict(texts[0])
     before = _peak_mb()
