@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from mope.errors import DataError
-from mope.reader import FIELDS, SYSTEM, TOP_NAMES, Field, read_flags, shown
+from mope.reader import FIELDS, SYSTEM, TEXTS, TOP_NAMES, Field, read_flags, shown
 from mope.request import Request, clean
 
 if TYPE_CHECKING:
@@ -49,28 +50,12 @@ class RequestFlags(TypedDict, total=False):
     llm_year: int | None
 
 
+LIKE = 0.8  # how like a known name a misspelt one is
+# fields of servers that are like known names and are none of them
+NOT_MISSPELT = frozenset({"rid", "models"})
 FLAGS = frozenset(RequestFlags.__annotations__)
 _VALUES = tuple((name, FIELDS[name][0]) for name in sorted(FLAGS - {"system", "tools", "response_format"}))
-_TEXT_FIELDS = ("prompt", "messages", "input", "history", "id")
-# fields of HTTP bodies that say nothing of the request's text or flags
-_OTHER_FIELDS = frozenset(
-    {
-        "add_generation_prompt", "add_special_tokens", "allowed_token_ids", "anthropic_beta", "anthropic_version",
-        "background", "bad_words", "best_of", "cache_salt", "chat_template", "container", "context_management",
-        "continue_final_message", "conversation", "documents", "echo", "frequency_penalty", "ignore_eos", "include",
-        "include_reasoning", "include_stop_str_in_output", "kv_transfer_params", "length_penalty", "logit_bias",
-        "logprobs", "lora_path", "mcp_servers", "metadata", "min_p", "min_tokens", "mm_processor_kwargs", "modalities",
-        "n", "no_stop_trim", "parallel_tool_calls", "prediction", "presence_penalty", "previous_response_id",
-        "priority", "prompt_cache_key", "prompt_cache_retention", "prompt_logprobs", "reasoning_split",
-        "repetition_penalty", "request_id", "return_hidden_states", "return_token_ids",
-        "return_tokens_as_token_ids", "rid", "safety_identifier", "seed", "separate_reasoning", "service_tier",
-        "session_params", "skip_special_tokens", "spaces_between_special_tokens", "stop", "stop_sequences",
-        "stop_token_ids", "store", "stream", "stream_options", "stream_reasoning", "suffix", "top_k", "top_logprobs",
-        "top_p", "truncate_prompt_tokens", "truncation", "use_beam_search", "user", "verbosity", "vllm_xargs",
-        "web_search_options",
-    }
-)  # fmt: skip
-_ALLOWED = TOP_NAMES.union(FLAGS, _TEXT_FIELDS, _OTHER_FIELDS)
+_FIELDS = TOP_NAMES.union(FLAGS, TEXTS, ("history", "id"))
 # names that servers have for what is named otherwise among the keywords of `predict`
 _OUR_NAMES = {
     name.partition(".")[0]: flag
@@ -85,11 +70,10 @@ def as_request(request: Request | str | Mapping[str, Any]) -> Request:
     """A `Request` from a prompt, or from a mapping: the body of an HTTP request, or our own names of the same things.
 
     A mapping has `prompt`, `messages` or `input`, optionally `history` (the messages before `prompt`), and flags under
-    any name that `mope.reader.FIELDS` knows. Fields of HTTP bodies that say nothing of the answer's length are passed
-    over.
+    any name that `mope.reader.FIELDS` knows. What else a server may be asked for is passed over.
 
     Raises:
-        DataError: neither prompt nor messages, an unknown key, or a value that cannot be read.
+        DataError: neither prompt nor messages, a key that is nearly one of these names, or a value that cannot be read.
     """
     if isinstance(request, str):
         return request_from({"prompt": request})
@@ -98,9 +82,16 @@ def as_request(request: Request | str | Mapping[str, Any]) -> Request:
     if not isinstance(request, Mapping):
         raise DataError(f"a request is a prompt, a mapping or a Request; got {type(request).__name__}")
     for name in request:
-        if not isinstance(name, str) or name not in _ALLOWED:
-            raise DataError(unknown_field(name, _ALLOWED))
+        if not isinstance(name, str) or (name not in _FIELDS and _meant(name) is not None):
+            raise DataError(unknown_field(name, _FIELDS))
     return request_from(request)
+
+
+@lru_cache(maxsize=1024)
+def _meant(name: str) -> str | None:
+    """The field that a misspelt one was meant to be; None for a field of its own, such as `stream` or `top_p`."""
+    near = get_close_matches(name, sorted(_FIELDS), n=1, cutoff=LIKE)
+    return near[0] if near and name not in NOT_MISSPELT else None
 
 
 def as_requests(requests: Iterable[Request | str | Mapping[str, Any]]) -> list[Request]:
@@ -109,7 +100,10 @@ def as_requests(requests: Iterable[Request | str | Mapping[str, Any]]) -> list[R
     Raises:
         DataError: not a batch, or see `as_request`.
     """
-    if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
+    is_single = isinstance(requests, str | bytes) or (
+        isinstance(requests, Mapping) and any(name in requests for name in TEXTS)
+    )
+    if is_single or not isinstance(requests, Iterable):
         raise DataError(f"a batch is a list of requests; got {type(requests).__name__}; put one request into [...]")
     read: list[Request] = []
     for number, request in enumerate(requests):
@@ -127,6 +121,8 @@ def request_from(body: Mapping[str, Any]) -> Request:
         DataError: see `as_request`.
     """
     texts = [name for name in ("prompt", "messages", "input") if body.get(name) is not None]
+    if not texts:
+        texts = [name for name in ("text", "inputs") if isinstance(body.get(name), str)]
     if len(texts) != 1:
         raise DataError("give either a prompt or messages; got " + (" and ".join(texts) if texts else "neither"))
     (name,) = texts
@@ -160,10 +156,15 @@ def request_from(body: Mapping[str, Any]) -> Request:
 def unknown_field(name: Any, known: Iterable[str]) -> str:
     """What is wrong with a field that nothing here is called by, and what may have been meant."""
     text = shown(name)
-    near = _OUR_NAMES.get(name) if isinstance(name, str) and known is FLAGS else None
-    near = near or next(iter(get_close_matches(name[:80] if isinstance(name, str) else text, sorted(known), n=1)), None)
-    hint = f" (did you mean {near}?)" if near is not None else ""
-    return f"unknown request field {text}{hint}; known are {', '.join(sorted(FLAGS))}"
+    keywords = f"known are prompt, messages, history, {', '.join(sorted(FLAGS))}"
+    if not isinstance(name, str):
+        return f"a field of a request has a text for its name; got {text}"
+    if known is not FLAGS:
+        return f"unknown request field {text} (did you mean {_meant(name)}?)"
+    near = _OUR_NAMES.get(name) or next(iter(get_close_matches(name[:80], sorted(FLAGS), n=1, cutoff=LIKE)), None)
+    if near is not None:
+        return f"unknown request field {text} (did you mean {near}?); {keywords}"
+    return f"unknown request field {text}; {keywords}; other fields of a server's request go into predict({{...}})"
 
 
 def _is_read(value: Any, field: Field) -> bool:

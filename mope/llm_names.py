@@ -240,7 +240,8 @@ def unpack(name: str) -> tuple[str, str | None, str | None]:
     if "://" in text:
         text, local = text.partition("://")[2], True
     if text.startswith("ft:"):  # tuned at OpenAI: ft:gpt-4o-mini-2024-07-18:organisation:name:id
-        text = text.split(":")[1]
+        base, *tuned = text.split(":")[1:]
+        text = "-".join((base, "ft", *filter(None, tuned))) if any(tuned) else base
     if text.startswith("@"):  # Cloudflare: @cf/meta/llama
         text = text.partition("/")[2]
     path = [part for part in text.replace("__", "/").split("/") if part.strip()]

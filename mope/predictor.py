@@ -253,8 +253,8 @@ class LengthPredictor:
         return [answers[row] for row in range(len(known))]
 
     def known_llms(self) -> tuple[str, ...]:
-        """Names of the LLMs that this predictor was trained on, and of groups of them, in alphabetical order."""
-        return tuple(sorted(self.config.target_llms))
+        """LLMs that this predictor was trained on, and groups of them, spelt like `LengthPrediction.llm`, sorted."""
+        return tuple(sorted({describe(name).name for name in self.config.target_llms}))
 
     def _say_what_is_not_read(self, request: Request) -> None:
         """Log a flag that no training row had, and an unknown family: each once."""
@@ -419,6 +419,11 @@ class LengthPredictor:
             raise DataError(f"prediction is {type(prediction).__name__}; expected what predict() gave")
         if prediction.generated or prediction.raw_cumulative is None or prediction.answering is None:
             raise DataError("observe needs the prediction that predict() gave, not one made by remaining()")
+        edges = self.corrector.edges
+        if len(prediction.raw_cumulative) != len(edges) or not np.array_equal(prediction.edges[: len(edges)], edges):
+            raise DataError("observe needs a prediction of this predictor; got one of another")
+        if censored is not None and not isinstance(censored, bool | np.bool_):
+            raise DataError(f"censored is true, false or None; got {censored!r}")
         if isinstance(actual_tokens, bool) or not isinstance(actual_tokens, Integral | float):
             raise DataError(f"actual_tokens is {type(actual_tokens).__name__}; expected a number of tokens")
         if censored is None:

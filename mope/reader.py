@@ -79,11 +79,20 @@ def _name(value: Any) -> str | None:
     return value.replace("\0", "") or None
 
 
-def _tokens(value: Any) -> int:
+def _tokens(value: Any) -> int | None:
     found = number(value)
-    if found is None or not found.is_integer() or not 1 <= found <= MAX_TOKENS:
+    if found is None or not found.is_integer() or not (found < 0 or 1 <= found <= MAX_TOKENS):
         raise ValueError
-    return int(found)
+    return int(found) if found > 0 else None  # -1 means no cap to many servers
+
+
+def _budget(value: Any) -> int | None:
+    """As a cap; 0 says that the LLM is not to think, see `_off_at_zero`."""
+    return None if number(value) == 0 else _tokens(value)
+
+
+def _off_at_zero(value: Any) -> bool | None:
+    return False if number(value) == 0 else None
 
 
 def _temperature(value: Any) -> float:
@@ -176,15 +185,18 @@ def _think(value: Any) -> bool | None:
 
 
 _COUNT = f"a whole number from 1 to {MAX_TOKENS}"
-_BUDGET_NAMES = ("thinking_budget", "thinking_token_budget", "max_thinking_tokens")
+_BUDGET_NAMES = (
+    "thinking_budget", "thinking_token_budget", "max_thinking_tokens", "thinking.budget_tokens", "reasoning.max_tokens",
+    "thinkingConfig.thinkingBudget",
+)  # fmt: skip
 
 # flag of `Request` -> where it stands; of several fields, the first that says something counts
 FIELDS: Mapping[str, tuple[Field, ...]] = {
-    "target_llm": (Field(("target_llm", "model"), _name, "the name of an LLM"),),
+    "target_llm": (Field(("target_llm", "model", "modelId"), _name, "the name of an LLM"),),
     "max_tokens": (
         Field(
             ("max_completion_tokens", "max_output_tokens", "max_tokens", "max_new_tokens", "maxOutputTokens",
-             "max_tokens_to_sample", "num_predict"),
+             "max_tokens_to_sample", "num_predict", "n_predict"),
             _tokens,
             _COUNT,
         ),
@@ -210,21 +222,17 @@ FIELDS: Mapping[str, tuple[Field, ...]] = {
         Field(("enable_thinking", "thinking", "reasoning.enabled"), _thinking, "true or false"),
         Field(("reasoning_effort", "reasoning.effort", "output_config.effort"), _effort, 'a level such as "high"'),
         Field(("think",), _think, "true, false or a level"),
+        Field(_BUDGET_NAMES, _off_at_zero, _COUNT),
     ),
-    "thinking_budget": (
-        Field(
-            (*_BUDGET_NAMES, "thinking.budget_tokens", "reasoning.max_tokens", "thinkingConfig.thinkingBudget"),
-            _tokens,
-            _COUNT,
-        ),
-    ),
+    "thinking_budget": (Field(_BUDGET_NAMES, _budget, _COUNT),),
     "llm_family": (Field(("llm_family", "model_family"), _name, "the family of an LLM"),),
-    "llm_size": (Field(("llm_size", "model_size"), _size, "billions of parameters, above 0"),),
+    "llm_size": (Field(("llm_size", "model_size"), _size, f"billions of parameters, up to {MAX_SIZE:g}"),),
     "llm_year": (Field(("llm_year", "model_year"), _year, "the year of its release"),),
     "llm_reasoning": (Field(("llm_reasoning", "model_reasoning"), _truth, "true or false"),),
 }  # fmt: skip
 NO_TOOLS = ("tool_choice", "function_call")  # say "none" where tools are offered and may not be called
 SYSTEM = ("system", "instructions", "system_prompt")  # beside the messages
+TEXTS = ("prompt", "messages", "input", "text", "inputs")
 # names that a body may have at its top
 _HOLDERS = frozenset(HOLDERS)
 TOP_NAMES = frozenset(
@@ -309,8 +317,9 @@ def _is_none(choice: Any) -> bool:
 def read_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The conversation of a request, the system prompt first: for `Request.from_messages`.
 
-    It is `messages`, or `input` as the Responses API has it, or `prompt`: one text. What is not a message of a known
-    role, such as an item of the Responses API that tells of a tool's call, is passed over.
+    It is `messages`, or `input` as the Responses API has it, or one text: `prompt`, `text` of SGLang, `inputs` of
+    Hugging Face's servers. What is not a message of a known role is passed over, such as a tool's call among the items
+    of the Responses API.
 
     Args:
         body: the JSON of a request; nested values may be JSON text.
@@ -330,6 +339,9 @@ def read_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
             if isinstance(message, Mapping) and role_of(message) in ROLES:
                 found.append({"role": role_of(message), "content": content_of(message)})
         return found
+    for name in ("text", "inputs"):
+        if isinstance(body.get(name), str):
+            return [*found, {"role": "user", "content": body[name]}]
     return found
 
 

@@ -329,6 +329,8 @@ class Recalibrator:
     def _factors(self, target: Target) -> Sequence[tuple[float, float]]:
         """How many times longer than predicted an unknown LLM may answer, asked like this: factors and weights."""
         modes = target.mode.removeprefix("fallback").lstrip().split("+")
+        if "reasoning" in target.kind and "no thinking" not in modes:
+            modes = ["thinking", *modes]  # it thinks unless it is asked not to
         asked = next((part for part in modes if part in self.unknown_llms), "")
         return self.unknown_llms.get(asked, ())
 

@@ -51,7 +51,7 @@ PROBES: dict[str, tuple[Body, Body]] = {
 FLAGS: tuple[tuple[Body, ...], ...] = (
     ({"max_tokens": 5}, {"max_completion_tokens": 900}, {"max_output_tokens": 64}, {"max_new_tokens": 7},
      {"max_tokens": "4096"}, {"max_tokens": 512.0}, {"max_tokens": 9, "max_completion_tokens": 3},
-     {"generationConfig": {"maxOutputTokens": 50}}, {"options": {"num_predict": 30}},
+     {"generationConfig": {"maxOutputTokens": 50}}, {"options": {"num_predict": 30}}, {"max_tokens": -1},
      {"sampling_params": {"max_new_tokens": 20, "temperature": 0.25}}, {"parameters": {"max_new_tokens": 21}}),
     ({"temperature": 0}, {"temperature": 0.7}, {"temperature": "0.3"}, {"temperature": 1.3333}),
     ({"tools": [TOOL]}, {"tools": []}, {"tools": [TOOL], "tool_choice": "none"}, {"functions": [TOOL]},
@@ -67,9 +67,11 @@ FLAGS: tuple[tuple[Body, ...], ...] = (
      {"reasoning": {"effort": "low"}}, {"reasoning": {"enabled": False}}, {"enable_thinking": "true"},
      {"think": "high"}, {"extra_body": {"chat_template_kwargs": {"enable_thinking": True, "thinking_budget": 99}}}),
     ({"thinking_budget": 100}, {"thinking_token_budget": "200"}, {"reasoning": {"max_tokens": 300}},
+     {"thinking_budget": 0}, {"thinking_budget": -1},
      {"nvext": {"max_thinking_tokens": 400}}, {"chat_template_kwargs": '{"thinking_budget": 50}'}),
     ({"llm_size": 7}, {"model_size": "8x7B"}, {"llm_family": "qwen", "llm_reasoning": True, "llm_year": 2026}),
-    ({"stream": True, "top_p": 0.9, "seed": 7, "user": "somebody"}, {"n": 1, "stop": ["x"], "metadata": {"a": 1}}),
+    ({"stream": True, "top_p": 0.9, "seed": 7, "user": "somebody"}, {"n": 1, "stop": ["x"], "metadata": {"a": 1}},
+     {"keep_alive": "5m", "raw": True}, {"provider": {"order": []}, "models": ["a"]}),
 )  # fmt: skip
 WORDS = ("weather", "bridge", "number", "Grüße", "東京", "🙂", "a\0b", "lone\ud800", "code:", "x = {1}", "")
 SYSTEMS = ("Be brief.", [{"type": "text", "text": "Answer in French."}], "")

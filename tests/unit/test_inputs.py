@@ -109,7 +109,7 @@ def test_a_wrong_type_at_any_place_is_answered_or_refused(predictor: LengthPredi
         ("batch", {"messages": [USER]}, r"a batch is a list of requests; got dict; put one request into \[...\]"),
         ("tools", 7, "tools is a list of tools, or true or false; got 7"),
         ("target_llm", "\ud800", "target_llm is the name of an LLM; got '.ud800'"),
-        ("key", 1, "unknown request field 1; known are"),
+        ("key", 1, "a field of a request has a text for its name; got 1"),
         ("Request.prompt", None, "prompt is NoneType; expected a string"),
         ("Request.max_tokens", 10**400, "max_tokens is a whole number from 1 to 2147483647"),
         ("Request.answer_estimates", (-1,), "answer_estimates is a tuple of whole numbers"),

@@ -425,7 +425,7 @@ def test_an_unknown_engine_or_device_is_refused(tiny, options, message):
         ({"prompt": 5}, "a request is a prompt, a mapping or a Request; got int"),
         ({"prompt": b"a"}, "prompt is bytes; expected a string"),
         ({"prompt": {"prompt": "a"}, "max_tokens": 5}, "a whole request was given, and max_tokens as well"),
-        ({"prompt": "a", "max_token": 5}, r"field 'max_token' \(did you mean max_tokens\?\); known are llm_family"),
+        ({"prompt": "a", "max_token": 5}, r"field 'max_token' \(did you mean max_tokens\?\); known are prompt"),
         ({"prompt": "a", "model": "gpt-4"}, r"unknown request field 'model' \(did you mean target_llm\?\); known are"),
         ({"prompt": "a", "max_tokens": 0}, "from 1 to 2147483647; got 0"),
         ({"prompt": "a", "max_tokens": 10**400}, "max_tokens is a whole number"),
@@ -448,7 +448,7 @@ def test_what_users_get_wrong_is_said_in_one_line(predictor, arguments, message)
         ({"id": 1}, "got neither"),
         ({"prompt": ["a", "b"]}, "prompt is list; expected a string"),
         ({"prompt": "a", "max_completion_token": 3}, r"\(did you mean max_completion_tokens\?\)"),
-        ({"prompt": "a", "colour": 1}, "unknown request field 'colour'"),
+        ({"prompt": "a", "target_lm": "x"}, r"unknown request field 'target_lm' \(did you mean target_llm\?\)"),
     ],
 )
 def test_a_batch_entry_that_cannot_be_read_is_refused(predictor, entry, message):

@@ -358,6 +358,9 @@ def test_an_llm_that_the_predictor_does_not_know_may_have_a_prior():
     assert quantile(recalibrator, A) < 200
     assert quantile(recalibrator, A, level=0.9) > 1000
     assert quantile(recalibrator, A._replace(mode="thinking")) == pytest.approx(2000, rel=0.15)
+    reasons = A._replace(kind="large reasoning")  # it thinks unless it is asked not to
+    assert quantile(recalibrator, reasons) == pytest.approx(2000, rel=0.15)
+    assert quantile(recalibrator, reasons._replace(mode="no thinking+tools")) < 200
     serve(recalibrator, A, 1.0, 40)
     assert quantile(recalibrator, A) == pytest.approx(100, rel=0.2)
     assert quantile(recalibrator, A, level=0.9) < 300
