@@ -59,6 +59,8 @@ def read(kind: Kind, body: Mapping[str, Any], target_llm: str | None, **facts: A
         flags.setdefault("max_tokens", COMPLETION_TOKENS)
         return _completions(body.get("prompt"), flags, num_answers)
     cap = flags.get("max_tokens")
+    if kind == "responses":  # whose server reads no messages
+        body = {name: value for name, value in body.items() if name != "messages"}
     try:
         messages = read_messages(body)
         tokens = estimate_tokens("\n".join(message_text(message["content"]) for message in messages))

@@ -92,6 +92,8 @@ def test_a_conversation() -> None:
 def test_responses_and_messages() -> None:
     asked = read("responses", {"input": "hello", "instructions": "be brief", "max_output_tokens": 8}, None)
     assert (only(asked).prompt, only(asked).system, asked.max_tokens) == ("hello", "be brief", 8)
+    both = {"input": "hello", "messages": [{"role": "user", "content": "not what the server reads"}]}
+    assert only(read("responses", both, None)).prompt == "hello"
     items = [{"type": "reasoning"}, {"role": "user", "content": [{"type": "input_text", "text": "hello"}]}]
     assert only(read("responses", {"input": items}, None)).prompt == "hello"
     body = {"messages": [USER], "system": [{"type": "text", "text": "be brief"}], "max_tokens": 8}
