@@ -175,23 +175,24 @@ def by_priority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
 def test_a_flood_does_not_hold_back_others(by_priority: Recorded) -> None:
     done: list[str] = []
 
-    def ask(client: str) -> None:
+    def ask(client: str, max_tokens: int) -> None:
         status, answer = by_priority.server.post(
             "/v1/completions",
-            {"model": NAME, "prompt": "the quick", "max_tokens": 40, "ignore_eos": True, "priority": -1000},
+            {"model": NAME, "prompt": "the quick", "max_tokens": max_tokens, "ignore_eos": True, "priority": -1000},
             {"x-client-id": client, "x-vllm-priority": "-1000"},
             timeout_s=300,
         )
         assert status == 200, answer
         done.append(client)
 
-    flood = [threading.Thread(target=ask, args=("flood",)) for _ in range(40)]
+    # long enough to be there still when the light ones come, on a busy machine too
+    flood = [threading.Thread(target=ask, args=("flood", 400)) for _ in range(40)]
     for thread in flood:
         thread.start()
     end = time.monotonic() + 120
     while len(by_priority.lines()) < 40 and time.monotonic() < end:
         time.sleep(0.05)
-    light = [threading.Thread(target=ask, args=("light",)) for _ in range(3)]
+    light = [threading.Thread(target=ask, args=("light", 40)) for _ in range(3)]
     for thread in light:
         thread.start()
     for thread in [*flood, *light]:
