@@ -182,7 +182,7 @@ def test_lines_that_are_no_requests_are_counted(tmp_path: Path, capsys: pytest.C
 def test_a_bad_line_with_markup_stays_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     terminal.console.cache_clear()
     path = tmp_path / "markup.jsonl"
-    path.write_text('{"prompt": "Hi"}\n{"prompt": "Why?", "[/red]": 1}\n', encoding="utf-8")
+    path.write_text('{"prompt": "Hi"}\n{"prompt": "Why?", "temperature": "[/red]"}\n', encoding="utf-8")
     assert len(read_sample(str(path), 10, 0)) == 1
     assert "'[/red]'" in capsys.readouterr().err
 
