@@ -6,8 +6,9 @@ Pure Python without engine, clock, randomness or torch, because it runs inside s
 from mope.fairness.charges import Charge
 from mope.fairness.config import FairnessConfig
 from mope.fairness.costs import CostEstimator, RequestCost
+from mope.fairness.engine_costs import IDLE, Load
 from mope.fairness.ledger import Ledger
-from mope.fairness.mapper import IDLE, Load, MetricsMapper, ServiceEstimate
+from mope.fairness.mapper import MetricsMapper, ServiceEstimate
 from mope.fairness.policies import Policy
 from mope.fairness.profiles import load_profile
 from mope.fairness.tickets import Ticket

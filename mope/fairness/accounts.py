@@ -24,7 +24,7 @@ class Account:
         ahead: what its open requests are charged, over its weight: a part of the counter that is not settled yet.
         charged: all charges of this account and those below it, after corrections; not kept at the root.
         num_waiting: waiting requests of this account and those below it.
-        num_open: requests of this account and those below it that were charged and are not closed.
+        num_open: requests of this account and those below it that were charged and are not closed, or are set aside.
         since: arrival number since when it has had waiting requests; None if it has none.
         idle: whether it is listed among those that may be forgotten.
     """

@@ -43,6 +43,8 @@ MAX_TOKENS = 10_000_000  # in one request; more is taken for this many, and coun
 LEAST_SCORE = 1e-3  # HF of a weighted token, at least
 _FLUENT_TOKENS_PER_S = 50.0
 
+_new = tuple.__new__  # makes a named tuple in half the time that its own constructor takes
+
 
 class Charge(NamedTuple):
     """What one request has cost so far, in millionths.
@@ -104,14 +106,14 @@ def ufc(service: Service, config: FairnessConfig) -> float:
 def discounted(tokens: float, service: Service, config: FairnessConfig) -> float:
     """UFC of `tokens` weighted tokens."""
     match config.ufc:
-        case "discount":
-            return tokens / (1.0 + config.delta * service.latency_s)
-        case "subtract":
-            return max(0.0, tokens - config.delta * service.latency_s)
         case "slowdown":
             idle = service.idle_latency_s
             late = service.latency_s / idle - 1.0 if idle > 0 else 0.0
             return tokens / (1.0 + config.delta * max(0.0, late))
+        case "discount":
+            return tokens / (1.0 + config.delta * service.latency_s)
+        case "subtract":
+            return max(0.0, tokens - config.delta * service.latency_s)
         case "tokens":
             return tokens
 
@@ -119,27 +121,27 @@ def discounted(tokens: float, service: Service, config: FairnessConfig) -> float
 def rfc(service: Service, config: FairnessConfig) -> float:
     """The resources' counter, see the head of this module; never negative."""
     match config.rfc:
+        case "gpu-seconds":
+            return service.gpu_utilization * service.latency_s
         case "product":
             return service.tokens_per_s * service.gpu_utilization
         case "sum":
             return service.tokens_per_s / _FLUENT_TOKENS_PER_S + service.gpu_utilization
         case "share":
             return service.gpu_utilization
-        case "gpu-seconds":
-            return service.gpu_utilization * service.latency_s
 
 
-def charge(tokens: float, user: float, resources: float, config: FairnessConfig, rfc_scale: float) -> Charge:
+def charge(service: Service, config: FairnessConfig, rfc_scale: float) -> Charge:
     """All counters of one request, as they are booked.
 
     Args:
-        tokens: its weighted tokens W.
-        user: its UFC.
-        resources: its RFC.
+        service: what it gets and takes.
         config: the formulas.
         rfc_scale: weighted tokens that one unit of RFC counts as in HF.
     """
+    tokens = weighted_tokens(service, config)
+    user, resources = discounted(tokens, service, config), rfc(service, config)
     score = max(config.alpha * user + config.beta * rfc_scale * resources, LEAST_SCORE * tokens)
-    return Charge(
-        int(tokens * UNIT + 0.5), int(user * UNIT + 0.5), int(resources * UNIT + 0.5), int(score * UNIT + 0.5)
+    return _new(
+        Charge, (int(tokens * UNIT + 0.5), int(user * UNIT + 0.5), int(resources * UNIT + 0.5), int(score * UNIT + 0.5))
     )

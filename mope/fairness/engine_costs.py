@@ -10,9 +10,41 @@ step gives each of them one token.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 NEGLIGIBLE = 1e-6  # share of an MoE's experts that a large batch may leave untouched in the table of shares
+
+
+class Load(NamedTuple):
+    """What the engine is doing when a request would be admitted, the request itself not counted.
+
+    Attributes:
+        num_running: requests that are decoding.
+        context_tokens: tokens of KV cache that they hold.
+        waiting_prompt_tokens: prompt tokens admitted before this request and not taken up yet; they go first.
+        prompt_tokens_per_step: prompt tokens of later arrivals that a step takes up beside the decodes, on average,
+            while this request decodes.
+    """
+
+    num_running: int = 0
+    context_tokens: int = 0
+    waiting_prompt_tokens: int = 0
+    prompt_tokens_per_step: float = 0.0
+
+
+IDLE = Load()
+
+
+class Times(NamedTuple):
+    """Seconds that one request takes, see `EngineCosts.request_s`."""
+
+    ttft_s: float
+    latency_s: float
+    idle_latency_s: float
+    work_s: float
+
+
+_new = tuple.__new__  # makes a named tuple in half the time that its own constructor takes
 
 
 class EngineCosts(Protocol):
@@ -43,6 +75,23 @@ class EngineCosts(Protocol):
 
     def prefill_work_s(self, prompt_tokens: float) -> float:
         """Seconds of the binding resource that a prompt takes; at most `prefill_s`."""
+        ...
+
+    def request_s(self, new_tokens: int, prompt_tokens: int, response_tokens: float, load: Load) -> Times:
+        """What one request takes, by the formulas of `mope.fairness.mapper`: those above in one call.
+
+        Schedulers ask this twice for each request, and between an engine's steps each further call costs microseconds.
+
+        Args:
+            new_tokens: tokens of its prompt that the prefix cache does not hold.
+            prompt_tokens: all tokens of its prompt.
+            response_tokens: tokens of its answer.
+            load: what else the engine is doing.
+
+        Returns:
+            Seconds from admission to the first token and to the last, the latter also on an idle engine, and of the
+            binding resource.
+        """
         ...
 
 
@@ -129,6 +178,36 @@ class RooflineCosts:
         compute_s = (self._token_compute_s + self._pair_compute_s * prompt_tokens) * prompt_tokens
         return max(memory_s, compute_s)
 
+    def request_s(self, new_tokens: int, prompt_tokens: int, response_tokens: float, load: Load) -> Times:
+        """See `EngineCosts`."""
+        num_running, context_tokens, waiting_tokens, tokens_per_step = load
+        weights_s, largest, read_s, fixed_s = self._weights_s, self._largest, self._kv_read_s, self._fixed_s
+        token_s, context_s, allreduce_s = self._token_compute_s, self._context_compute_s, self._allreduce_token_s
+        memory_s = weights_s[new_tokens if new_tokens < largest else largest] + read_s * new_tokens
+        compute_s = (token_s + self._pair_compute_s * new_tokens) * new_tokens
+        work_s = memory_s if memory_s > compute_s else compute_s
+        chunks = 0.5 + new_tokens / self.chunk_tokens
+        idle_s = work_s + allreduce_s * new_tokens + fixed_s * (chunks if chunks > 1.0 else 1.0)
+        ttft_s = idle_s + self.prompt_token_s * waiting_tokens
+        if num_running:
+            chunks = 0.5 + (waiting_tokens + new_tokens) / self.chunk_tokens
+            memory_s, compute_s = read_s * context_tokens, token_s * num_running + context_s * context_tokens
+            beside_s = (memory_s if memory_s > compute_s else compute_s) + allreduce_s * num_running
+            ttft_s += (chunks if chunks > 1.0 else 1.0) * beside_s
+        latency_s, num_later = ttft_s, response_tokens - 1.0
+        if num_later > 0.0:
+            own = prompt_tokens + 0.5 * response_tokens
+            num_together, context = num_running + 1, context_tokens + own
+            shared_s = weights_s[num_together if num_together < largest else largest]
+            memory_s, compute_s = shared_s + read_s * context, token_s * num_together + context_s * context
+            by_memory = memory_s >= compute_s
+            step_s = (memory_s if by_memory else compute_s) + allreduce_s * num_together + fixed_s
+            latency_s += num_later * (step_s + self.prompt_token_s * tokens_per_step)
+            work_s += num_later * (shared_s / num_together + read_s * own if by_memory else token_s + context_s * own)
+            memory_s, compute_s = weights_s[1 if largest > 1 else largest] + read_s * own, token_s + context_s * own
+            idle_s += num_later * ((memory_s if memory_s > compute_s else compute_s) + allreduce_s + fixed_s)
+        return _new(Times, (ttft_s, latency_s, idle_s, work_s))
+
 
 class FittedCosts:
     """Steps as they were measured, by six coefficients.
@@ -200,6 +279,26 @@ class FittedCosts:
     def prefill_work_s(self, prompt_tokens: float) -> float:
         """See `EngineCosts`."""
         return (self._prefill_token_s + self._prefill_square_s * prompt_tokens) * prompt_tokens
+
+    def request_s(self, new_tokens: int, prompt_tokens: int, response_tokens: float, load: Load) -> Times:
+        """See `EngineCosts`."""
+        num_running, context_tokens, waiting_tokens, tokens_per_step = load
+        request_s, context_s = self._step_request_s, self._step_context_s
+        work_s = (self._prefill_token_s + self._prefill_square_s * new_tokens) * new_tokens
+        idle_s = self._prefill_fixed_s + work_s
+        ttft_s = idle_s + self.prompt_token_s * waiting_tokens
+        if num_running:
+            chunks = 0.5 + (waiting_tokens + new_tokens) / self.chunk_tokens
+            ttft_s += (chunks if chunks > 1.0 else 1.0) * (request_s * num_running + context_s * context_tokens)
+        latency_s, num_later = ttft_s, response_tokens - 1.0
+        if num_later > 0.0:
+            own = prompt_tokens + 0.5 * response_tokens
+            fixed_s = self._step_fixed_s
+            step_s = fixed_s + request_s * (num_running + 1) + context_s * (context_tokens + own)
+            latency_s += num_later * (step_s + self.prompt_token_s * tokens_per_step)
+            work_s += num_later * (self._step_shared_s + context_s * own)
+            idle_s += num_later * (fixed_s + request_s + context_s * own)
+        return _new(Times, (ttft_s, latency_s, idle_s, work_s))
 
 
 def touched_shares(num_experts: int, experts_per_token: int) -> tuple[float, ...]:

@@ -193,16 +193,41 @@ class Ledger:
         """One of its waiting requests waits no longer."""
         node = account
         while node.parent is not None:
-            parent = node.parent
-            node.num_waiting -= 1
-            if node.num_waiting == 0:
-                node.since = None
-                parent.num_children_waiting -= 1
-                parent.last = node
-                if not node.num_open:
-                    self._rest(node)
-            node = parent
+            self._one_less(node, node.parent)
+            if not node.num_waiting and not node.num_open:
+                self._rest(node)
+            node = node.parent
         node.num_waiting -= 1
+
+    @staticmethod
+    def _one_less(node: Account, parent: Group) -> None:
+        node.num_waiting -= 1
+        if node.num_waiting == 0:
+            node.since = None
+            parent.num_children_waiting -= 1
+            parent.last = node
+
+    def set_aside(self, account: Account) -> None:
+        """One of its waiting requests cannot run now: it takes no turns, and its account is not forgotten."""
+        node = account
+        while node.parent is not None:
+            node.num_open += 1
+            node = node.parent
+        self.leave(account)
+
+    def bring_back(self, account: Account, arrival: int) -> None:
+        """One of its requests that were set aside takes turns again, without a lift."""
+        self.join(account, arrival, lift=False)
+        self.forget_aside(account)
+
+    def forget_aside(self, account: Account) -> None:
+        """One of its requests that were set aside is gone."""
+        node = account
+        while node.parent is not None:
+            node.num_open -= 1
+            if not node.num_open and not node.num_waiting:
+                self._rest(node)
+            node = node.parent
 
     def next_client(self, passed_over: Collection[Account] = ()) -> Account | None:
         """Whose turn it is, of those who are not passed over; None if nobody else waits."""
@@ -240,8 +265,14 @@ class Ledger:
 
     # -- what is charged
 
-    def open(self, request_id: str, account: Account, charge: Charge) -> None:
+    def open(self, request_id: str, account: Account, charge: Charge, *, waited: bool = False) -> None:
         """A request is admitted and charged.
+
+        Args:
+            request_id: its name, unique while it is open.
+            account: its client.
+            charge: what it is charged.
+            waited: it is one of those that `join` counted; it waits no longer.
 
         Raises:
             ConfigError: it is open already.
@@ -249,13 +280,24 @@ class Ledger:
         if request_id in self._open:
             raise ConfigError(f"request {request_id[:80]!r} is already charged; adjust or close it")
         self._open[request_id] = _new(OpenCharge, (account, charge))
-        node = account
-        while node.parent is not None:
+        service, ufc, rfc, hf = charge
+        node, parent = account, account.parent
+        while parent is not None:
             node.num_open += 1
-            if node.num_open == 1 and not node.num_waiting:
+            if waited:
+                self._one_less(node, parent)
+            elif node.num_open == 1 and not node.num_waiting:
                 self._wake(node)
-            node = node.parent
-        self._book(account, NOTHING, charge)
+            was = node.charged
+            node.charged = _new(Charge, (was[0] + service, was[1] + ufc, was[2] + rfc, was[3] + hf))
+            moved = node.share(hf)
+            node.ahead += moved
+            node.counter += moved
+            node, parent = parent, parent.parent
+        if waited:
+            node.num_waiting -= 1
+        if self.follow_touched:
+            self._touched[account] = self._touched.get(account, 0) + hf
 
     def adjust(self, request_id: str, charge: Charge) -> bool:
         """Sets what an open request is charged in all; says whether it is open."""

@@ -11,29 +11,10 @@ from typing import NamedTuple
 
 from mope.errors import ConfigError
 from mope.fairness.charges import MAX_TOKENS
+from mope.fairness.engine_costs import IDLE, Load, Times
 from mope.fairness.profiles import Profile, load_profile
 
 _MAX_LOAD = 1e15  # far above any engine's
-
-
-class Load(NamedTuple):
-    """What the engine is doing when a request would be admitted, the request itself not counted.
-
-    Attributes:
-        num_running: requests that are decoding.
-        context_tokens: tokens of KV cache that they hold.
-        waiting_prompt_tokens: prompt tokens admitted before this request and not taken up yet; they go first.
-        prompt_tokens_per_step: prompt tokens of later arrivals that a step takes up beside the decodes, on average,
-            while this request decodes.
-    """
-
-    num_running: int = 0
-    context_tokens: int = 0
-    waiting_prompt_tokens: int = 0
-    prompt_tokens_per_step: float = 0.0
-
-
-IDLE = Load()
 
 
 class ServiceEstimate(NamedTuple):
@@ -81,6 +62,7 @@ class MetricsMapper:
     def __init__(self, profile: Profile | str) -> None:
         self.profile = profile = load_profile(profile) if isinstance(profile, str) else profile
         self._costs = profile.costs()
+        self._possible = IDLE
 
     def estimate(
         self, prompt_tokens: int, response_tokens: float, load: Load = IDLE, *, cached_tokens: int = 0
@@ -105,25 +87,7 @@ class MetricsMapper:
                 f"got {prompt_tokens!r} prompt tokens, {cached_tokens!r} of them cached, and {response_tokens!r} "
                 f"response tokens; expected numbers from 0 to {MAX_TOKENS:,}, and no more cached ones than there are"
             )
-        if load is not IDLE:
-            _check(load)
-        costs = self._costs
-        num_later = response_tokens - 1.0 if response_tokens > 1.0 else 0.0
-        waiting = load.waiting_prompt_tokens
-        new_tokens = prompt_tokens - cached_tokens
-        ttft_s = costs.prefill_s(new_tokens) + costs.prompt_token_s * waiting
-        if load.num_running:
-            num_chunks = max(1.0, 0.5 + (waiting + new_tokens) / costs.chunk_tokens)
-            ttft_s += num_chunks * costs.beside_s(load.num_running, load.context_tokens)
-        latency_s = ttft_s
-        work_s = costs.prefill_work_s(new_tokens)
-        if num_later:
-            num_together = load.num_running + 1
-            own_context = prompt_tokens + 0.5 * response_tokens
-            context = load.context_tokens + own_context
-            step_s = costs.step_s(num_together, context) + costs.prompt_token_s * load.prompt_tokens_per_step
-            latency_s += num_later * step_s
-            work_s += num_later * costs.step_work_s(num_together, context, own_context)
+        ttft_s, latency_s, _, work_s = self.request_s(prompt_tokens, response_tokens, load, cached_tokens)
         return ServiceEstimate(
             latency_s,
             ttft_s,
@@ -132,29 +96,16 @@ class MetricsMapper:
             prompt_tokens + ceil(response_tokens),
         )
 
-    def idle_latency_s(self, new_tokens: int, prompt_tokens: int, response_tokens: float) -> float:
-        """Seconds from admission to the last token on the engine without other requests, as in `estimate`.
+    def request_s(self, prompt_tokens: int, response_tokens: float, load: Load, cached_tokens: int) -> Times:
+        """Seconds that a request takes: arguments as in `estimate`, but tokens are in range already.
 
-        Args:
-            new_tokens: tokens of the prompt that the prefix cache does not hold.
-            prompt_tokens: tokens of the prompt.
-            response_tokens: tokens of the answer.
+        Raises:
+            ConfigError: no such load.
         """
-        costs = self._costs
-        if response_tokens <= 1.0:
-            return costs.prefill_s(new_tokens)
-        return costs.prefill_s(new_tokens) + (response_tokens - 1.0) * costs.step_s(
-            1, prompt_tokens + 0.5 * response_tokens
-        )
-
-    def work_s(self, prompt_tokens: int, response_tokens: float, load: Load = IDLE, *, cached_tokens: int = 0) -> float:
-        """Seconds of the GPU's binding resource that a request would take: arguments as in `estimate`."""
-        work_s = self._costs.prefill_work_s(prompt_tokens - cached_tokens)
-        if response_tokens > 1.0:
-            own_context = prompt_tokens + 0.5 * response_tokens
-            context = load.context_tokens + own_context
-            work_s += (response_tokens - 1.0) * self._costs.step_work_s(load.num_running + 1, context, own_context)
-        return work_s
+        if load is not self._possible:  # requests come in groups under the same load
+            _check(load)
+            self._possible = load
+        return self._costs.request_s(prompt_tokens - cached_tokens, prompt_tokens, response_tokens, load)
 
 
 def _check(load: Load) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections import OrderedDict, deque
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import attrgetter
 
@@ -125,28 +126,30 @@ class KeyedOrder(Order):
 
 
 class _ByClient(Order):
-    """Requests of each client in order of arrival."""
+    """Requests of each client in order of arrival.
+
+    A client's requests are a sorted list: a request that returns finds its place by bisection.
+    """
 
     def __init__(self) -> None:
-        self._queues: dict[Account, OrderedDict[str, Ticket]] = {}
+        self._queues: dict[Account, list[Ticket]] = {}
         self._num_waiting = 0
 
     @override
     def add(self, ticket: Ticket) -> None:
         queue = self._queues.get(ticket.account)
         if queue is None:
-            queue = self._queues[ticket.account] = OrderedDict()
-        last = queue[next(reversed(queue))].arrival if queue else -1
-        queue[ticket.request_id] = ticket
-        if ticket.arrival < last:
-            for other in [other for other in queue.values() if other.arrival > ticket.arrival]:
-                queue.move_to_end(other.request_id)
+            self._queues[ticket.account] = [ticket]
+        elif queue[-1].arrival < ticket.arrival:
+            queue.append(ticket)
+        else:
+            insort(queue, ticket, key=_arrival)
         self._num_waiting += 1
 
     @override
     def take(self, ticket: Ticket) -> None:
         queue = self._queues[ticket.account]
-        del queue[ticket.request_id]
+        del queue[0 if queue[0] is ticket else bisect_left(queue, ticket.arrival, key=_arrival)]
         if not queue:
             del self._queues[ticket.account]
         self._num_waiting -= 1
@@ -156,11 +159,11 @@ class _ByClient(Order):
         self.take(ticket)
 
     def _first(self, account: Account) -> Ticket:
-        return next(iter(self._queues[account].values()))
+        return self._queues[account][0]
 
     @override
     def __iter__(self) -> Iterator[Ticket]:
-        return iter(sorted((ticket for queue in self._queues.values() for ticket in queue.values()), key=_arrival))
+        return iter(sorted((ticket for queue in self._queues.values() for ticket in queue), key=_arrival))
 
     @override
     def __len__(self) -> int:
@@ -205,7 +208,7 @@ class CounterOrder(_ByClient):
                     node = turn.next()
                 if node not in left:
                     queue = self._queues[node]
-                    left[node], num_left[node] = iter(queue.values()), len(queue)
+                    left[node], num_left[node] = iter(queue), len(queue)
                 ticket = next(left[node])
                 order.append(ticket)
                 num_left[node] -= 1
@@ -492,7 +495,7 @@ class _RingAhead:
         if found is None:
             order = self._order
             found = self._ahead[account] = (
-                _RingAhead(order, account) if account in order._rings else _QueueAhead(order._queues[account].values())
+                _RingAhead(order, account) if account in order._rings else _QueueAhead(order._queues[account])
             )
         return found
 

@@ -27,8 +27,8 @@ from mope.fairness.charges import NOTHING, Charge
 from mope.fairness.clients import client_path
 from mope.fairness.config import FairnessConfig
 from mope.fairness.costs import CostEstimator, Predicted
+from mope.fairness.engine_costs import IDLE, Load
 from mope.fairness.ledger import Ledger
-from mope.fairness.mapper import IDLE, Load
 from mope.fairness.orders import CounterOrder, KeyedOrder, Order, RoundRobinOrder
 from mope.fairness.tickets import Ticket
 
@@ -82,6 +82,7 @@ class Policy:
         self._tickets: dict[str, Ticket] = {}
         self._front: list[Ticket] = []
         self._passed_over: list[Ticket] = []
+        self._aside: dict[str, Ticket] = {}
         self._num_arrivals = 0
 
     # -- waiting
@@ -149,8 +150,7 @@ class Policy:
             self._adjust(ticket, self._price(ticket, ticket.generated))
         elif ticket.state == "waiting":
             self._order.take(ticket)
-            self.ledger.open(ticket.request_id, ticket.account, ticket.charge)
-            self.ledger.leave(ticket.account)
+            self.ledger.open(ticket.request_id, ticket.account, ticket.charge, waited=True)
             for passed in self._passed_over:
                 passed.num_bypassed += passed is not ticket
         else:
@@ -172,6 +172,34 @@ class Policy:
         self.ledger.join(ticket.account, ticket.arrival, lift=False)
         self.ledger.close(request_id, NOTHING)
 
+    def set_aside(self, ticket: Ticket) -> None:
+        """A waiting request cannot run now, whatever its turn: it is not offered until `bring_back`, and not charged.
+
+        Unlike `block`, this lasts, and the client's other requests go on. Its place among them is kept.
+        """
+        if ticket.state == "waiting":
+            self._order.drop(ticket)
+            self.ledger.set_aside(ticket.account)
+            self._unblock(ticket)
+        elif ticket.state == "preempted":
+            self._front.remove(ticket)
+        else:
+            return
+        ticket.state = "aside"
+        self._aside[ticket.request_id] = ticket
+
+    def bring_back(self, ticket: Ticket) -> None:
+        """A request that was set aside is offered again."""
+        if self._aside.pop(ticket.request_id, None) is None:
+            return
+        if self.ledger.charged(ticket.request_id) is not None:
+            ticket.state = "preempted"
+            self._put_in_front(ticket)
+            return
+        ticket.state = "waiting"
+        self._order.add(ticket)
+        self.ledger.bring_back(ticket.account, ticket.arrival)
+
     def block(self, ticket: Ticket) -> None:
         """A waiting request does not fit into memory now: `peek` offers others, until `unblock`.
 
@@ -180,6 +208,10 @@ class Policy:
         if ticket.state == "waiting" and ticket not in self._passed_over:
             self._passed_over.append(ticket)
             self._passed_over.sort(key=lambda passed: -passed.num_bypassed)
+
+    def _unblock(self, ticket: Ticket) -> None:
+        if ticket in self._passed_over:
+            self._passed_over.remove(ticket)
 
     def unblock(self) -> None:
         """Memory may have become free: all who were blocked are offered again."""
@@ -199,17 +231,23 @@ class Policy:
         return front + rest
 
     def __iter__(self) -> Iterator[Ticket]:
-        """Waiting requests, those in front first, then in order of arrival."""
+        """Waiting requests: those in front first, then in order of arrival, then those that were set aside."""
         yield from self._front
         yield from self._order
+        yield from self._aside.values()
 
     def __len__(self) -> int:
-        return len(self._front) + len(self._order)
+        return len(self._front) + len(self._order) + len(self._aside)
 
     @property
     def num_blocked(self) -> int:
         """Waiting requests that stand aside until `unblock`."""
         return len(self._passed_over)
+
+    @property
+    def num_aside(self) -> int:
+        """Waiting requests that were set aside."""
+        return len(self._aside)
 
     @property
     def num_front(self) -> int:
@@ -258,6 +296,9 @@ class Policy:
         ticket.generated = generated
         ticket.state = "preempted"
         self._adjust(ticket, self._given(ticket, generated))
+        self._put_in_front(ticket)
+
+    def _put_in_front(self, ticket: Ticket) -> None:
         self._front.append(ticket)
         self._front.sort(key=lambda other: other.arrival)
 
@@ -302,7 +343,7 @@ class Policy:
         if self.config.victims == "remaining":
             known.sort(key=lambda ticket: (-ticket.predicted_remaining, -ticket.arrival))
         else:
-            known.sort(key=lambda ticket: (*(-counter for counter in _counters(ticket)), -ticket.arrival))
+            known.sort(key=lambda ticket: (*(-counter for counter in counters(ticket)), -ticket.arrival))
         return [ticket.request_id for ticket in known] + [name for name in ids if name not in self._tickets]
 
     # -- prices
@@ -335,8 +376,9 @@ class Policy:
         if ticket.state == "waiting":
             self._order.drop(ticket)
             self.ledger.leave(ticket.account)
-            if ticket in self._passed_over:
-                self._passed_over.remove(ticket)
+            self._unblock(ticket)
+        elif self._aside.pop(request_id, None) is not None and self.ledger.charged(request_id) is None:
+            self.ledger.forget_aside(ticket.account)
         else:
             if ticket.state == "preempted":
                 self._front.remove(ticket)
@@ -360,9 +402,10 @@ def _order(config: FairnessConfig, ledger: Ledger) -> Order:
             return CounterOrder(ledger)
 
 
-def _counters(ticket: Ticket) -> list[int]:
-    counters, node = [], ticket.account
+def counters(ticket: Ticket) -> list[int]:
+    """The counters of a request's client and of the groups that it is in, the outermost first."""
+    found, node = [], ticket.account
     while node.parent is not None:
-        counters.append(node.counter)
+        found.append(node.counter)
         node = node.parent
-    return counters[::-1]
+    return found[::-1]

@@ -6,9 +6,9 @@ from typing import Literal
 
 from mope.fairness.accounts import Account
 from mope.fairness.charges import Charge
-from mope.fairness.mapper import Load
+from mope.fairness.engine_costs import Load
 
-State = Literal["waiting", "preempted", "running", "gone"]
+State = Literal["waiting", "preempted", "aside", "running", "gone"]
 
 
 class Ticket:
@@ -26,7 +26,7 @@ class Ticket:
         cached_tokens: tokens of the prompt that the prefix cache held.
         generated: response tokens that were generated, as far as the policy was told.
         num_bypassed: admissions of later requests that it let pass because it did not fit.
-        state: where it is.
+        state: where it is; `aside` while it waits and cannot run, whatever its turn.
     """
 
     __slots__ = (

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from mope.errors import DataError
 from mope.extras import require
-from mope.fairness.mapper import Load, MetricsMapper
+from mope.fairness.engine_costs import Load
+from mope.fairness.mapper import MetricsMapper
 from mope.fairness.profiles import MIN_TIME_S, Errors, FittedProfile
 from mope.profiling.sweep import Check, Prefill, Steps
 

@@ -124,6 +124,69 @@ def test_turns_are_foreseen_at_any_time(seed, clients):
     assert queue.simulate() == []
 
 
+@settings(max_examples=60)
+@given(data=st.data(), name=st.sampled_from(POLICIES))
+def test_who_is_set_aside_is_not_offered_and_keeps_its_place(data, name):
+    """Once all are back, a client's requests come in their order, and nothing is left in the books."""
+    queue = policy(name, quantum=200)
+    num = data.draw(st.integers(1, 40))
+    for number in range(num):
+        queue.enqueue(str(number), data.draw(st.sampled_from(NAMES)), 10, data.draw(st.floats(1, 500)))
+    undisturbed = [ticket.request_id for ticket in queue.simulate()]
+    aside = data.draw(st.sets(st.integers(0, num - 1)))
+    for number in aside:
+        queue.set_aside(queue.find(str(number)))
+    assert len(queue) == num
+    assert queue.num_aside == len(aside)
+    assert sorted(int(ticket.request_id) for ticket in queue) == list(range(num))
+    assert {int(ticket.request_id) for ticket in queue.simulate()} == set(range(num)) - aside
+    assert queue.ledger.total == NOTHING
+    for number in data.draw(st.permutations(sorted(aside))):
+        queue.bring_back(queue.find(str(number)))
+    assert queue.num_aside == 0
+    order = [queue.admit() for _ in range(num)]
+    if name in ("fcfs", "shortest-predicted"):
+        assert [ticket.request_id for ticket in order] == undisturbed
+    else:  # of clients with the same counter, another may be first
+        for client in {ticket.account for ticket in order}:
+            arrivals = [ticket.arrival for ticket in order if ticket.account is client]
+            assert arrivals == sorted(arrivals)
+    for ticket in order:
+        queue.finish(ticket.request_id, 10)
+    assert queue.ledger.open_requests == ()
+    assert all(account.num_open == account.num_waiting == 0 for account in queue.ledger.clients())
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_who_is_set_aside_can_be_given_up_and_its_account_is_kept_until_then(begun):
+    queue = policy("equinox", idle_clients=0)
+    ticket = queue.enqueue("r", "t/a", 10, 20.0)
+    if begun:
+        queue.preempt(queue.admit().request_id, 5)
+    queue.set_aside(ticket)
+    for number in range(5):  # passing clients have idle accounts forgotten
+        queue.enqueue(f"o{number}", f"o{number}", 1, 1.0)
+        queue.finish(queue.admit().request_id, 1)
+    assert queue.ledger.find(("t", "a")) is ticket.account
+    assert queue.peek() is None
+    assert queue.abort("r", 5 * begun).service == (2 * 5 + 10) * UNIT * begun
+    assert (len(queue), queue.num_aside, queue.ledger.open_requests) == (0, 0, ())
+    assert ticket.account.num_open == 0
+
+
+def test_a_preempted_request_that_was_set_aside_comes_back_in_front():
+    queue = policy("equinox")
+    ticket = queue.enqueue("r", "a", 10, 20.0)
+    queue.admit()
+    queue.preempt("r", 5)
+    queue.enqueue("other", "b", 10, 20.0)
+    queue.set_aside(ticket)
+    assert queue.peek().request_id == "other"
+    queue.bring_back(ticket)
+    assert queue.peek() is ticket
+    assert queue.num_front == 1
+
+
 @settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), name=st.sampled_from(POLICIES), data=st.data())
 def test_names_and_orders_of_dictionaries_decide_nothing(seed, name, data):

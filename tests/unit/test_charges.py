@@ -49,23 +49,23 @@ def test_subtracting_never_pays_out():
 
 
 def test_score_is_the_weighted_sum():
-    config = FairnessConfig(alpha=0.6, beta=0.4)
-    booked = charge(W, 80.0, 1.25, config, 30.0)
+    config = FairnessConfig(alpha=0.6, beta=0.4, ufc="discount", rfc="product")
+    booked = charge(SERVED, config, 30.0)
     assert booked == Charge(W * UNIT, 80 * UNIT, int(1.25 * UNIT), int((0.6 * 80 + 0.4 * 30 * 1.25) * UNIT + 0.5))
 
 
 def test_nothing_is_free():
     config = FairnessConfig(ufc="subtract", delta=1000, beta=0, alpha=1)
-    assert charge(W, ufc(SERVED, config), 0.0, config, 1.0).hf == W * UNIT // 1000
+    assert charge(SERVED, config, 1.0).hf == W * UNIT // 1000
 
 
-@given(st.floats(0, 1e7), st.floats(0, 1e7), st.floats(0, 1e4), st.floats(0, 1e4), st.floats(0, 1))
-def test_score_rises_with_both_counters(user, more_user, resources, more_resources, alpha):
-    config = FairnessConfig(alpha=alpha, beta=1 - alpha)
-    low = charge(W, user, resources, config, 7.0).hf
-    high = charge(W, user + more_user, resources + more_resources, config, 7.0).hf
+@given(st.floats(0, 1e7), st.floats(0, 1e7), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_score_rises_with_both_counters(tokens, more_tokens, share, more_share, alpha):
+    config = FairnessConfig(alpha=alpha, beta=1 - alpha, ufc="tokens", rfc="share")
+    low = charge(Service(0, 0, tokens, gpu_utilization=share), config, 7.0).hf
+    high = charge(Service(0, 0, tokens + more_tokens, gpu_utilization=share + more_share), config, 7.0).hf
     assert high >= low
-    if alpha * more_user > 1:
+    if alpha * more_tokens > 1:
         assert high > low
 
 
@@ -77,8 +77,8 @@ def test_cached_tokens_lower_the_price_and_never_below_nothing(prompt, cached, r
 
 
 def test_amounts_are_whole_millionths():
-    config = FairnessConfig(alpha=1, beta=0)
-    booked = [charge(amount, 0.0, 0.0, config, 1.0).service for amount in (0, 1, 0.1, 1e-7, 6e-7, 2e13)]
+    config = FairnessConfig(alpha=1, beta=0, response_weight=1)
+    booked = [charge(Service(0, 0, amount), config, 1.0).service for amount in (0, 1, 0.1, 1e-7, 6e-7, 2e13)]
     assert booked == [0, UNIT, 100_000, 0, 1, 2 * 10**19]
 
 

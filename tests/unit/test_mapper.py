@@ -16,7 +16,8 @@ from timing import least_seconds
 
 from mope.errors import ConfigError
 from mope.fairness import Policy
-from mope.fairness.mapper import Load, MetricsMapper
+from mope.fairness.engine_costs import Load
+from mope.fairness.mapper import MetricsMapper
 from mope.fairness.profiles import FittedProfile, Profile, list_profiles, load_profile
 
 MAX_TOKENS = 10_000_000
@@ -124,6 +125,24 @@ def test_a_rooflines_latency_is_near_the_sum_of_its_steps(name: str, running: in
     assert found.latency_s - found.ttft_s == pytest.approx(steps_s, rel=0.002)  # exact but for the roofline's kink
 
 
+@given(profiles, tokens, tokens, st.floats(0, 50_000), loads)
+def test_one_call_gives_what_the_formulas_say(
+    profile: Profile, new: int, cached: int, answer: float, load: Load
+) -> None:
+    costs, prompt = profile.costs(), new + cached
+    context, more = prompt + answer / 2, max(answer - 1, 0.0)
+    chunks = max(1.0, 0.5 + (load.waiting_prompt_tokens + new) / costs.chunk_tokens)
+    beside_s = chunks * costs.beside_s(load.num_running, load.context_tokens) if load.num_running else 0.0
+    ttft_s = costs.prefill_s(new) + load.waiting_prompt_tokens * costs.prompt_token_s + beside_s
+    step_s = costs.step_s(load.num_running + 1, load.context_tokens + context)
+    latency_s = ttft_s + more * (step_s + load.prompt_tokens_per_step * costs.prompt_token_s)
+    idle_s = costs.prefill_s(new) + more * costs.step_s(1, context)
+    work_s = costs.prefill_work_s(new) + more * costs.step_work_s(
+        load.num_running + 1, load.context_tokens + context, context
+    )
+    assert costs.request_s(new, prompt, answer, load) == pytest.approx((ttft_s, latency_s, idle_s, work_s), rel=1e-12)
+
+
 @given(profiles, st.lists(st.integers(1, 100_000), min_size=1, max_size=40))
 def test_shares_of_a_step_add_up_to_at_most_all_of_it(profile: Profile, contexts: list[int]) -> None:
     costs = profile.costs()
@@ -178,7 +197,8 @@ def test_prompts_ahead_are_taken_up_first(profile: Profile, prompt: int, ahead: 
 
 def test_the_same_bits_in_every_process() -> None:
     code = (
-        "import json\nfrom mope.fairness.mapper import Load, MetricsMapper\nfrom mope.fairness.profiles import *\n"
+        "import json\nfrom mope.fairness.engine_costs import Load\nfrom mope.fairness.mapper import MetricsMapper\n"
+        "from mope.fairness.profiles import *\n"
         "names = list_profiles()\n"
         "found = [MetricsMapper(load_profile(n)).estimate(731, 201.7, Load(37, 30011, 801, 3.7)) for n in names]\n"
         "print(json.dumps([[e.latency_s.hex(), e.ttft_s.hex(), e.gpu_utilization.hex()] for e in found]))"

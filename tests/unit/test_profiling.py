@@ -16,7 +16,8 @@ from synthetic_server import Behaviour, serving
 
 from mope.cli import main
 from mope.errors import DataError, ServerError
-from mope.fairness.mapper import Load, MetricsMapper
+from mope.fairness.engine_costs import Load
+from mope.fairness.mapper import MetricsMapper
 from mope.fairness.profiles import FittedProfile, load_profile
 from mope.profiling.client import Answer, capacity_tokens
 from mope.profiling.config import ProfilingConfig
