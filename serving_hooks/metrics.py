@@ -244,7 +244,7 @@ class StewardCollector:
         steward = self._steward
         held = patiently(lambda: list(steward.held.values()))
         shown = self._tallies()
-        labelled = [(client_label(one.client), one.ticket.state == "running") for one in held]
+        labelled = [(client_label(one.client), one.state == "running") for one in held]
         counts = Counter((client if client in shown else OTHERS, runs) for client, runs in labelled)
         for name, text, runs in (
             ("mope_client_waiting", "Requests that wait now.", False),

@@ -68,6 +68,13 @@ class HookOptions(FairnessConfig):
     state: Path | None = Field(
         None, description="file that keeps counters and what was learned over restarts; written every minute"
     )
+    lora_patience_s: float = Field(
+        1.0,
+        ge=0,
+        le=86_400,
+        description="vLLM: seconds that a LoRA adapter waits for a place among `--max-loras`; then the adapter whose "
+        "clients have had most admits no more requests until the waiting one runs",
+    )
     on_mismatch: Literal["arrival-order", "refuse"] = Field(
         "arrival-order",
         description="what to do when the engine is not as this hook expects: serve in its own order, or do not start",

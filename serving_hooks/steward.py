@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from operator import add
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -34,41 +34,37 @@ _SMALL = 20_000  # accounts up to which a snapshot is taken between two steps of
 logger = logging.getLogger("mope")
 
 
-class Held:
-    """What the steward remembers of a request beside its ticket."""
+class Held(Ticket):
+    """What is remembered of a request: its ticket, and what the steward adds to it.
 
-    __slots__ = ("admitted_s", "arrived_s", "carried", "client", "first_token_s", "nine_tenths", "teaches", "ticket")
+    Attributes:
+        carried: what the front end said of it.
+        client: who sent it.
+        tally: of the client, which it counts in.
+        nine_tenths: what nine of ten such answers do not exceed, in tokens; None without a prediction.
+        teaches: whether its length says something about other requests.
+        arrived_s: when it came, by the steward's clock.
+        admitted_s: when it began to run; None before.
+        first_token_s: when its first token was out; None before.
+    """
 
-    def __init__(
-        self,
-        ticket: Ticket,
-        carried: Carried,
-        client: str,
-        nine_tenths: float | None,
-        arrived_s: float,
-        teaches: bool = True,
-    ) -> None:
-        self.ticket, self.carried, self.client, self.arrived_s = ticket, carried, client, arrived_s
-        self.nine_tenths = nine_tenths
-        self.teaches = teaches  # whether its length says something of others
-        self.admitted_s: float | None = None
-        self.first_token_s: float | None = None
+    __slots__ = ("admitted_s", "arrived_s", "carried", "client", "first_token_s", "nine_tenths", "tally", "teaches")
 
-
-class _Ended(NamedTuple):
-    """A request that is over and not booked yet."""
-
-    request_id: str
-    held: Held
-    generated: int
-    aborted: bool
-    capped: bool
-    computed: int | None
-    at_s: float
+    carried: Carried
+    client: str
+    tally: Tally
+    nine_tenths: float | None
+    teaches: bool
+    arrived_s: float
+    admitted_s: float | None
+    first_token_s: float | None
 
 
 class Steward:
     """Serves the hook of one scheduler.
+
+    Each event may be told some steps late: with the time at which it happened, and several in a row, which takes a
+    third of the time that each takes alone between other work. What a request was charged ahead stands until then.
 
     Attributes:
         options: what the operator chose.
@@ -77,8 +73,6 @@ class Steward:
         tallies: what happened, by client.
         held: requests that wait or run, by id.
         store: where replicas share counters; None where none do.
-        patience: requests that may be over and not booked yet. What they were charged ahead stands until then, as if
-            they still ran; several booked in a row take a third of the time that each takes alone, between other work.
     """
 
     def __init__(self, options: HookOptions, clock: Callable[[], float] = time.monotonic) -> None:
@@ -100,15 +94,10 @@ class Steward:
             idle_clients=options.idle_clients,
             max_clients=options.max_clients,
         )
-        self.policy = Policy(options, ledger=ledger)
+        self.policy = Policy(options, ledger=ledger, ticket=Held)
         self.lengths = Lengths(_corrector(options))
         self.tallies = Tallies(options.metrics_clients)
         self.held: dict[str, Held] = {}
-        self.patience = 0
-        self._new: list[Held] = []  # requests that arrived, began and had a first token since the last settlement
-        self._begun: list[Held] = []
-        self._first: list[Held] = []
-        self._over: list[_Ended] = []
         self.num_invalid = 0  # requests whose client or size could not be used as it came
         self.store = self._open_store()
         self._saved_s = self._told_s = clock()
@@ -130,7 +119,7 @@ class Steward:
         load: Load = IDLE,
         arrived_s: float | None = None,
         expected: Expected | None = None,
-    ) -> Ticket:
+    ) -> Held:
         """A request begins to wait.
 
         Args:
@@ -144,58 +133,63 @@ class Steward:
             arrived_s: when it came, by `clock`; None for now.
             expected: what `lengths` expects of it, where that is known already.
         """
-        if self._over and self.policy.find(request_id) is not None:  # one of that name is over, but not booked
-            self.settle()
         said = carried.client or fallback_client
         client = said or ANYBODY
         if known_tokens is not None:
             carried, expected = Carried(carried.client), Expected(known_tokens)
         elif expected is None:
             expected = self.lengths.expected(carried, client, max_tokens)
-        ticket = self.policy.enqueue(request_id, said, prompt_tokens, expected.tokens, max_tokens=max_tokens, load=load)
-        if arrived_s is None:
-            arrived_s = self.clock()
-        held = Held(ticket, carried, client, expected.nine_tenths, arrived_s, known_tokens is None)
+        held = cast(
+            Held,
+            self.policy.enqueue(request_id, said, prompt_tokens, expected.tokens, max_tokens=max_tokens, load=load),
+        )
+        held.carried, held.client, held.nine_tenths = carried, client, expected.nine_tenths
+        held.teaches = known_tokens is None
+        held.arrived_s = self.clock() if arrived_s is None else arrived_s
+        held.admitted_s = held.first_token_s = None
         self.held[request_id] = held
-        self._new.append(held)
-        if len(self._new) > self.patience:
-            self.settle()
-        return ticket
+        held.tally = tally = self.tallies.of(client, held.arrived_s)
+        tally.num_arrived += 1
+        tally.num_predicted += carried.tokens is not None
+        return held
 
-    def admitted(self, request_id: str) -> None:
-        """A request has begun to run."""
+    def admitted(self, request_id: str, at_s: float | None = None) -> None:
+        """A request has begun to run, at `at_s` by the clock, or now."""
         held = self.held.get(request_id)
         if held is not None and held.admitted_s is None:
-            held.admitted_s = self.clock()
-            self._begun.append(held)
-            if not self.patience:
-                self.settle()
+            held.admitted_s = self.clock() if at_s is None else at_s
+            held.tally.queue_s.add(held.admitted_s - held.arrived_s)
 
     def cached(self, request_id: str, cached_tokens: int) -> None:
         """The prefix cache held so many tokens of its prompt."""
         held = self.held.get(request_id)
         if held is not None and cached_tokens > 0:
             self.policy.cached(request_id, cached_tokens)
-            self.tallies.of(held.client).cached_tokens += cached_tokens
+            held.tally.cached_tokens += cached_tokens
 
-    def first_token(self, request_id: str) -> None:
-        """Its first token is out."""
+    def first_token(self, request_id: str, at_s: float | None = None) -> None:
+        """Its first token is out, at `at_s` by the clock, or now."""
         held = self.held.get(request_id)
         if held is not None and held.first_token_s is None:
-            held.first_token_s = self.clock()
-            self._first.append(held)
-            if not self.patience:
-                self.settle()
+            held.first_token_s = self.clock() if at_s is None else at_s
+            held.tally.ttft_s.add(held.first_token_s - held.arrived_s)
 
     def preempted(self, request_id: str, generated: int) -> None:
         """It lost its place, and waits in front of all others."""
         held = self.held.get(request_id)
-        if held is not None and held.ticket.state == "running":
+        if held is not None and held.state == "running":
             self.policy.preempt(request_id, generated)
-            self.tallies.of(held.client).num_preempted += 1
+            held.tally.num_preempted += 1
 
     def ended(
-        self, request_id: str, generated: int, *, aborted: bool, capped: bool = False, computed: int | None = None
+        self,
+        request_id: str,
+        generated: int,
+        *,
+        aborted: bool,
+        capped: bool = False,
+        computed: int | None = None,
+        at_s: float | None = None,
     ) -> None:
         """It is over, waiting or running.
 
@@ -205,41 +199,14 @@ class Steward:
             aborted: it was given up.
             capped: it ended because it reached its cap.
             computed: tokens of its prompt that were read, if it was aborted before all were.
+            at_s: when, by the clock; None for now.
         """
         held = self.held.pop(request_id, None)
         if held is None:
             return
-        self._over.append(_Ended(request_id, held, generated, aborted, capped, computed, self.clock()))
-        if len(self._over) > self.patience or held.ticket.state != "running":  # who waits leaves the queue at once
-            self.settle()
-
-    def settle(self) -> None:
-        """Books what has happened: to be called now and then, and when nothing runs, where `patience` is not 0."""
-        of = self.tallies.of
-        if self._new:
-            for held in self._new:
-                tally = of(held.client)
-                tally.num_arrived += 1
-                tally.num_predicted += held.carried.tokens is not None
-            self._new.clear()
-        if self._begun:
-            for held in self._begun:
-                of(held.client).queue_s.add((held.admitted_s or held.arrived_s) - held.arrived_s)
-            self._begun.clear()
-        if self._first:
-            for held in self._first:
-                of(held.client).ttft_s.add((held.first_token_s or held.arrived_s) - held.arrived_s)
-            self._first.clear()
-        if self._over:
-            over, self._over = self._over, []
-            for one in over:
-                self._book(one)
-
-    def _book(self, over: _Ended) -> None:
-        request_id, held, generated, aborted, capped, computed, now = over
-        ticket, tally = held.ticket, self.tallies.of(held.client)
-        begun = held.admitted_s is not None
-        latency_s = now - held.admitted_s if held.admitted_s is not None and not self.exact else None
+        now = self.clock() if at_s is None else at_s
+        tally, begun_s = held.tally, held.admitted_s
+        latency_s = None if begun_s is None or self.exact else now - begun_s
         if aborted:
             given = self.policy.abort(request_id, generated, computed_tokens=computed, latency_s=latency_s)
             tally.num_aborted += 1
@@ -247,8 +214,8 @@ class Steward:
             given = self.policy.finish(request_id, generated, latency_s=latency_s)
             self._count_finished(tally, held, generated, now)
         tally.charged = Charge(*map(add, tally.charged, given))
-        if begun:
-            tally.prompt_tokens += ticket.prompt_tokens if computed is None else min(computed, ticket.prompt_tokens)
+        if begun_s is not None:
+            tally.prompt_tokens += held.prompt_tokens if computed is None else min(computed, held.prompt_tokens)
             tally.response_tokens += generated
             if held.teaches:
                 self.lengths.observe(held.carried, held.client, generated, censored=aborted or capped)
@@ -257,7 +224,7 @@ class Steward:
     def _count_finished(tally: Tally, held: Held, generated: int, now: float) -> None:
         tally.num_finished += 1
         tally.e2e_s.add(now - held.arrived_s)
-        predicted = held.ticket.predicted_tokens
+        predicted = held.predicted_tokens
         tally.predicted_tokens += predicted
         if held.carried.tokens is not None:
             tally.ratio.add(generated / predicted)
@@ -290,20 +257,16 @@ class Steward:
     def summary(self) -> str:
         """One line on what goes on."""
         tallies = self.tallies.items()
-        finished = sum(tally.num_finished for _, tally in tallies)
+        total = self.tallies.total
         waiting = len(self.policy)
         text = (
             f"{self.options.policy}: {len(self.held) - waiting} running, {waiting} waiting of {len(tallies)} clients, "
         )
-        text += f"{finished} finished"
-        arrived = sum(tally.num_arrived for _, tally in tallies)
-        if arrived:
-            predicted = sum(tally.num_predicted for _, tally in tallies)
-            text += f", {100 * predicted / arrived:.0f} % of requests predicted"
-        covered = sum(tally.num_covered for _, tally in tallies)
-        if covered:
-            within = sum(tally.num_within for _, tally in tallies)
-            text += f", {100 * within / covered:.0f} % of these answers within their predicted 90 %"
+        text += f"{total('num_finished'):.0f} finished"
+        if arrived := total("num_arrived"):
+            text += f", {100 * total('num_predicted') / arrived:.0f} % of requests predicted"
+        if covered := total("num_covered"):
+            text += f", {100 * total('num_within') / covered:.0f} % of these answers within their predicted 90 %"
         busiest = sorted(tallies, key=lambda item: -item[1].response_tokens)[:3]
         if busiest:
             told = [f"{_in_line(name)} {tally.response_tokens}" for name, tally in busiest]
@@ -312,12 +275,10 @@ class Steward:
 
     def snapshot(self) -> dict[str, Any]:
         """Books and lessons as plain JSON values."""
-        self.settle()
         return {"version": 1, "ledger": self.policy.ledger.snapshot(), "lengths": self.lengths.to_json()}
 
     def close(self) -> None:
         """Stops its threads and keeps the state."""
-        self.settle()
         self.lengths.close()
         if self.store is not None:
             self.exchange()

@@ -8,10 +8,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import islice
 
 from mope.fairness.charges import NOTHING, Charge
 
 OTHERS = "(others)"
+IDLE_S = 900.0  # without a request, after which a client's tally may make room for another's
 LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 ERROR = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2.0, 4.0, 10.0)  # true by predicted tokens
 
@@ -64,6 +66,7 @@ class Tally:
         ttft_s: seconds from arrival to the first token.
         e2e_s: seconds from arrival to the end.
         ratio: true by predicted tokens.
+        seen_s: when the last request came.
     """
 
     num_arrived: int = 0
@@ -82,24 +85,68 @@ class Tally:
     ttft_s: Histogram = field(default_factory=lambda: Histogram(LATENCY_S))
     e2e_s: Histogram = field(default_factory=lambda: Histogram(LATENCY_S))
     ratio: Histogram = field(default_factory=lambda: Histogram(ERROR))
+    seen_s: float = 0.0
+
+    @property
+    def num_open(self) -> int:
+        """Requests that wait or run."""
+        return self.num_arrived - self.num_finished - self.num_aborted
 
 
 class Tallies:
-    """A tally for each of the first `max_clients` clients; later ones share that of `OTHERS`."""
+    """A tally for each of `max_clients` clients; the others share that of `OTHERS`.
+
+    A new client takes the place of one that has had no request for `IDLE_S`, if there is one. So clients that came once
+    do not keep those that stay from having a tally. A client that returns later begins at 0, which Prometheus takes for
+    a restart.
+
+    Attributes:
+        past: what was counted in tallies that are gone.
+    """
 
     def __init__(self, max_clients: int) -> None:
         self._max_clients = max_clients
-        self._tallies: OrderedDict[str, Tally] = OrderedDict()
+        self._tallies: OrderedDict[str, Tally] = OrderedDict()  # those that came last at the end
+        self.past = Tally()
 
-    def of(self, client: str) -> Tally:
-        """The tally that a client's requests are counted in."""
+    def of(self, client: str, now_s: float) -> Tally:
+        """The tally that a request is counted in from its arrival to its end.
+
+        Args:
+            client: who sent it.
+            now_s: when it arrives, in seconds by any clock.
+        """
         tally = self._tallies.get(client)
         if tally is None:
-            if len(self._tallies) >= self._max_clients:
+            if len(self._tallies) >= self._max_clients and not self._make_room(now_s):
                 client = OTHERS
             tally = self._tallies.setdefault(client, Tally())
+        self._tallies.move_to_end(client)
+        tally.seen_s = now_s
         return tally
+
+    def _make_room(self, now_s: float) -> bool:
+        """Drops the tally of an idle client; looks at the few that came longest ago."""
+        for name in list(islice(self._tallies, _LOOKS)):
+            tally = self._tallies[name]
+            if now_s - tally.seen_s < IDLE_S:
+                return False
+            if tally.num_open == 0 and name != OTHERS:
+                del self._tallies[name]
+                for count in _SUMMED:
+                    setattr(self.past, count, getattr(self.past, count) + getattr(tally, count))
+                return True
+            self._tallies.move_to_end(name)
+        return False
+
+    def total(self, count: str) -> float:
+        """The sum of one of `num_arrived`, `num_finished`, `num_predicted`, `num_covered` and `num_within`."""
+        return float(sum(getattr(tally, count) for _, tally in self.items()) + getattr(self.past, count))
 
     def items(self) -> list[tuple[str, Tally]]:
         """All of them by client, as they are now."""
         return list(self._tallies.items())
+
+
+_LOOKS = 8  # at tallies, for one to drop
+_SUMMED = ("num_arrived", "num_finished", "num_predicted", "num_covered", "num_within")

@@ -49,6 +49,10 @@ class Order(ABC):
         """Who is next; those that are passed over, who do not fit, stand aside."""
 
     @abstractmethod
+    def standing(self, ticket: Ticket) -> list[float]:
+        """By what a request is ordered among those of other clients: the least goes first."""
+
+    @abstractmethod
     def simulate(self, limit: int | None = None) -> list[Ticket]:
         """The first `limit` requests in the order in which they would be admitted, all of them if None."""
 
@@ -61,6 +65,15 @@ class Order(ABC):
 
     def correct(self, account: Account, amount: int) -> None:  # noqa: B027, most orders keep no accounts
         """A client's admission turned out to cost `amount` millionths of HF more than it was charged."""
+
+
+def counters(ticket: Ticket) -> list[int]:
+    """The counters of a request's client and of the groups that it is in, the outermost first."""
+    found, node = [], ticket.account
+    while node.parent is not None:
+        found.append(node.counter)
+        node = node.parent
+    return found[::-1]
 
 
 class KeyedOrder(Order):
@@ -103,6 +116,10 @@ class KeyedOrder(Order):
         for entry in aside:
             heapq.heappush(heap, entry)
         return found
+
+    @override
+    def standing(self, ticket: Ticket) -> list[float]:
+        return [self._key(ticket), ticket.arrival]
 
     @override
     def simulate(self, limit: int | None = None) -> list[Ticket]:
@@ -157,6 +174,10 @@ class _ByClient(Order):
     @override
     def drop(self, ticket: Ticket) -> None:
         self.take(ticket)
+
+    @override
+    def standing(self, ticket: Ticket) -> list[float]:
+        return [*counters(ticket), ticket.arrival]
 
     def _first(self, account: Account) -> Ticket:
         return self._queues[account][0]

@@ -29,7 +29,7 @@ from mope.fairness.config import FairnessConfig
 from mope.fairness.costs import CostEstimator, Predicted
 from mope.fairness.engine_costs import IDLE, Load
 from mope.fairness.ledger import Ledger
-from mope.fairness.orders import CounterOrder, KeyedOrder, Order, RoundRobinOrder
+from mope.fairness.orders import CounterOrder, KeyedOrder, Order, RoundRobinOrder, counters
 from mope.fairness.tickets import Ticket
 
 _TOKENS_ALONE: Mapping[str, Any] = {"alpha": 1.0, "beta": 0.0, "delta": 0.0, "ufc": "tokens"}
@@ -45,13 +45,16 @@ class Policy:
         num_front: requests in the lane of those that were preempted.
     """
 
-    def __init__(self, config: FairnessConfig | None = None, *, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self, config: FairnessConfig | None = None, *, ledger: Ledger | None = None, ticket: type[Ticket] = Ticket
+    ) -> None:
         """An engine without requests.
 
         Args:
             config: the policy's name and its options.
             ledger: books that go on, such as those restored from a snapshot; empty ones if None. Requests that are open
                 there are of an engine that is gone: they are closed, charged as they were.
+            ticket: class of what is remembered of a request, for callers that remember more than the policy does.
 
         Raises:
             ConfigError: the config names a profile that cannot be read, or other weights than the ledger has.
@@ -79,6 +82,7 @@ class Policy:
         self._ahead = config.policy != "vtc"  # whether an admission is charged what it is predicted to need
         self._order = _order(config, self.ledger)
         self._corrects = isinstance(self._order, RoundRobinOrder)  # whether it keeps accounts of its own
+        self._ticket = ticket
         self._tickets: dict[str, Ticket] = {}
         self._front: list[Ticket] = []
         self._passed_over: list[Ticket] = []
@@ -116,7 +120,7 @@ class Policy:
         tokens = self.estimator.response_tokens(prediction, max_tokens)
         self.ledger.close(request_id)  # one of that name that a snapshot brought is of an engine that is gone
         account = self.ledger.account(path)
-        ticket = Ticket(request_id, account, self._num_arrivals, prompt, tokens, load, NOTHING)
+        ticket = self._ticket(request_id, account, self._num_arrivals, prompt, tokens, load, NOTHING)
         ticket.charge = self._price(ticket, 0)
         self._num_arrivals += 1
         self._tickets[request_id] = ticket
@@ -330,6 +334,10 @@ class Policy:
         """
         return self._end(request_id, generated, computed_tokens, latency_s)
 
+    def standing(self, ticket: Ticket) -> list[float]:
+        """By what a request is ordered among those of other clients, such as its client's counter: the least first."""
+        return self._order.standing(ticket)
+
     def victims(self, request_ids: Iterable[str]) -> list[str]:
         """Running requests by who should be preempted first; those that are not here stay at the end.
 
@@ -400,12 +408,3 @@ def _order(config: FairnessConfig, ledger: Ledger) -> Order:
             return RoundRobinOrder(ledger, config.quantum)
         case "vtc" | "vtc-predicted" | "equinox":
             return CounterOrder(ledger)
-
-
-def counters(ticket: Ticket) -> list[int]:
-    """The counters of a request's client and of the groups that it is in, the outermost first."""
-    found, node = [], ticket.account
-    while node.parent is not None:
-        found.append(node.counter)
-        node = node.parent
-    return found[::-1]

@@ -1,11 +1,11 @@
 """vLLM's waiting queue, ordered by a policy of ours.
 
 Stands where `Scheduler.waiting` stood. vLLM peeks, then pops what it admits; or pops what it cannot run now and
-prepends it after the step; or stops at the head if there is no memory. So a charge is made at `pop_request` and given
-back when the same request is prepended without having run. A request that stands behind another of its client's
-changes nobody's turn, so the policy is told of it a few steps later, of several at once, which takes half the time.
-Whatever goes wrong, the guard turns this into a plain queue in order of arrival. Knows `RequestQueue`; not the rest of
-the scheduler.
+prepends it after the step; or stops at the head if there is no memory. So a charge is made at `pop_request`, and what
+vLLM could not run is refunded and set aside (`aside.Aside`), which keeps later steps short. A request whose adapter
+would be one too many is not offered at all (`adapters.AdapterTurns`). A request that stands behind another of its
+client's changes nobody's turn, so the policy is told of it some steps later, of several at once, which takes a third
+of the time. Whatever goes wrong, the guard turns this into a plain queue in order of arrival.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import RequestStatus
 
 from mope.fairness import Load, Ticket
-from mope.fairness.accounts import Group
+from mope.fairness.accounts import Account, Group
 from mope.fairness.clients import client_path
 from mope.serving_hooks.carried import CLIENT, Carried
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.lengths import Expected
 from mope.serving_hooks.steward import ANYBODY, Steward
+from mope.serving_hooks.vllm.adapters import AdapterTurns, Standing
+from mope.serving_hooks.vllm.aside import Aside
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+    from mope.serving_hooks.vllm.holding import HoldingQueue
+
+_MAX_SKIPPED = 64  # requests that a step skips before it ends, beside as many as it had room for
 
 
 class FairQueue(RequestQueue):
@@ -45,6 +51,8 @@ class FairQueue(RequestQueue):
         load: Callable[[], Load],
         room: Callable[[Ticket], bool],
         generated: Callable[[Request], int],
+        settle: Callable[[], None],
+        adapters: AdapterTurns | None = None,
     ) -> None:
         """An empty queue.
 
@@ -54,21 +62,34 @@ class FairQueue(RequestQueue):
             load: what the engine is doing now.
             room: whether there is room for a request by what is predicted of all.
             generated: tokens that a request was given.
+            settle: books requests that are over and not booked yet.
+            adapters: which LoRA adapters may be admitted; None where there is no cap.
         """
         self._steward, self._guard, self._load, self._room, self._generated = steward, guard, load, room, generated
+        self._settle, self.adapters, self.aside = settle, adapters, Aside(steward.policy)
+        # in another state than these a request waits for something that vLLM looks after, and is handed back
+        self._run = {RequestStatus.WAITING, RequestStatus.PREEMPTED}
+        self.holding: HoldingQueue | None = None
+        self._may_skip = _MAX_SKIPPED
         self.requests: dict[str, Request] = {}
         self._plain: deque[Request] | None = None  # once something went wrong: all requests, in order
         self.head: Ticket | None = None
-        self._later: list[tuple[Request, Load, float]] = []  # requests that the policy has yet to be told of
-        self._in_turns = steward.options.policy != "shortest-predicted"
-        self._by_room = steward.options.predicted_admission
+        self._next: Ticket | None = None  # who comes next, once that was worked out
+        # requests that the policy has yet to be told of and when they came, by the account whose others they are behind
+        self._later: dict[Account, list[tuple[Request, float]]] = {}
+        self._ordering = steward.options.policy
+        self._chooses = steward.options.predicted_admission or adapters is not None  # who may be admitted, by more
 
     def give_up(self) -> None:
-        """From now on a plain queue: those preempted first, then by arrival."""
+        """From now on a plain queue: whom vLLM has just peeked at, those preempted, then by arrival."""
         if self._plain is None:
-            preempted = [one for one in self.requests.values() if one.status == RequestStatus.PREEMPTED]
-            others = [one for one in self.requests.values() if one.status != RequestStatus.PREEMPTED]
-            self._plain = deque(sorted(preempted, key=_arrival) + sorted(others, key=_arrival))
+            peeked = self.head.request_id if self.head is not None else None
+            self._plain = deque(
+                sorted(
+                    self.requests.values(),
+                    key=lambda one: (one.request_id != peeked, one.status != RequestStatus.PREEMPTED, _arrival(one)),
+                )
+            )
 
     # -- what vLLM calls
 
@@ -131,13 +152,13 @@ class FairQueue(RequestQueue):
             self._guard.run(partial(self._drop, request), None, "giving up a request")
 
     def __bool__(self) -> bool:
-        """Whether somebody may be admitted: not where all who wait were found not to fit."""
+        """Whether somebody may be admitted: not where all who wait were set aside or found not to fit."""
         if self._plain is not None:
             return bool(self._plain)
         if not self.requests:
             return False
         policy = self._steward.policy
-        if not self._by_room and not policy.num_blocked:
+        if not (self._chooses or policy.num_blocked or policy.num_aside):
             return True
         return self._guard.run(self._anyone, True, "looking who waits")
 
@@ -154,6 +175,22 @@ class FairQueue(RequestQueue):
 
     # -- what may go wrong
 
+    def hold_with(self, holding: HoldingQueue) -> None:
+        """Requests whose KV cache is being loaded wait in another queue from now on."""
+        self.holding, self._chooses = holding, True
+        self._run.add(RequestStatus.WAITING_FOR_REMOTE_KVS)
+
+    def begin(self, num_free: int) -> None:
+        """Before a step: requests that were set aside are offered again, within bounds.
+
+        Args:
+            num_free: requests that may be admitted in this step.
+        """
+        self._may_skip = _MAX_SKIPPED + num_free
+        if len(self.aside):
+            self._forget_next()
+            self.aside.bring_back(num_free, self.adapters.admits if self.adapters is not None else _always)
+
     def announce(
         self,
         request: Request,
@@ -165,8 +202,8 @@ class FairQueue(RequestQueue):
 
         Args:
             request: it.
-            load: what the engine was doing when it came; None for now.
-            arrived_s: when that was; None for now.
+            load: what the engine is doing; None to look.
+            arrived_s: when it came; None for now.
             foreseen: what was carried with it and what is expected of it, see `_foresee`; None to look now.
         """
         carried, expected = self._foresee(request) if foreseen is None else foreseen
@@ -181,16 +218,21 @@ class FairQueue(RequestQueue):
             expected=expected,
         )
 
-    def catch_up(self) -> None:
-        """Tells the policy of the requests that it was not told of yet.
+    def standing(self, ticket: Ticket) -> Standing:
+        """By what the policy orders a request's client, or the request: the less, the sooner its turn."""
+        return self._steward.policy.standing(ticket)
 
-        What is expected of all of them is worked out first: in a row that takes a third of the time.
-        """
+    def catch_up(self) -> None:
+        """Tells the policy of the requests that it was not told of yet."""
         if self._later:
-            later, self._later = self._later, []
-            foreseen = [self._foresee(request) for request, _, _ in later]
-            for (request, load, arrived_s), one in zip(later, foreseen, strict=True):
-                self.announce(request, load, arrived_s, one)
+            later, self._later = self._later, {}
+            self._tell([one for waiting in later.values() for one in waiting])
+
+    def _tell(self, later: list[tuple[Request, float]]) -> None:
+        """What is expected of all is worked out first: in a row that takes a third of the time."""
+        load, foreseen = self._load(), [self._foresee(request) for request, _ in later]
+        for (request, arrived_s), one in zip(later, foreseen, strict=True):
+            self.announce(request, load, arrived_s, one)
 
     def _foresee(self, request: Request) -> tuple[Carried, Expected]:
         """What was carried with a request, and how long its answer is expected to be."""
@@ -202,56 +244,108 @@ class FairQueue(RequestQueue):
         return carried, self._steward.lengths.expected(carried, client, getattr(request, "max_tokens", None))
 
     def _add(self, request: Request) -> None:
-        if self._in_turns and self._stands_behind(request):
-            self._later.append((request, self._load(), self._steward.clock()))
-            return
-        self.catch_up()
-        self.head = None
+        if request.request_id in self._steward.held:
+            self._settle()  # one of that name may be over, and not booked
         if request.request_id in self._steward.held:  # a session goes on, before all who have not begun
+            self._forget_next()
             self._steward.policy.preempt(request.request_id, self._generated(request))
+        elif (account := self._stands_behind(request)) is not None:
+            self._later.setdefault(account, []).append((request, self._steward.clock()))
         else:
+            self._forget_next()
             self.announce(request)
 
-    def _stands_behind(self, request: Request) -> bool:
-        """Whether its client has others here that the policy knows of and that go first in any case."""
+    def _stands_behind(self, request: Request) -> Account | None:
+        """Whose others, of those that the policy knows of, go before this request in any case; None for nobody's."""
+        ledger = self._steward.policy.ledger
+        if self._ordering == "shortest-predicted":
+            return None
+        if self._ordering == "fcfs":
+            return ledger.root if ledger.root.num_waiting else None
         said = (getattr(request.sampling_params, "extra_args", None) or {}).get(CLIENT)
         if not isinstance(said, str):
             said = _of_adapter(request)
-        account = self._steward.policy.ledger.find(client_path(said))
+        account = ledger.find(client_path(said))
         if account is None or not account.num_waiting or isinstance(account, Group):
-            return False
-        return request.request_id not in self._steward.held
+            return None
+        return account
 
     def _peek(self) -> Ticket:
-        if self.head is None or self.head.state not in ("waiting", "preempted"):
-            self.head = self._steward.policy.peek()
+        self.head = self._find()
         if self.head is None:
             raise IndexError("peek from an empty queue")
         return self.head
 
+    def take_head(self) -> Ticket | None:
+        """The request that a step peeked at and did not pop; the next step finds anew who is next."""
+        head = self.head
+        self._forget_next()
+        return head
+
+    def _forget_next(self) -> None:
+        self.head = self._next = None
+
+    def _find(self) -> Ticket | None:
+        """Who is next; requests whose adapter may not be admitted are set aside on the way."""
+        if self._next is not None and self._next.state in ("waiting", "preempted"):
+            return self._next
+        self._next = None
+        while self._may_skip > 0:
+            ticket = self._steward.policy.peek()
+            if ticket is None:
+                break
+            adapter = _adapter(self.requests[ticket.request_id]) if self.adapters is not None else 0
+            if not adapter or self.adapters is None or self.adapters.admits(adapter):
+                self._next = ticket
+                break
+            self.adapters.ask(adapter, self._steward.clock())
+            self._make_way(ticket)
+            self.aside.wait_for(adapter, ticket)
+            self._may_skip -= 1
+        return self._next
+
+    def _make_way(self, ticket: Ticket) -> None:
+        """Before a request leaves the order: nobody may stand behind one who has left."""
+        if self._later:
+            account = ticket.account if self._ordering != "fcfs" else self._steward.policy.ledger.root
+            if account.num_waiting < 2 and account in self._later:
+                self._tell(self._later.pop(account))
+
     def _pop(self) -> Request:
         ticket = self._peek()
-        if self._later and ticket.account.num_waiting < 2:  # nobody may stand behind one who has left
-            self.catch_up()
-        self.head = None
-        self._steward.policy.admit(ticket)
-        return self.requests.pop(ticket.request_id)
+        request = self.requests[ticket.request_id]
+        self._make_way(ticket)
+        if request.status not in self._run:
+            self.aside.skip(ticket)
+            self._may_skip -= 1
+        else:
+            if self.adapters is not None and (adapter := _adapter(request)):
+                self.adapters.admitted(adapter)
+            if self.holding is not None and request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+                self.holding.num_begun += 1
+            self._steward.policy.admit(ticket)
+        self._forget_next()
+        return self.requests.pop(ticket.request_id)  # at last: whatever fails before, it is still here
 
     def _return(self, request: Request) -> None:
         self.catch_up()
-        self.head = None
+        self._forget_next()
         request_id = request.request_id
         ticket = self._steward.policy.find(request_id)
         if ticket is None:
             self._add(request)
         elif request.status == RequestStatus.PREEMPTED or request.num_output_tokens:
             self._steward.preempted(request_id, self._generated(request))
-        else:
+        elif ticket.state == "running":  # vLLM could not run it
             self._steward.policy.give_back(request_id)
+            self.aside.skip(ticket)
 
     def _drop(self, request: Request) -> None:
         self.catch_up()
-        self.head = None
+        self._forget_next()
+        ticket = self._steward.policy.find(request.request_id)
+        if ticket is not None:
+            self.aside.discard(ticket)
         self._steward.ended(
             request.request_id,
             self._generated(request),
@@ -259,12 +353,27 @@ class FairQueue(RequestQueue):
             capped=request.status == RequestStatus.FINISHED_LENGTH_CAPPED,
         )
 
-    def _anyone(self) -> bool:
-        ticket = self._steward.policy.peek() if self.head is None else self.head
+    def offer(self) -> Ticket | None:
+        """Who is next, if there is room by what is predicted of all."""
+        ticket = self._find()
         if ticket is not None and not self._room(ticket):
             self.head = ticket
-            return False
-        return ticket is not None
+            return None
+        return ticket
+
+    def _anyone(self) -> bool:
+        ticket = self.offer()
+        return ticket is not None and (self.holding is None or self.holding.lets_in(ticket))
+
+
+def _adapter(request: Request) -> int:
+    """The number of a request's LoRA adapter; 0 without one."""
+    adapter = getattr(request, "lora_request", None)
+    return int(adapter.lora_int_id) if adapter is not None else 0
+
+
+def _always(_: int) -> bool:
+    return True
 
 
 def _of_adapter(request: Request) -> str | None:

@@ -24,6 +24,8 @@ from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.steward import Steward
 from mope.serving_hooks.vllm import compat
+from mope.serving_hooks.vllm.adapters import AdapterTurns, Standing
+from mope.serving_hooks.vllm.holding import Annex, HoldingQueue
 from mope.serving_hooks.vllm.queue import FairQueue
 
 try:
@@ -40,7 +42,7 @@ else:
 
 _TOKENS_LATE = 64  # by which a charge may lag behind an answer that has outgrown its prediction, or by an eighth of it
 _LOOK_AFTER = 256  # steps after which a running request is looked at in any case
-_STEPS_LATE = 8  # by which books may lag behind what has happened: work that is done together takes less time
+_STEPS_LATE = 16  # by which books may lag behind what has happened: work that is done together takes less time
 
 logger = logging.getLogger("vllm.mope")  # below vLLM's own, so that its settings print it
 
@@ -74,9 +76,30 @@ class FairMixin(_Base):
         except Exception as error:
             self.mope_guard.fail(error, "starting")
             return
-        self.mope.patience = _STEPS_LATE
-        self._queue = self.waiting = FairQueue(self.mope, self.mope_guard, self._load, self._has_room, self.generated)
-        self._step = self._looked = 0
+        self._lora = getattr(self, "lora_config", None)
+        adapters = AdapterTurns(self._lora.max_loras, options.lora_patience_s) if self._lora else None
+        self._queue = self.waiting = FairQueue(
+            self.mope,
+            self.mope_guard,
+            self._load,
+            self._has_room,
+            self.generated,
+            self._catch_up,
+            adapters,
+        )
+        self._holding: HoldingQueue | None = None
+        if hasattr(self, "kv_holding_waiting"):
+            self._holding = self.kv_holding_waiting = HoldingQueue(
+                self.mope_guard, self._queue, self._standing, self._is_open, self.scheduler_config.max_num_seqs
+            )
+            self._queue.hold_with(self._holding)
+        elif hasattr(self, "skipped_waiting"):
+            self.skipped_waiting = Annex(self._queue)
+        self._step = self._looked = self._caught_up = 0
+        # what has happened and is not booked yet, each with its time
+        self._started: list[tuple[Request, int, float]] = []  # requests, and tokens that the prefix cache held
+        self._first_out: list[tuple[Request, float]] = []
+        self._over: list[tuple[str, float]] = []
         self._fresh: list[Request] = []  # requests that run, and had no token when they were last looked at
         self._due: dict[int, list[str]] = {}  # step of the engine -> requests to look at then
         self._begun: dict[str, Request] = {}  # requests that have run, until they end
@@ -162,6 +185,33 @@ class FairMixin(_Base):
             steward.between_steps()
         if steward.options.victims != "engine" and len(self.running) > 1:
             self._order_victims(steward)
+        queue = self._queue
+        if queue.adapters is not None:
+            self._turn_adapters(queue.adapters)
+        queue.begin(max(0, self.scheduler_config.max_num_seqs - len(self.running)))
+        if self._holding is not None:
+            self._holding.refresh()
+
+    def _turn_adapters(self, turns: AdapterTurns) -> None:
+        """Tells who runs and who waits on which adapter."""
+        running: dict[int, list[Request]] = {}
+        for request in self.running:
+            if request.lora_request is not None:
+                running.setdefault(request.lora_request.lora_int_id, []).append(request)
+
+        def waiting(adapter: int) -> Standing | None:
+            tickets = self._queue.aside.waiting_for(adapter)
+            return min(map(self._queue.standing, tickets)) if tickets else None
+
+        def ahead(adapter: int) -> Standing:
+            return min(map(self._standing, running[adapter]))
+
+        turns.begin(running, self.mope.clock() if self.mope is not None else 0.0, waiting, ahead)
+
+    def _standing(self, request: Request) -> Standing:
+        """What a request's client has had: the less, the sooner its turn."""
+        ticket = self.mope.policy.find(request.request_id) if self.mope is not None else None
+        return self._queue.standing(ticket) if ticket is not None else []
 
     def _order_victims(self, steward: Steward) -> None:
         """vLLM preempts whoever runs last in its list."""
@@ -177,23 +227,17 @@ class FairMixin(_Base):
         steward, queue = self.mope, self._queue
         if steward is None:
             return
-        policy = steward.policy
-        if not output.scheduled_new_reqs and queue.head is None and not policy.num_blocked:
+        if output.scheduled_new_reqs:
+            now = steward.clock()
+            for started in output.scheduled_new_reqs:
+                request_id = started.req_id
+                request = self.requests.get(request_id)
+                if request is not None and request_id not in self._begun:
+                    self._begun[request_id] = request
+                    self._fresh.append(request)
+                    self._started.append((request, started.num_computed_tokens, now))
+        elif queue.head is None and not steward.policy.num_blocked:
             return
-        for started in output.scheduled_new_reqs:
-            request_id = started.req_id
-            request = self.requests.get(request_id)
-            if request is None:
-                continue
-            if request_id not in steward.held:  # it came by another of vLLM's queues
-                queue.announce(request)
-                policy.admit(policy.find(request_id))
-            if request_id not in self._begun:
-                self._begun[request_id] = request
-                steward.admitted(request_id)
-                if started.num_computed_tokens:
-                    steward.cached(request_id, started.num_computed_tokens)
-                self._fresh.append(request)
         self._mind_the_head(output)
 
     def _mind_the_head(self, output: Any) -> None:
@@ -202,7 +246,9 @@ class FairMixin(_Base):
         if policy is None:
             return
         policy.unblock()
-        head, queue.head = queue.head, None
+        head = queue.take_head()
+        if head is not None and self._holding is not None:
+            self._holding.found_no_room()
         if head is None or head.state != "waiting" or not self.running:
             return
         config = self.scheduler_config
@@ -216,24 +262,61 @@ class FairMixin(_Base):
         steward = self.mope
         if steward is None:
             return
-        if self._fresh:
-            self._look_at_fresh(steward)
-        if self.finished_req_ids:
-            self._book_ended()
-        for step in range(self._looked + 1, self._step + 1):
-            for request_id in self._due.pop(step, ()):
-                self._look_at(request_id)
-        self._looked = self._step
-        if self._step % _STEPS_LATE == 0 or not self.running:  # the engine may be idle from here on
-            self._queue.catch_up()
-            steward.settle()
+        if self._fresh or self.finished_req_ids:
+            now = steward.clock()
+            if self._fresh:
+                self._look_at_fresh(now)
+            self._over.extend((request_id, now) for request_id in self.finished_req_ids)
+        # tokens are charged as they are delivered, or late; the engine may be idle from here on
+        late = 1 if steward.options.policy == "vtc" else _STEPS_LATE
+        if self._step - self._caught_up >= late or not self.running:
+            self._catch_up()
         if steward.store is not None:
             steward.exchange()
 
     def _after_aborts(self) -> None:
-        self._book_ended()
-        if self.mope is not None and not self.running:
-            self.mope.settle()
+        if self.mope is not None:
+            now = self.mope.clock()
+            self._over.extend((request_id, now) for request_id in self.finished_req_ids)
+            if not self.running:
+                self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Books what has happened since the last time."""
+        steward = self.mope
+        if steward is None:
+            return
+        self._caught_up = self._step
+        self._queue.catch_up()
+        if self._started:
+            started, self._started = self._started, []
+            for request, cached_tokens, at_s in started:
+                self._book_start(steward, request, cached_tokens, at_s)
+        if self._first_out:
+            first, self._first_out = self._first_out, []
+            for request, at_s in first:
+                steward.first_token(request.request_id, at_s)
+                ticket = steward.policy.find(request.request_id)
+                if ticket is not None:
+                    ticket.generated = self.generated(request)
+                    self._look_later(ticket)
+        for step in range(self._looked + 1, self._step + 1):
+            for request_id in self._due.pop(step, ()):
+                self._look_at(request_id)
+        self._looked = self._step
+        if self._over:
+            over, self._over = self._over, []
+            for request_id, at_s in over:
+                self._book_end(steward, request_id, at_s)
+
+    def _book_start(self, steward: Steward, request: Request, cached_tokens: int, at_s: float) -> None:
+        request_id = request.request_id
+        if request_id not in steward.held:  # it came by another of vLLM's queues
+            self._queue.announce(request)
+            steward.policy.admit(steward.policy.find(request_id))
+        steward.admitted(request_id, at_s)
+        if cached_tokens:
+            steward.cached(request_id, cached_tokens)
 
     def _next_input(self, session: Request, generated: int, prompt_tokens: int) -> None:
         """A session stays one request whose prompt grows; earlier answers are no longer among its output tokens."""
@@ -245,16 +328,13 @@ class FairMixin(_Base):
         """Tokens that a request was given, in all of its session."""
         return request.num_output_tokens + (self._earlier.get(request.request_id, 0) if self._earlier else 0)
 
-    def _look_at_fresh(self, steward: Steward) -> None:
+    def _look_at_fresh(self, now: float) -> None:
         """Whether their first tokens are out."""
         still = []
         for request in self._fresh:
             if request.num_output_tokens:
-                steward.first_token(request.request_id)
-                ticket = steward.policy.find(request.request_id)
-                if ticket is not None:
-                    self._look_later(ticket)
-            elif request.request_id in self._begun:
+                self._first_out.append((request, now))
+            elif request.request_id in self._begun and not request.is_finished():
                 still.append(request)
         self._fresh = still
 
@@ -283,17 +363,13 @@ class FairMixin(_Base):
             step -= step % -_STEPS_LATE  # several of them in the same step
         self._due.setdefault(step, []).append(ticket.request_id)
 
-    def _book_ended(self) -> None:
-        """vLLM lists what ended since its last step: by itself, or given up."""
-        steward = self.mope
-        if steward is None:
-            return
-        for request_id in self.finished_req_ids:
-            request = self._begun.pop(request_id, None)
-            if request_id in steward.held:
-                if request is None:  # it never ran
-                    steward.ended(request_id, 0, aborted=True, computed=0)
-                    continue
+    def _book_end(self, steward: Steward, request_id: str, at_s: float) -> None:
+        """A request ended by itself, or was given up."""
+        request = self._begun.pop(request_id, None)
+        if request_id in steward.held:
+            if request is None:  # it never ran
+                steward.ended(request_id, 0, aborted=True, computed=0, at_s=at_s)
+            else:
                 computed = min(request.num_computed_tokens, request.num_prompt_tokens)
                 generated = self.generated(request)
                 steward.ended(
@@ -302,8 +378,9 @@ class FairMixin(_Base):
                     aborted=request.status == RequestStatus.FINISHED_ABORTED,
                     capped=request.status == RequestStatus.FINISHED_LENGTH_CAPPED,
                     computed=computed if not generated else None,
+                    at_s=at_s,
                 )
-            self._earlier.pop(request_id, None)
+        self._earlier.pop(request_id, None)
 
     # -- what the engine is doing
 
@@ -332,6 +409,9 @@ class FairMixin(_Base):
         """What a request holds and adds, the part of its last block that stays empty counted as held."""
         more = int(remaining)
         return context - (context + more) % -self._block_size, remaining
+
+    def _is_open(self) -> bool:
+        return getattr(getattr(self, "_pause_state", None), "name", "UNPAUSED") == "UNPAUSED"
 
     # -- the end
 

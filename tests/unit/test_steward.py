@@ -19,7 +19,7 @@ from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.lengths import Lengths
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.steward import Steward
-from mope.serving_hooks.tallies import OTHERS, Histogram, Tallies
+from mope.serving_hooks.tallies import IDLE_S, OTHERS, Histogram, Tallies
 
 PREDICTED = carried("acme/alice", 150.0)
 
@@ -250,8 +250,28 @@ def test_histogram():
 def test_clients_beyond_the_limit_are_others():
     tallies = Tallies(2)
     for client in ("a", "b", "c", "d", "a"):
-        tallies.of(client).num_arrived += 1
+        tallies.of(client, 0.0).num_arrived += 1
     assert {client: tally.num_arrived for client, tally in tallies.items()} == {"a": 2, "b": 1, OTHERS: 2}
+
+
+def test_clients_that_came_once_do_not_keep_those_that_stay_from_a_tally():
+    tallies = Tallies(3)
+    for number in range(200):  # a flood of names
+        tally = tallies.of(f"once-{number}", float(number))
+        tally.num_arrived += 1
+        tally.num_finished += 1
+    tallies.of("busy", 10.0).num_arrived += 1
+    for client in ("alice", "bob"):
+        tallies.of(client, 2 * IDLE_S).num_arrived += 1
+    kept = dict(tallies.items())
+    assert {"alice", "bob"} < kept.keys()
+    assert "busy" not in kept  # it came while all places were taken: it is among the others, with what it began
+    assert tallies.total("num_arrived") == 203
+    assert tallies.total("num_finished") == 200
+    running = tallies.of("alice", 2 * IDLE_S)
+    tallies.of("carol", 9 * IDLE_S)
+    tallies.of("dave", 9 * IDLE_S)
+    assert dict(tallies.items())["alice"] is running  # with a request in flight
 
 
 # -- the steward
