@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 from mope.corrector import Answering, Corrector
 from mope.errors import DataError, UserError
 from mope.grid import Array
+from mope.recalibration import Recalibrator
 from mope.serving_hooks.carried import Carried, unpack
 
 _MAX_CLIENTS = 10_000  # with a running mean of their own
+_MAX_MEAN = 10_000_000  # response tokens of a running mean that is restored
 _MAX_WAITING = 10_000  # finished requests that wait to be learned from; more are dropped
 _LOOK_EVERY_S = 0.1  # between looks for finished requests
 _SHARE = 0.2  # of the newest answer in a running mean
@@ -47,13 +49,14 @@ class Lengths:
 
     Attributes:
         corrector: corrects predictions; None where they are taken as the front end says them.
+        num_seen: complete answers that running means were learned from, in this run.
         num_observed: finished requests that corrections were learned from, those of an earlier run included.
         num_dropped: those that were not, because learning was behind or what was carried could not be read.
     """
 
     def __init__(self, corrector: Corrector | None = None) -> None:
         self.corrector = corrector
-        self.num_observed = self.num_dropped = 0
+        self.num_observed = self.num_dropped = self.num_seen = 0
         self._means: OrderedDict[str, float] = OrderedDict()
         self._finished: deque[tuple[str, str, int, bool]] = deque()
         self._closed = threading.Event()
@@ -94,6 +97,7 @@ class Lengths:
         if tokens < 1:
             return
         if not censored:
+            self.num_seen += 1
             mean = self._means.pop(client, None)
             self._means[client] = float(tokens) if mean is None else mean + _SHARE * (tokens - mean)
             if len(self._means) > _MAX_CLIENTS:
@@ -138,11 +142,17 @@ class Lengths:
 
     def to_json(self) -> dict[str, Any]:
         """What was learned, as plain JSON values."""
-        corrector = self.corrector
         return {
-            "recalibration": corrector.recalibrator.to_json() if corrector is not None else None,
+            "recalibration": self._copied().to_json() if self.corrector is not None else None,
             "means": dict(self._means),
         }
+
+    def _copied(self) -> Recalibrator:
+        """A copy, because to write the recalibrator itself down would make it work out its corrections anew."""
+        own = self.corrector.recalibrator if self.corrector is not None else Recalibrator()
+        copied = Recalibrator(own.unknown_llms)
+        copied.merge(own)
+        return copied
 
     def restore(self, kept: Any) -> None:
         """Takes over what `to_json` gave.
@@ -152,7 +162,12 @@ class Lengths:
         """
         if not isinstance(kept, dict) or not isinstance(kept.get("means"), dict):
             raise UserError("what was learned before cannot be read: start without it")
+        means = OrderedDict(kept["means"])
+        if len(means) > _MAX_CLIENTS or not all(
+            type(mean) in (int, float) and 0 < mean <= _MAX_MEAN for mean in means.values()
+        ):
+            raise UserError("the means that were learned before are none: start without them")
         if self.corrector is not None and kept.get("recalibration") is not None:
             self.corrector.recalibrator.restore(kept["recalibration"])
             self.num_observed = len(self.corrector.recalibrator)
-        self._means = OrderedDict((str(client), float(mean)) for client, mean in kept["means"].items())
+        self._means = means

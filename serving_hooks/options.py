@@ -66,7 +66,9 @@ class HookOptions(FairnessConfig):
     )
     recalibrate: bool = Field(True, description="whether predictions are corrected by finished requests")
     state: Path | None = Field(
-        None, description="file that keeps counters and what was learned over restarts; written every minute"
+        None,
+        description="file that keeps counters and what was learned over restarts; written within five seconds of a "
+        "change, and a second after the engine turns idle",
     )
     lora_patience_s: float = Field(
         1.0,

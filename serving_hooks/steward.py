@@ -6,14 +6,10 @@ that it is given; knows no engine, and does not guard itself: `Guard` is the hoo
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import threading
 import time
 from collections.abc import Callable
 from operator import add
-from pathlib import Path
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -25,11 +21,10 @@ from mope.fairness.stores import Store, StoreConfig, open_store
 from mope.serving_hooks.carried import Carried
 from mope.serving_hooks.lengths import Expected, Lengths
 from mope.serving_hooks.options import NO_PREDICTOR, HookOptions
+from mope.serving_hooks.state import Keeper, books_and_lessons, take_up
 from mope.serving_hooks.tallies import Tallies, Tally
 
-_SAVE_EVERY_S = 60.0
 ANYBODY = "(anonymous)"  # all requests without a client
-_SMALL = 20_000  # accounts up to which a snapshot is taken between two steps of the engine
 
 logger = logging.getLogger("mope")
 
@@ -100,10 +95,17 @@ class Steward:
         self.held: dict[str, Held] = {}
         self.num_invalid = 0  # requests whose client or size could not be used as it came
         self.store = self._open_store()
-        self._saved_s = self._told_s = clock()
-        self._saving: threading.Thread | None = None
+        self._told_s = clock()
+        self._keeper: Keeper | None = None
         if options.state is not None:
-            self._restore(options.state)
+            if not take_up(options.state, "books", self._restore):
+                self.lengths = Lengths(_corrector(options))  # the same for what was taken of a damaged file
+            self._keeper = Keeper(
+                options.state,
+                lambda: books_and_lessons(ledger, self.lengths.to_json),
+                lambda: (ledger.num_bookings, self.lengths.num_observed),
+                lambda: bool(self.held),
+            )
 
     # -- a request's life
 
@@ -241,13 +243,8 @@ class Steward:
         if self.options.summary_s and now - self._told_s >= self.options.summary_s:
             self._told_s = now
             logger.info("mope: %s", self.summary())
-        if self.options.state is not None and now - self._saved_s >= _SAVE_EVERY_S:
-            self._saved_s = now
-            if self.policy.ledger.num_accounts <= _SMALL and not (self._saving and self._saving.is_alive()):
-                kept = self.snapshot()
-                path = self.options.state
-                self._saving = threading.Thread(target=write_state, args=(path, kept), name="mope-saving", daemon=True)
-                self._saving.start()
+        if self._keeper is not None and self.options.state is not None:
+            self._keeper.start()
 
     def exchange(self) -> None:
         """Tells other replicas what was charged here, and counts what they told; costs next to nothing without news."""
@@ -283,10 +280,8 @@ class Steward:
         if self.store is not None:
             self.exchange()
             self.store.close()
-        if self.options.state is not None:
-            if self._saving is not None:
-                self._saving.join(5.0)
-            write_state(self.options.state, self.snapshot())
+        if self._keeper is not None and self.options.state is not None:
+            self._keeper.close()
 
     def _open_store(self) -> Store | None:
         if self.options.store is None:
@@ -300,19 +295,13 @@ class Steward:
         store.exchange(self.policy.ledger)
         return store
 
-    def _restore(self, path: Path) -> None:
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            self.policy.ledger.restore(kept["ledger"])
-            for request_id in self.policy.ledger.open_requests:  # of an engine that is gone: charged as they were
-                self.policy.ledger.close(request_id)
-            self.lengths.restore(kept["lengths"])
-        except FileNotFoundError:
-            logger.info("mope: no state in %s yet", path)
-        except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-            logger.warning("mope starts with empty books: %s cannot be read (%s)", path, error)
-        else:
-            logger.info("mope: went on with the state in %s", path)
+    def _restore(self, kept: Any) -> None:
+        if not isinstance(kept, dict):
+            raise UserError("it holds no books")
+        self.lengths.restore(kept.get("lengths"))
+        self.policy.ledger.restore(kept.get("ledger") or {})
+        for request_id in self.policy.ledger.open_requests:  # of an engine that is gone: charged as they were
+            self.policy.ledger.close(request_id)
 
 
 def _corrector(options: HookOptions) -> Corrector | None:
@@ -324,17 +313,6 @@ def _corrector(options: HookOptions) -> Corrector | None:
     except UserError as error:
         logger.error("mope corrects no predictions by finished requests: %s", error)
         return None
-
-
-def write_state(path: Path, kept: dict[str, Any]) -> None:
-    """Writes beside the file and renames, so that there is always a whole one."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        beside.write_text(json.dumps(kept), encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        logger.warning("mope cannot keep its state in %s: %s", path, error)
 
 
 def _in_line(name: str) -> str:

@@ -53,6 +53,9 @@ from mope.fairness.clients import Path
 
 VERSION = 1
 _COUNTS = ("num_accounts", "num_forgotten", "num_debts_forgotten", "num_lifts")
+_PIECE, _PASSED = 200, 1000  # accounts in a piece of the books, and those that are only passed by
+_MOST = 10**30  # of any amount that is restored
+_MAX_DEPTH = 64  # of accounts that are restored
 _SPARE_ENTRIES = 64  # the list of the idle is rebuilt when it holds twice as many entries as needed, and these
 
 A = TypeVar("A", bound=Account)
@@ -103,6 +106,7 @@ class Ledger:
         self.num_forgotten = 0  # idle accounts that were dropped
         self.num_debts_forgotten = 0  # those among them whose counter was above what the lift would have given
         self.num_lifts = 0
+        self.num_bookings = 0  # times that a counter was moved: as long as it stays, so do the books
         self.forgotten = NOTHING  # what was charged to accounts that were forgotten
 
     # -- accounts
@@ -280,6 +284,7 @@ class Ledger:
         if request_id in self._open:
             raise ConfigError(f"request {request_id[:80]!r} is already charged; adjust or close it")
         self._open[request_id] = _new(OpenCharge, (account, charge))
+        self.num_bookings += 1
         service, ufc, rfc, hf = charge
         node, parent = account, account.parent
         while parent is not None:
@@ -343,6 +348,7 @@ class Ledger:
 
     def add_elsewhere(self, path: Path, hf: int) -> None:
         """Counts what other replicas charged a client, in millionths of HF, without booking it as this one's."""
+        self.num_bookings += 1
         node = self.account(path)
         while node.parent is not None:
             self._move(node, node.parent, node.share(hf))
@@ -360,6 +366,7 @@ class Ledger:
         return touched
 
     def _book(self, account: Account, old: Charge, new: Charge) -> None:
+        self.num_bookings += 1
         service, ufc, rfc, hf = new[0] - old[0], new[1] - old[1], new[2] - old[2], new[3] - old[3]
         node, parent = account, account.parent
         while parent is not None:
@@ -387,29 +394,79 @@ class Ledger:
         A ledger that is restored from it and told again who waits (`join` with `lift=False`, in order of arrival) has
         the same books to the last digit. Whoever had waited longest without a break among equals is not remembered.
         """
-        accounts = list(self._all_accounts())
-        number = {account: position for position, account in enumerate(accounts)}
+        found: dict[str, Any] = {"version": VERSION}
+        for name, rows in self.pieces():
+            found.setdefault(name, []).extend(rows)
+        return {**found, **self.sums()}
+
+    def pieces(self) -> Iterator[tuple[str, list[Any]]]:
+        """Accounts, the idle among them and open requests, as in `snapshot`, some hundred at a time.
+
+        Another thread may change the books between two pieces, and may even take the interpreter away within one. What
+        is found then can still be restored; each account's figures are of some moment between the first piece and the
+        last.
+        """
+        number: dict[Account, int] = {}
+        found: list[tuple[str, int | None]] = []
+        levels: list[tuple[int | None, Iterator[tuple[str, Account]]]] = [(None, iter([("", self.root)]))]
+        while levels:
+            parent, siblings = levels[-1]
+            for name, account in siblings:
+                if account in number:  # it has moved since its siblings were copied
+                    continue
+                number[account] = len(found)
+                found.append((name, parent))
+                if len(found) % _PASSED == 0:
+                    yield "accounts", []
+                if isinstance(account, Group):
+                    levels.append((number[account], iter(account.children.copy().items())))
+                    break
+            else:
+                levels.pop()
+        accounts = iter(number)
+        for low in range(0, len(found), _PIECE):
+            places = found[low : low + _PIECE]
+            yield (
+                "accounts",
+                [
+                    {
+                        "name": name,
+                        "parent": parent,
+                        "counter": account.counter,
+                        "charged": list(account.charged),
+                        **(
+                            {
+                                "forgotten": account.forgotten,
+                                "last": number.get(account.last) if account.last is not None else None,
+                            }
+                            if isinstance(account, Group)
+                            else {}
+                        ),
+                    }
+                    for (name, parent), account in zip(places, accounts, strict=False)
+                ],
+            )
+        listed, idle = set(), list(self._idle)
+        for low in range(0, max(len(idle), 1), _PASSED):
+            rows = []
+            for account in idle[low : low + _PASSED]:
+                if account.idle and account in number and account not in listed:
+                    listed.add(account)
+                    rows.append(number[account])
+            yield "idle", rows
+        still_open = list(self._open.items())
+        for low in range(0, max(len(still_open), 1), _PIECE):
+            rows_open = [
+                [name, number[one.account], list(one.charge)]
+                for name, one in still_open[low : low + _PIECE]
+                if one.account in number
+            ]
+            yield "open", rows_open
+
+    def sums(self) -> dict[str, Any]:
+        """What `snapshot` holds besides `pieces`."""
         return {
             "version": VERSION,
-            "accounts": [
-                {
-                    "name": account.name,
-                    "parent": number[account.parent] if account.parent is not None else None,
-                    "counter": account.counter,
-                    "charged": list(account.charged),
-                    **(
-                        {
-                            "forgotten": account.forgotten,
-                            "last": number[account.last] if account.last is not None else None,
-                        }
-                        if isinstance(account, Group)
-                        else {}
-                    ),
-                }
-                for account in accounts
-            ],
-            "idle": [number[account] for account in dict.fromkeys(self._idle) if account.idle],
-            "open": [[name, number[found.account], list(found.charge)] for name, found in self._open.items()],
             "forgotten": list(self.forgotten),
             "counts": {name: getattr(self, name) for name in _COUNTS},
         }
@@ -431,7 +488,7 @@ class Ledger:
         )
         try:
             fresh._take_over(snapshot)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"a ledger's snapshot is damaged ({error!r}): start without it") from error
         follow, touched = self.follow_touched, self._touched
         self.__dict__.update(fresh.__dict__)
@@ -439,43 +496,52 @@ class Ledger:
 
     def _take_over(self, snapshot: Mapping[str, Any]) -> None:
         accounts: list[Account] = []
+        depths: list[int] = []
         for kept in snapshot["accounts"]:
-            if kept["parent"] is None:
+            if not accounts:
                 account: Account = self.root
+                depths.append(0)
             else:
-                parent = accounts[kept["parent"]]
-                if not isinstance(parent, Group):
-                    raise ValueError(f"{kept['name'][:80]!r} lies below a client")
-                path = (*parent.path, kept["name"])
-                if kept["name"] in parent.children:
-                    raise ValueError(f"{kept['name'][:80]!r} is there twice")
-                account = self._opened(Group if "forgotten" in kept else Account, kept["name"], parent, path)
-            account.counter = int(kept["counter"])
-            account.charged = Charge(*map(int, kept["charged"]))
+                above = _place(kept["parent"], accounts)
+                parent, name = accounts[above], _name(kept["name"])
+                depths.append(depths[above] + 1)
+                if not isinstance(parent, Group) or depths[-1] > _MAX_DEPTH:
+                    raise ValueError(f"{name[:80]!r} lies below a client, or too deep")
+                if name in parent.children:
+                    raise ValueError(f"{name[:80]!r} is there twice")
+                account = self._opened(Group if "forgotten" in kept else Account, name, parent, (*parent.path, name))
+            account.counter = _amount(kept["counter"])
+            account.charged = _charge(kept["charged"])
             accounts.append(account)
         for account, kept in zip(accounts, snapshot["accounts"], strict=True):
             if isinstance(account, Group):
-                account.forgotten = int(kept["forgotten"])
-                account.last = accounts[kept["last"]] if kept["last"] is not None else None
+                account.forgotten = _amount(kept["forgotten"])
+                account.last = accounts[_place(kept["last"], accounts)] if kept["last"] is not None else None
+                if account.last is not None and account.last.parent is not account:
+                    raise ValueError(f"the last of {account.name[:80]!r} is none of its own")
         for account in accounts:
             account.idle = False
         self._idle.clear()
         self._num_idle = 0
         for position in snapshot["idle"]:
-            self._list_idle(accounts[position])
+            self._list_idle(accounts[_place(position, accounts)])
         for name, position, charge in snapshot["open"]:
-            self._open[name] = OpenCharge(accounts[position], Charge(*map(int, charge)))
-            node = accounts[position]
+            if _name(name) in self._open:
+                raise ValueError(f"request {name[:80]!r} is there twice")
+            opened = self._open[name] = OpenCharge(accounts[_place(position, accounts)], _charge(charge))
+            node = opened.account
             while node.parent is not None:
                 node.num_open += 1
-                node.ahead += node.share(charge[3])
+                node.ahead += node.share(opened.charge.hf)
+                self._wake(node)
                 node = node.parent
         for account in accounts[1:]:  # whoever only waited is idle until it is told again who waits
             if not account.num_open:
                 self._list_idle(account)
-        self.forgotten = Charge(*map(int, snapshot["forgotten"]))
+        self.forgotten = _charge(snapshot["forgotten"])
         for name in _COUNTS:
-            setattr(self, name, int(snapshot["counts"][name]))
+            if name != "num_accounts":  # as many as there are
+                setattr(self, name, _amount(snapshot["counts"][name]))
 
     def _all_accounts(self) -> Iterator[Account]:
         stack: list[Account] = [self.root]
@@ -532,3 +598,28 @@ class Ledger:
         if parent is self.root:  # what a group's users were charged is in the group's own account
             self.forgotten = Charge(*map(sum, zip(self.forgotten, account.charged, strict=True)))
         return True
+
+
+# -- what may be restored
+
+
+def _amount(value: Any) -> int:
+    if type(value) is not int or abs(value) > _MOST:
+        raise ValueError(f"{str(value)[:40]!r} is no amount")
+    return value
+
+
+def _charge(values: Any) -> Charge:
+    return Charge(*map(_amount, values))
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:40]!r} is no name")
+    return value
+
+
+def _place(value: Any, accounts: list[Account]) -> int:
+    if type(value) is not int or not 0 <= value < len(accounts):
+        raise ValueError(f"{str(value)[:40]!r} is no account's place")
+    return value

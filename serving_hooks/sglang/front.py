@@ -9,10 +9,9 @@ answers, so here is what learns from them: schedulers of several ranks could not
 from __future__ import annotations
 
 import asyncio
-import json
+import atexit
 import logging
 import os
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -29,7 +28,7 @@ from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import compat
 from mope.serving_hooks.sglang.policy import ATTRIBUTE
 from mope.serving_hooks.sglang.settings import VARIABLE, read_options
-from mope.serving_hooks.steward import write_state
+from mope.serving_hooks.state import Keeper, in_pieces, take_up
 
 if TYPE_CHECKING:
     from mope.serving_hooks.front import Front
@@ -41,7 +40,6 @@ CONVERSATIONS: dict[str, Kind] = {  # paths whose JSON says more than the text t
     "/v1/messages": "messages",
 }
 NATIVE_TOKENS = 128  # cap of a request of SGLang's own that names none
-_KEEP_EVERY_S = 60.0
 _HEALTH = ("/health", "/health_generate")
 SERVER = "(server)"  # the client of the server's own requests
 
@@ -85,9 +83,16 @@ class FrontEnd:
             self.front = Front(options, identity, None, names)
         # the front end predicts with the corrector that learns here: its predictions come corrected
         self.lengths = Lengths(self.front.corrector if options.recalibrate else None)
-        self._kept = _kept_beside(options.state)
-        self._kept_s = time.monotonic()
-        self._restore()
+        self._keeper: Keeper | None = None
+        if options.state is not None:
+            path = _kept_beside(options.state)
+            take_up(path, "lessons", self._restore)
+            self._keeper = Keeper(
+                path,
+                lambda: in_pieces({"lengths": self.lengths.to_json()}),
+                lambda: (self.lengths.num_seen, self.lengths.num_observed),
+            )
+            atexit.register(self._close)
         if server_args.enable_metrics:
             from mope.serving_hooks.front_metrics import front_collector
 
@@ -154,25 +159,18 @@ class FrontEnd:
                     int(meta.get("completion_tokens", 0)),
                     censored=ended in ("length", "abort"),
                 )
+        if self._keeper is not None:
+            self._keeper.start()
 
-        self._keep()
+    def _restore(self, kept: Any) -> None:
+        if not isinstance(kept, dict):
+            raise UserError("it holds no lessons")
+        self.lengths.restore(kept.get("lengths"))
 
-    def _keep(self) -> None:
-        """Writes down what was learned, now and then, away from the event loop."""
-        if self._kept is not None and time.monotonic() - self._kept_s >= _KEEP_EVERY_S:
-            self._kept_s = time.monotonic()
-            lessons = {"lengths": self.lengths.to_json()}
-            asyncio.get_running_loop().run_in_executor(None, write_state, self._kept, lessons)
-
-    def _restore(self) -> None:
-        if self._kept is None:
-            return
-        try:
-            self.lengths.restore(json.loads(self._kept.read_text(encoding="utf-8"))["lengths"])
-        except FileNotFoundError:
-            logger.info("mope: no lessons in %s yet", self._kept)
-        except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-            logger.warning("mope starts without lessons: %s cannot be read (%s)", self._kept, error)
+    def _close(self) -> None:
+        self.lengths.close()
+        if self._keeper is not None:
+            self._keeper.close()
 
     def strip(self, obj: Any) -> None:
         """Removes what only we may write."""
@@ -184,8 +182,8 @@ class FrontEnd:
                 self.num_stripped += 1
 
 
-def _kept_beside(state: Path | None) -> Path | None:
-    return None if state is None else state.with_name(f"{state.stem}-lengths{state.suffix}")
+def _kept_beside(state: Path) -> Path:
+    return state.with_name(f"{state.stem}-lengths{state.suffix}")
 
 
 def _write(obj: Any, carried: Sequence[Carried]) -> None:

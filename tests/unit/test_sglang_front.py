@@ -197,9 +197,9 @@ def test_a_predictor_that_is_not_there_is_told(caplog: pytest.LogCaptureFixture,
 def test_lessons_are_kept_beside_the_state(tmp_path: Path) -> None:
     options = {"identity": "none", "state": tmp_path / "state.json"}
     manager = Manager(options=options)
-    manager.end._kept_s = float("-inf")
     manager.answers = ({"meta_info": {"finish_reason": {"type": "stop"}, "completion_tokens": 5}},)
     manager.ask(obj(text="x"))
+    manager.end._close()
     kept = json.loads((tmp_path / "state-lengths.json").read_text(encoding="utf-8"))
     assert kept["lengths"]["means"]
     assert Manager(options=options).end.lengths.to_json()["means"] == kept["lengths"]["means"]

@@ -328,27 +328,6 @@ def test_measured_latency_changes_charges_only_where_no_other_rank_must_agree():
     assert charged[False, 1.0].ufc > charged[False, 50.0].ufc
 
 
-def test_state_is_kept_now_and_then_and_restored(tmp_path, caplog):
-    clock, state = Clock(), tmp_path / "deep" / "state.json"
-    steward = Steward(HookOptions(state=state), clock)
-    steward.policy.admit(steward.arrive("r", PREDICTED, 100))
-    steward.between_steps()
-    assert not state.exists()
-    clock.now += 61
-    steward.between_steps()
-    steward._saving.join(5)
-    assert json.loads(state.read_text())["ledger"]["open"][0][0] == "r"
-    again = Steward(HookOptions(state=state), clock)
-    assert again.policy.ledger.open_requests == ()  # the engine that ran it is gone
-    assert again.policy.ledger.total == steward.policy.ledger.total
-    for damage in ("", "{}", '{"ledger": {"version": 1}, "lengths": {}}', "\x00"):
-        state.write_text(damage)
-        with caplog.at_level(logging.WARNING, logger="mope"):
-            assert Steward(HookOptions(state=state), clock).policy.ledger.total.service == 0
-        assert "cannot be read" in caplog.text
-        caplog.clear()
-
-
 def test_a_state_that_cannot_be_written_is_told(tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("")
