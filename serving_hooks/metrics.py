@@ -9,36 +9,33 @@ changed under the copy, and one scrape may be a request ahead in one figure of w
 from __future__ import annotations
 
 import logging
-import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
-from socketserver import TCPServer, ThreadingMixIn
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from mope.errors import UserError
-from mope.extras import require
 from mope.fairness.accounts import Account, Group
 from mope.fairness.charges import UNIT
 from mope.fairness.clients import client_path
 from mope.serving_hooks.guard import Guard
+from mope.serving_hooks.metrics_port import Exporter as Exporter
 from mope.serving_hooks.steward import Steward
 from mope.serving_hooks.tallies import OTHERS, Histogram, Tally
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
+    from prometheus_client.samples import Sample
 
 T = TypeVar("T")
 
 MAX_FAILURE = 300  # characters of what went wrong
 _ATTEMPTS = 20  # to copy what changes meanwhile
-_PAUSE_S = 0.001  # between two metrics, in which the scheduling thread has the interpreter for itself
-_SCRAPER_S = 10.0  # how long a scraper may be silent
+_PAUSE_S = 0.001  # now and then, in which the scheduling thread has the interpreter for itself
+_CLIENTS, _SAMPLES = 20, 100  # that are read, and written, between two pauses
 
 logger = logging.getLogger("mope")
 
@@ -150,6 +147,7 @@ class StewardCollector:
         for group in (self._state, self._books, self._clients, self._now):
             try:
                 for metric in group():
+                    metric.samples = _Unhurried(metric.samples)
                     yield metric
                     time.sleep(_PAUSE_S)
             except Exception:
@@ -229,12 +227,12 @@ class StewardCollector:
         tallies = self._tallies()
         for figure in COUNTERS:
             counter = CounterMetricFamily(figure.name, figure.text, labels=["client"])
-            for client, found in tallies.items():
+            for client, found in unhurried(tallies.items(), _CLIENTS):
                 counter.add_metric([client], sum(map(figure.read, found)))
             yield counter
         for figure in HISTOGRAMS:
             histogram = HistogramMetricFamily(figure.name, figure.text, labels=["client"])
-            for client, found in tallies.items():
+            for client, found in unhurried(tallies.items(), _CLIENTS):
                 histogram.add_metric([client], *buckets([figure.read(tally) for tally in found]))
             yield histogram
 
@@ -279,6 +277,21 @@ class StewardCollector:
     def _account(self, client: str) -> Account | None:
         account = self._steward.policy.ledger.find(client_path(client))
         return account.children.get("") if isinstance(account, Group) else account
+
+
+class _Unhurried(list["Sample"]):
+    """Samples that `prometheus_client` writes down with pauses."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        return unhurried(super().__iter__(), _SAMPLES)
+
+
+def unhurried(values: Iterable[T], every: int) -> Iterator[T]:
+    """The same values, with a pause after each `every` of them."""
+    for number, value in enumerate(values, 1):
+        yield value
+        if number % every == 0:
+            time.sleep(_PAUSE_S)
 
 
 def buckets(histograms: Iterable[Histogram]) -> tuple[list[tuple[str, float]], float]:
@@ -329,47 +342,6 @@ def printable(text: str) -> str:
 # -- the port
 
 
-class Exporter:
-    """Answers scrapes.
-
-    Attributes:
-        host: address that it listens at.
-        port: where.
-    """
-
-    def __init__(self, collector: Any, host: str, port: int) -> None:
-        """Begins to listen.
-
-        Args:
-            collector: what is asked at each scrape.
-            host: address to listen at.
-            port: where; 0 for a free one.
-
-        Raises:
-            MissingExtraError: prometheus-client is not installed.
-            OSError: the address cannot be had.
-        """
-        prometheus = require("prometheus_client", "metrics_port", "vllm")
-        registry = prometheus.CollectorRegistry()
-        registry.register(collector)
-        self._server = _Server(host, port)
-        self._server.set_app(prometheus.make_wsgi_app(registry))
-        self.host, self.port = host, int(self._server.server_address[1])
-        self._thread = threading.Thread(target=self._server.serve_forever, name="mope-metrics", daemon=True)
-        self._thread.start()
-
-    @property
-    def url(self) -> str:
-        """What to tell Prometheus."""
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}/metrics"
-
-    def close(self) -> None:
-        """Listens no longer."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
 def start(steward: Steward, guard: Guard, *, rank: int = 0, engine: str = "") -> Exporter | None:
     """Begins to serve metrics if `metrics_port` asks for it. Raises nothing, and returns at once.
 
@@ -408,29 +380,3 @@ def _listen(collector: StewardCollector, host: str, port: int) -> Exporter:
         exporter = Exporter(collector, host, 0)
         logger.warning("mope: metrics_port %d cannot be had (%s); took %d instead", port, error, exporter.port)
         return exporter
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-    def __init__(self, host: str, port: int) -> None:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        self.address_family = found[0][0]
-        super().__init__((host, port), _Handler)
-
-    def server_bind(self) -> None:
-        """Binds; the standard library would ask the DNS for our name, which may take seconds."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-        self.setup_environ()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A scraper that went away is no news."""
-        logger.debug("a scrape of mope's metrics broke off", exc_info=True)
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = _SCRAPER_S
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are no news."""
