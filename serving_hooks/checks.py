@@ -12,9 +12,12 @@ import time
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
+from pydantic import ValidationError
+
 from mope.errors import UserError
+from mope.fairness.stores import MEMORY, StoreConfig, address, has_password
 from mope.serving_hooks.identity import ApiKeys
-from mope.serving_hooks.options import HookOptions
+from mope.serving_hooks.options import PASSWORD_SHOWN, HookOptions
 
 Status = Literal["ok", "note", "warning", "failed"]
 
@@ -87,8 +90,8 @@ def options(chosen: HookOptions) -> list[Finding]:
             folder = folder.parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             found.append(Finding(part, "warning", f"state: {folder} cannot be written by this user; nothing is kept"))
-    if chosen.store is not None and chosen.store.startswith("redis") and find_spec("redis") is None:
-        found.append(Finding(part, "failed", "store: the package redis is missing: pip install 'mope-llm[redis]'"))
+    if chosen.store is not None:
+        found += _store(chosen.store, part)
     if chosen.store is not None and chosen.state is not None:
         found.append(Finding(part, "note", "store and state: the file keeps this replica's books, Redis those of all"))
     if chosen.metrics_port is not None:
@@ -97,6 +100,24 @@ def options(chosen: HookOptions) -> list[Finding]:
         found.append(
             Finding(part, "note", f"kv_margin {chosen.kv_margin:g}: admits more than is predicted to fit, and preempts")
         )
+    return found
+
+
+def _store(url: str, part: str) -> list[Finding]:
+    found = []
+    if url != MEMORY and find_spec("redis") is None:
+        found.append(Finding(part, "failed", "store: the package redis is missing: pip install 'mope-llm[redis]'"))
+    if has_password(url):
+        found.append(Finding(part, "warning", PASSWORD_SHOWN))
+    try:
+        StoreConfig(url=url)
+    except ValidationError as error:
+        found.append(Finding(part, "failed", f"store: {error.errors()[0]['msg'].removeprefix('Value error, ')}"))
+    else:
+        try:
+            address(url)
+        except UserError as error:
+            found.append(Finding(part, "warning", f"{error}; the server will not start without it"))
     return found
 
 

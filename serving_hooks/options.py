@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from mope import packaged
 from mope.errors import ConfigError, UserError
@@ -21,10 +21,16 @@ _BARE = re.compile(r"[\w.-]+")  # a name without a folder or an organisation
 
 Identity = Literal["api-key", "header", "user", "none"]
 NO_PREDICTOR = "none"
+PASSWORD_SHOWN = (
+    "`store` holds a password, which engines write into their logs: put the address into a variable or a file of its "
+    'own and type "store": "env:MOPE_STORE" or "store": "file:/run/secrets/mope-store"'
+)
 
 
 class HookOptions(FairnessConfig):
     """What an operator may choose. Frozen; unknown keys are an error that names the nearest known one."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # a traceback of the engine's is no place for a password
 
     identity: Identity = Field(
         "api-key",
@@ -90,7 +96,10 @@ class HookOptions(FairnessConfig):
     )
     summary_s: float = Field(60, ge=0, le=86_400, description="seconds between lines in the log; 0 for none")
     store: str | None = Field(
-        None, description="address of a Redis where replicas share counters, such as redis://127.0.0.1:6379/0"
+        None,
+        repr=False,
+        description="address of a Redis where replicas share counters, such as redis://127.0.0.1:6379/0; `env:NAME` or "
+        "`file:PATH` if it has a password: the variable or the file then holds the address",
     )
     namespace: str = Field("mope", description="of `store`: replicas that share counters use the same")
 
@@ -123,7 +132,7 @@ class HookOptions(FairnessConfig):
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
             said = first["msg"].removeprefix("Value error, ")
-            got = "" if not name else f": {name} is {first['input']!r:.80}"
+            got = "" if not name else f": {name}" if name == "store" else f": {name} is {first['input']!r:.80}"
             raise ConfigError(f"{where}{got}: {said}; `mope doctor options` lists all options") from error
         wrong = chosen._mistake()
         if wrong is not None:

@@ -17,10 +17,10 @@ from pydantic import ValidationError
 from mope.corrector import Corrector
 from mope.errors import ConfigError, UserError
 from mope.fairness import IDLE, Charge, Ledger, Load, Policy, Ticket
-from mope.fairness.stores import Store, StoreConfig, open_store
+from mope.fairness.stores import Store, StoreConfig, address, has_password, open_store
 from mope.serving_hooks.carried import Carried
 from mope.serving_hooks.lengths import Expected, Lengths
-from mope.serving_hooks.options import NO_PREDICTOR, HookOptions
+from mope.serving_hooks.options import NO_PREDICTOR, PASSWORD_SHOWN, HookOptions
 from mope.serving_hooks.state import Keeper, books_and_lessons, take_up
 from mope.serving_hooks.tallies import Tallies, Tally
 
@@ -290,6 +290,9 @@ class Steward:
             config = StoreConfig(url=self.options.store, namespace=self.options.namespace)
         except ValidationError as error:
             raise ConfigError(f"store or namespace: {error.errors()[0]['msg']}") from error
+        address(config.url)  # a variable or a file that is not there is a mistake, a server that is not there is none
+        if has_password(config.url):
+            logger.warning("mope: %s", PASSWORD_SHOWN)
         store = open_store(config)
         self.policy.ledger.follow_touched = True
         store.exchange(self.policy.ledger)

@@ -6,7 +6,7 @@ All keys of a namespace carry the hash tag {NAMESPACE}, so that they lie in one 
                                    `b["acme","alice"]` -> mark of when it was listed; `(forgotten)` -> what clients were
                                    charged that are not listed any more; `@REPLICA` -> number and
                                    session of its last batch, and its session now; `epoch`, `version`,
-                                   `created`, `evicted`
+                                   `created`, `evicted`, `seen`: the latest time of all greetings
     mope:{NAMESPACE}:changes       a sorted set: clients by the version at which their totals last changed
     mope:{NAMESPACE}:told:REPLICA  a hash: what of the totals is this replica's
 
@@ -36,7 +36,8 @@ def _script(text: str) -> Script:
 
 # A replica begins a session: commands of earlier ones, still on their way, are void from now on.
 # KEYS totals changes told; ARGV @replica session epoch-if-there-is-none seconds-to-keep-told
-# -> epoch, whether `told` is there, number and session of the last batch, age of the namespace in seconds
+# -> epoch, whether `told` is there, number and session of the last batch, age of the namespace in seconds, which is
+#    endless when the server's clock was set back, since then nobody knows
 HELLO = _script("""
 local totals, changes, told = KEYS[1], KEYS[2], KEYS[3]
 local replica, session = ARGV[1], ARGV[2]
@@ -61,7 +62,14 @@ if not state and not told_epoch then
 end
 redis.call('HSET', totals, replica, last .. ' ' .. session)
 redis.call('EXPIRE', told, ARGV[4])
-local age = now - tonumber(redis.call('HGET', totals, 'created'))
+local created = tonumber(redis.call('HGET', totals, 'created') or '') or 0
+local seen = tonumber(redis.call('HGET', totals, 'seen') or '') or created
+local age = now - created
+if now + 1 < seen then
+  age = 1000000000000
+elseif now > seen then
+  redis.call('HSET', totals, 'seen', string.format('%.6f', now))
+end
 return {epoch, told_epoch and 1 or 0, last, string.format('%.6f', age)}
 """)
 

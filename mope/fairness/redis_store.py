@@ -8,9 +8,13 @@ replicas return at once. What was charged in the last `interval_s` before a proc
 
 Knows threads, sockets and clocks; the protocol is in `mope.fairness.sharing`.
 
-The server: Redis 5 or newer, or Valkey, one primary; keys must not be evicted under memory pressure (the policies
-`noeviction` and `volatile-*` are fine). How much is lost when it is killed depends on nothing but the living replicas:
-they tell again what it has lost. Persistence is needed for the share of replicas that are gone.
+The server: Redis 5 or newer, or Valkey, one primary; keys must not be evicted under memory pressure (`noeviction` is
+best; `volatile-*` may take what is kept for telling again after a loss; under `allkeys-*`, of which a warning tells,
+totals are lost). Whoever may write to the database is trusted: they can give any client any counter. But nothing that
+they write ends the thread or raises in the scheduler.
+
+How much is lost when the server is killed depends on nothing but the living replicas: they tell again what it has lost.
+Persistence is needed for the share of replicas that are gone.
 
 After a fork, the child is a replica of its own, which tells nothing of what its parent charged.
 """
@@ -26,6 +30,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, cast
 
@@ -42,10 +47,12 @@ from mope.fairness.stores import (
     Store,
     StoreConfig,
     StoreStats,
+    address,
     charges_of,
     count_elsewhere,
     field_of,
     path_of,
+    shown,
 )
 
 CHUNK = 500  # clients whose charges elsewhere are counted in one step at most
@@ -71,9 +78,10 @@ class RedisServer:
         retry = require("redis.retry", "sharing counters through a Redis server")
         backoff = require("redis.backoff", "sharing counters through a Redis server")
         self._unknown_script = redis.exceptions.NoScriptError
+        self._refused = redis.exceptions.ResponseError
         try:
             self._client = redis.Redis.from_url(
-                config.url,
+                address(config.url),
                 socket_timeout=config.timeout_s,
                 socket_connect_timeout=config.timeout_s,
                 retry=retry.Retry(backoff.NoBackoff(), 0),
@@ -97,6 +105,13 @@ class RedisServer:
     def fields(self, key: str) -> Iterator[tuple[bytes, bytes]]:
         """Fields and values of a hash."""
         return cast("Iterator[tuple[bytes, bytes]]", self._client.hscan_iter(key, count=1000))
+
+    def eviction_policy(self) -> str:
+        """What the server does once its memory is full, such as `noeviction`; empty if it does not say."""
+        try:
+            return str(self._client.info("memory").get("maxmemory_policy", ""))
+        except self._refused:  # not every user may ask
+            return ""
 
     def close(self) -> None:
         """Ends the connection."""
@@ -167,6 +182,7 @@ class RedisStore(Store):
         self._started_s, self._succeeded_s = started_s, started_s
         self._round_trip_s = self._deadline_s = 0.0
         self._num_exchanges = self._num_failures = self._num_failures_in_row = self._num_uncounted = 0
+        self._has_warned = self._has_told_uncounted = False
         self._last_error = ""
         self._num_begun = self._last_done = 0  # exchanges with the server, for those who wait for one
         self._progress = threading.Condition()
@@ -219,7 +235,11 @@ class RedisStore(Store):
             found = self._sharing.totals(server)
         finally:
             server.close()
-        return {FORGOTTEN if field == FORGOTTEN_FIELD else path_of(field): total for field, total in found.items()}
+        totals = {FORGOTTEN: found.pop(FORGOTTEN_FIELD)} if FORGOTTEN_FIELD in found else {}
+        for field, total in found.items():
+            with suppress(ConfigError):  # somebody else wrote it
+                totals[path_of(field)] = total
+        return totals
 
     @override
     def stats(self) -> StoreStats:
@@ -275,15 +295,17 @@ class RedisStore(Store):
         with self._progress:
             self._num_begun += 1
         try:
-            self._take_charges()
-            if self._server is None:
-                self._server = RedisServer(self.config)
-            self._sharing.exchange(self._server, started_s, started_s - self._started_s)
+            try:
+                self._take_charges()
+                if self._server is None:
+                    self._server = RedisServer(self.config)
+                    self._warn_of_eviction(self._server)
+                self._sharing.exchange(self._server, started_s, started_s - self._started_s)
+            finally:
+                self._lay_out()
         except Exception as error:  # whatever it is: nobody else would ever mend it, and the engine goes on without
             self._failed(error)
             return False
-        finally:
-            self._lay_out()
         self._succeeded_s = started_s
         self._round_trip_s = time.monotonic() - started_s
         self._num_exchanges += 1
@@ -294,6 +316,17 @@ class RedisStore(Store):
             self._last_done = self._num_begun
             self._progress.notify_all()
         return True
+
+    def _warn_of_eviction(self, server: RedisServer) -> None:
+        policy = server.eviction_policy()
+        if policy.startswith("allkeys") and not self._has_warned:
+            self._has_warned = True
+            _logger.warning(
+                "store %s has maxmemory-policy %s: once its memory is full it drops counters; type "
+                "CONFIG SET maxmemory-policy noeviction there",
+                shown(self.config.url),
+                policy,
+            )
 
     def _take_charges(self) -> None:
         for number, (path, amount) in enumerate((self._take_back() or {}).items()):
@@ -311,7 +344,9 @@ class RedisStore(Store):
                     path = path_of(field)
                 except ConfigError as error:
                     self._num_uncounted += 1
-                    _logger.warning("store %s: %s", shown(self.config.url), error)
+                    if not self._has_told_uncounted:
+                        self._has_told_uncounted = True
+                        _logger.warning("store %s: %s (told once)", shown(self.config.url), error)
                     continue
                 if amount:
                     chunk.append((path, amount))
@@ -348,12 +383,6 @@ class RedisStore(Store):
         self._disconnect()
         with self._progress:
             self._progress.notify_all()
-
-
-def shown(url: str) -> str:
-    """A store's URL without user, password and options."""
-    scheme, _, place = url.partition("://")
-    return f"{scheme}://{place.rpartition('@')[2].partition('?')[0]}"
 
 
 def _after_fork() -> None:

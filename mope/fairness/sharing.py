@@ -205,7 +205,7 @@ class Sharing:
         return {
             field.decode(): int(value)
             for field, value in server.fields(self._totals_key)
-            if field.startswith(b"[") or field == FORGOTTEN_FIELD.encode()
+            if (field.startswith(b"[") or field == FORGOTTEN_FIELD.encode()) and _is_ours(field, value)
         }
 
     # -- sessions
@@ -312,19 +312,25 @@ class Sharing:
     def _took(self, reply: list[Any], now_s: float) -> bool:
         """Takes in a reply; says whether there is more to read."""
         _, refused, evicted, found, values = reply
+        evicted = int(evicted)
         self._acknowledge()
         self.num_refused += refused
+        before = self._cursor
         for position in range(0, len(found), 2):
             total, mark = values[position], values[position + 1]
-            if total is not None:
-                field, changed = found[position].decode(), int(found[position + 1])
-                self._read(field, changed, int(total), (mark or b"").decode(), int(evicted), now_s)
-        if found:
-            self._cursor = int(found[-1])
+            try:
+                changed = self._cursor = int(found[position + 1])
+                if total is not None:
+                    field, listed = found[position].decode(), (mark or b"").decode()
+                    self._read(field, changed, _total(total), listed, evicted, now_s)
+            except ValueError:  # somebody else wrote it
+                self.num_refused += 1
         if len(found) == 2 * BATCH:
+            if self._cursor == before:
+                raise StoreError(f"{self._prefix}:changes holds versions that are no whole numbers; delete it")
             return True
         self._has_read, self._skips_history = True, False
-        self._forget(int(evicted))
+        self._forget(evicted)
         return False
 
     def _read(self, field: str, version: int, total: int, mark: str, evicted: int, now_s: float) -> None:
@@ -383,3 +389,23 @@ class Sharing:
 
     def _keys(self) -> list[str]:
         return [self._totals_key, f"{self._prefix}:changes", self._told_key]
+
+
+def _total(value: bytes) -> int:
+    """A total as the server adds them up.
+
+    Raises:
+        ValueError: it is none.
+    """
+    total = int(value)
+    if abs(total) > 2**63:
+        raise ValueError("a total of more than 64 bits")
+    return total
+
+
+def _is_ours(field: bytes, value: bytes) -> bool:
+    """Whether a field and its amount are of the kind that replicas write."""
+    try:
+        return bool(field.decode()) and _total(value) is not None
+    except ValueError:
+        return False

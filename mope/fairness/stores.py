@@ -26,6 +26,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -37,13 +39,18 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from typing_extensions import Self, override
 
-from mope.errors import ConfigError
+from mope.errors import ConfigError, StoreError
 from mope.fairness.accounts import Account
 from mope.fairness.clients import Path
 from mope.fairness.ledger import Ledger
 
 MEMORY = "memory"
 SCHEMES = ("redis://", "rediss://", "unix://")
+ENVIRONMENT, FILE = "env:", "file:"  # where an address may stand instead, so that no command or log shows a password
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
+_MAX_ADDRESS = 4096  # characters of an address in a file
+_WANTED = "redis://USER:PASSWORD@HOST:PORT/DB, rediss://... or unix://PATH"
+MAX_PATH = 64  # names in a path
 FORGOTTEN: Path = ()  # no client: among totals, what those were charged that are not listed any more
 
 _logger = logging.getLogger("mope")
@@ -52,13 +59,14 @@ _logger = logging.getLogger("mope")
 class StoreConfig(BaseModel):
     """Where counters are shared, and how patiently. Frozen; unknown fields are an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     url: str = Field(
         MEMORY,
         repr=False,  # it may hold a password
         description="where counters are shared: `memory`, within this process, or a Redis server as "
-        "redis://USER:PASSWORD@HOST:PORT/DB, rediss://... with TLS, or unix://PATH",
+        "redis://USER:PASSWORD@HOST:PORT/DB, rediss://... with TLS, or unix://PATH. `env:NAME` takes that address from "
+        "an environment variable, `file:PATH` from a file",
     )
     namespace: str = Field(
         "default",
@@ -87,10 +95,18 @@ class StoreConfig(BaseModel):
     @field_validator("url")
     @classmethod
     def _known_scheme(cls, url: str) -> str:
-        if url != MEMORY and not url.startswith(SCHEMES):
+        if url.startswith(ENVIRONMENT):
+            if not _VARIABLE.fullmatch(url.removeprefix(ENVIRONMENT)):
+                raise ValueError(f"{ENVIRONMENT} is followed by the name of an environment variable: env:MOPE_STORE")
+        elif url.startswith(FILE):
+            if not url.removeprefix(FILE):
+                raise ValueError(f"{FILE} is followed by the path of a file that holds the address: file:/run/store")
+        elif url != MEMORY and not url.startswith(SCHEMES):
+            scheme = re.match(r"[a-z][a-z0-9+.-]{0,19}(?=://)", url)  # anything else may be a part of a password
+            begins = f"begins with {scheme[0]!r}" if scheme else "has no scheme that is known"
             raise ValueError(
-                f"a store's URL begins with {url.partition(':')[0][:20]!r}; expected {MEMORY}, or "
-                "redis://HOST:PORT/DB, rediss:// or unix://"
+                f"a store's URL {begins}; expected {MEMORY}, redis://HOST:PORT/DB, rediss://, unix://, env:NAME or "
+                "file:PATH"
             )
         return url
 
@@ -284,6 +300,43 @@ def open_store(config: StoreConfig | None = None) -> Store:
     return RedisStore(config)
 
 
+def address(url: str) -> str:
+    """The address that a store's URL stands for: itself, or what a variable or a file holds.
+
+    Raises:
+        StoreError: there is no such variable or file, or it holds no address. Its text holds no part of one.
+    """
+    if url.startswith(ENVIRONMENT):
+        found = os.environ.get(url.removeprefix(ENVIRONMENT), "").strip()
+        missing = "this environment has no such variable"
+    elif url.startswith(FILE):
+        try:
+            with open(url.removeprefix(FILE), encoding="utf-8") as file:
+                found, missing = file.read(_MAX_ADDRESS).strip(), "this file is empty"
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise StoreError(f"store {url}: this file can't be read ({reason}); expected one with {_WANTED}") from None
+    else:
+        return url
+    if not found.startswith(SCHEMES):
+        raise StoreError(f"store {url}: {missing if not found else 'it holds no address'}; expected {_WANTED}")
+    return found
+
+
+def has_password(url: str) -> bool:
+    """Whether a store's URL shows a password to whoever sees it."""
+    if not url.startswith(SCHEMES):
+        return False
+    place = url.partition("://")[2]
+    return ":" in place.rpartition("@")[0] or "password=" in place.partition("?")[2]
+
+
+def shown(url: str) -> str:
+    """A store's URL without user, password and options."""
+    scheme, separator, place = url.partition("://")
+    return f"{scheme}://{place.rpartition('@')[2].partition('?')[0]}" if separator else url
+
+
 def charges_of(touched: Mapping[Account, int], before: dict[Path, int] | None = None) -> dict[Path, int]:
     """What was charged, by the paths that replicas agree on, added to what was before.
 
@@ -326,8 +379,9 @@ def path_of(field: str) -> Path:
     """
     try:
         parts = json.loads(field)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{field[:80]!r} is not a client's path in JSON") from error
-    if not isinstance(parts, list) or not parts or not all(isinstance(part, str) for part in parts):
-        raise ConfigError(f"{field[:80]!r} is not a client's path: expected a JSON array of names")
+    usable = isinstance(parts, list) and 0 < len(parts) <= MAX_PATH
+    if not usable or not all(isinstance(part, str) for part in parts):
+        raise ConfigError(f"{field[:80]!r} is not a client's path: expected a JSON array of 1 to {MAX_PATH} names")
     return tuple(parts)
