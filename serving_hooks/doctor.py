@@ -12,9 +12,8 @@ import os
 import re
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -23,12 +22,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from mope import console as terminal
 from mope import packaged
 from mope.console import LOG_WIDTH
-from mope.errors import ConfigError, UserError
+from mope.errors import ConfigError, ServerError, UserError
 from mope.flags import Parser
 from mope.serving_hooks import checks
 from mope.serving_hooks.checks import Finding
+from mope.serving_hooks.fetch import fetch, readable
 from mope.serving_hooks.metrics import own_version
 
 if TYPE_CHECKING:
@@ -39,8 +40,10 @@ OPTIONS = "options"  # the command that lists them
 DASHBOARD = Path(__file__).parent / "dashboards" / "mope.json"
 _MARK = "mope-probe "
 _COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "failed": "bold red"}
-_HTTP_S = 10.0
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+IMPORT_S = 600.0  # that importing an engine may take, by default: minutes where a machine is busy
+_MAX_RANKS = 64  # whose ports are looked at
+_ENGINE = re.compile(r'^vllm:\w+\{(?:[^}\n]*,)?engine="(\d{1,4})"', re.MULTILINE)  # a rank of vLLM's
+_LABEL = re.compile(r'\b(\w+)="((?:[^"\\]|\\.)*)"')
 
 DETAILS = """\
 Says on one screen what is installed, what would work, what is active, and what to type.
@@ -80,7 +83,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--metrics-port", type=int, metavar="N", help="its metrics_port, where it does not say")
     parser.add_argument("--api-key", metavar="KEY", help="of that server, sent as a bearer token and written nowhere")
     parser.add_argument(
-        "--timeout", type=float, default=120.0, metavar="S", help="seconds that importing the engine may take (120)"
+        "--timeout",
+        type=float,
+        default=IMPORT_S,
+        metavar="S",
+        help=f"seconds that importing the engine may take ({IMPORT_S:g}); 0 not to import it",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
@@ -123,7 +130,7 @@ def examine(
     url: str | None = None,
     api_key: str | None = None,
     metrics_port: int | None = None,
-    timeout_s: float = 120.0,
+    timeout_s: float = IMPORT_S,
 ) -> dict[str, Any]:
     """What is found, as plain JSON values.
 
@@ -133,7 +140,7 @@ def examine(
         url: of a server that runs.
         api_key: of that server, where the command has none.
         metrics_port: of that server, where its API server does not say.
-        timeout_s: for importing the engine.
+        timeout_s: for importing the engine, which happens last, and not at all where options are wrong; 0 for never.
 
     Returns:
         `mope` and `engine` with their versions, `findings` (each `part`, `status`, `text`), `command` that starts the
@@ -143,27 +150,34 @@ def examine(
     release = compat.installed() if compat is not None else None
     found = [Finding("installed", "ok", f"mope {own_version()}, Python {sys.version.split()[0]}")]
     found += _packages(engine or "vllm")
-    if engine is not None:
-        found += _engine(engine, compat, release, needed=url is None)
-        if release is not None and hasattr(compat, "probe") and (words or url is None):
-            found.append(_probed(engine, timeout_s))
-    chosen = None
+    chosen, about = None, list[Finding]()
     if commands is not None and words:
         try:
             chosen = commands.options(commands.flags(words))
         except UserError as error:
-            found.append(Finding("command", "failed", str(error)))
-        found += commands.mistakes(words, chosen)
-        found += checks.options(chosen) if chosen is not None else []
+            about.append(Finding("command", "failed", str(error)))
+        about += commands.mistakes(words, chosen)
+        about += checks.options(chosen) if chosen is not None else []
+    if engine is not None:
+        found += _engine(engine, compat, release, needed=url is None)
+        if release is not None and hasattr(compat, "probe") and (words or url is None):
+            if words and chosen is None:
+                found.append(
+                    Finding("installed", "note", f"{ENGINES[engine]} was not imported: correct the options first")
+                )
+            else:
+                found.append(_probed(engine, timeout_s))
+    found += about
     names = packaged.names() if chosen is None else [chosen.predictor]
     found += [checks.predictor(name) for name in names]
     if url is not None:
         port = metrics_port if metrics_port is not None else chosen.metrics_port if chosen is not None else None
         if commands is not None and hasattr(commands, "running"):
-            found += commands.running(url, api_key or commands.api_key(words))
-            found += [_at_port(url, port)] if port else []
+            active = commands.running(url, api_key or commands.api_key(words))
+            found += active
+            found += _at_ports(url, port, max(len(active), commands.num_ranks(words))) if port else []
         else:
-            found += running(url, port)
+            found += running(url, port, 1 if commands is None else commands.num_ranks(words))
     return {
         "mope": own_version(),
         "engine": engine,
@@ -223,6 +237,10 @@ def _engine(engine: str, compat: ModuleType | None, release: str | None, *, need
 def _probed(engine: str, timeout_s: float) -> Finding:
     """What an engine's hook says of the engine, asked in a process of its own."""
     title, part = ENGINES[engine], "installed"
+    if not timeout_s:
+        return Finding(part, "note", f"{title} was not imported (--timeout 0): whether its classes fit is not known")
+    told_s = f"importing {title}, for {timeout_s:g} s at most (--timeout)"
+    terminal.console().print(told_s, highlight=False, markup=False, soft_wrap=True)
     here = "import json, sys; sys.path = [folder for folder in sys.path if folder]"  # as where vLLM's own script starts
     code = f"{here}; from mope.serving_hooks.{engine}.compat import probe; print({_MARK!r} + json.dumps(probe()))"
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
@@ -237,8 +255,8 @@ def _probed(engine: str, timeout_s: float) -> Finding:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        text = f"{title} could not be imported within {timeout_s:g} s; --timeout gives it longer"
-        return Finding(part, "failed", text)
+        text = f"{title} could not be imported within {timeout_s:g} s, so whether its classes fit is not known; "
+        return Finding(part, "warning", f"{text}--timeout gives it longer")
     told = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if not told:
         said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -252,17 +270,18 @@ def _probed(engine: str, timeout_s: float) -> Finding:
 # -- a server that runs
 
 
-def running(url: str, metrics_port: int | None = None) -> list[Finding]:
-    """Whether a server has the hook on, by what it and the hook's port show.
+def running(url: str, metrics_port: int | None = None, num_ranks: int = 1) -> list[Finding]:
+    """Whether a server has the hook on, by what it and the hook's ports show.
 
     Args:
         url: of its API.
         metrics_port: of the hook, where its front end does not say.
+        num_ranks: data-parallel engines, as far as the command says; the server's own metrics may name more.
     """
     part = "active"
     try:
-        shown = _get(f"{url.rstrip('/')}/metrics")
-    except OSError as error:
+        shown = fetch(f"{url.rstrip('/')}/metrics")
+    except ServerError as error:
         return [Finding(part, "failed", f"{url}/metrics does not answer: {error}")]
     found = []
     front = _labels(shown, "mope_front_on")
@@ -273,44 +292,48 @@ def running(url: str, metrics_port: int | None = None) -> list[Finding]:
     else:
         made = _sum(shown, "mope_front_predictions_total", outcome="made")
         other = _sum(shown, "mope_front_predictions_total") - made
-        text = f"{url}: middleware on, clients by {front.get('identity')}, predictor {front.get('predictor')}"
+        identity, predictor = readable(front.get("identity")), readable(front.get("predictor"))
+        text = f"{url}: middleware on, clients by {identity}, predictor {predictor}"
         found.append(Finding(part, "ok", f"{text}; {made:.0f} predictions made, {other:.0f} not"))
-        if metrics_port is None and front.get("metrics_port"):
-            metrics_port = int(front["metrics_port"])
+        said = front.get("metrics_port", "")
+        if metrics_port is None and said.isdecimal() and 0 < int(said) < 65_536:
+            metrics_port = int(said)
     if not metrics_port:
         text = "whether the scheduler is on is in the server's log (mope is on: ...), or at its metrics_port"
         return [*found, Finding(part, "note", text)]
-    return [*found, _at_port(url, metrics_port)]
+    return [*found, *_at_ports(url, metrics_port, max(num_ranks, len(set(_ENGINE.findall(shown)))))]
 
 
-def _at_port(url: str, port: int) -> Finding:
-    """What the hook says at its port on the machine of a server."""
+def _at_ports(url: str, port: int, num_ranks: int) -> list[Finding]:
+    """What the hook says at the port of each rank on the machine of a server."""
     host = urlsplit(url).hostname or "127.0.0.1"
-    return _scheduler(f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics")
+    if ":" in host:
+        host = f"[{host}]"
+    found = [_scheduler(f"http://{host}:{port + rank}/metrics", rank) for rank in range(min(num_ranks, _MAX_RANKS))]
+    if num_ranks > _MAX_RANKS:
+        found.append(Finding("active", "note", f"only the first {_MAX_RANKS} of {num_ranks} ranks were looked at"))
+    return found
 
 
-def _scheduler(address: str) -> Finding:
+def _scheduler(address: str, rank: int = 0) -> Finding:
     try:
-        shown = _get(address)
-    except OSError as error:
-        return Finding("active", "failed", f"{address} does not answer: {error}; it listens at metrics_host")
+        shown = fetch(address)
+    except ServerError as error:
+        text = f"{address} does not answer: {error}; it listens at metrics_host"
+        if not rank:
+            return Finding("active", "failed", text)
+        text += f". Rank {rank} may be on another machine, or have taken a free port, which its log names"
+        return Finding("active", "warning", text)
     about = _labels(shown, "mope_info")
     if about is None:
         return Finding("active", "failed", f"{address} is not mope's")
     if _sum(shown, "mope_failed"):
-        failure = (_labels(shown, "mope_failure_info") or {}).get("failure", "")
+        failure = readable((_labels(shown, "mope_failure_info") or {}).get("failure", ""), 1000)
         return Finding("active", "failed", f"{address}: the hook has failed and is off: {failure}")
     num = _sum(shown, "mope_client_arrived_total")
-    text = f"{address}: policy {about.get('policy')} in {about.get('engine')}, {num:.0f} requests so far"
-    return Finding("active", "ok", text)
-
-
-def _get(address: str) -> str:
-    try:
-        with urllib.request.urlopen(address, timeout=_HTTP_S) as answer:
-            return str(answer.read(50_000_000).decode("utf-8", "replace"))
-    except ValueError as error:
-        raise ConfigError(f"--url: got {address!r}; {error}") from error
+    policy, engine = readable(about.get("policy")), readable(about.get("engine"))
+    which = f" rank {rank}:" if rank else ""
+    return Finding("active", "ok", f"{address}:{which} policy {policy} in {engine}, {num:.0f} requests so far")
 
 
 def _samples(shown: str, name: str) -> list[tuple[dict[str, str], float]]:
@@ -319,7 +342,8 @@ def _samples(shown: str, name: str) -> list[tuple[dict[str, str], float]]:
     for line in shown.splitlines():
         if line.startswith((f"{name}{{", f"{name} ")):
             labels, _, value = line.removeprefix(name).rpartition(" ")
-            found.append((dict(_LABEL.findall(labels)), float(value)))
+            with suppress(ValueError):  # not as Prometheus writes them
+                found.append((dict(_LABEL.findall(labels)), float(value)))
     return found
 
 

@@ -5,15 +5,13 @@ Reads words as they are typed in a shell; imports no SGLang.
 
 from __future__ import annotations
 
-import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
-from mope.errors import ConfigError
+from mope.errors import ConfigError, ServerError
 from mope.serving_hooks.checks import Finding
+from mope.serving_hooks.fetch import fetch_json, readable
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import compat, settings
 
@@ -21,7 +19,6 @@ START = """\
 python -m sglang.launch_server --model-path MODEL --schedule-policy equinox \\
   --mope-config '{"api_keys": "keys.json", "metrics_port": 9477}'"""
 _PART = "command"
-_HTTP_S = 10.0
 
 
 def flags(words: Sequence[str]) -> dict[str, list[str]]:
@@ -125,6 +122,13 @@ def api_key(words: Sequence[str]) -> str | None:
     return flags(words).get("--api-key", [""])[-1] or None
 
 
+def num_ranks(words: Sequence[str]) -> int:
+    """Schedulers of a command's server that each have a metrics port."""
+    typed = flags(words)
+    many = typed.get("--dp-size", typed.get("--data-parallel-size", ["1"]))[-1]
+    return int(many) if many.isdecimal() else 1
+
+
 def running(url: str, key: str | None = None) -> list[Finding]:
     """Whether a server has the hook on, by its `/server_info`.
 
@@ -133,18 +137,16 @@ def running(url: str, key: str | None = None) -> list[Finding]:
         key: what it wants as a bearer token, if anything.
     """
     part = "active"
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        asked = urllib.request.Request(f"{url.rstrip('/')}/server_info", headers=headers)
-        with urllib.request.urlopen(asked, timeout=_HTTP_S) as answer:
-            states = list(json.load(answer)["internal_states"])
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
+        told = fetch_json(f"{url.rstrip('/')}/server_info", key)
+    except ServerError as error:
+        if error.status in (401, 403):
             wanted = "another key" if key else "a key"
-            return [Finding(part, "failed", f"{url} wants {wanted} (HTTP {error.code}): give it with --api-key")]
+            return [Finding(part, "failed", f"{url} wants {wanted} (HTTP {error.status}): give it with --api-key")]
         return [Finding(part, "failed", f"{url}/server_info does not answer as SGLang's does: {error}")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [Finding(part, "failed", f"{url}/server_info does not answer as SGLang's does: {error}")]
+    states = told.get("internal_states") if isinstance(told, dict) else None
+    if not isinstance(states, list):
+        return [Finding(part, "failed", f"{url}/server_info does not answer as SGLang's does: no internal_states")]
     found = []
     for number, state in enumerate(states):
         ours = state.get("mope") if isinstance(state, dict) else None
@@ -152,9 +154,12 @@ def running(url: str, key: str | None = None) -> list[Finding]:
         if not isinstance(ours, dict):
             found.append(Finding(part, "failed", f"{where}: no policy of mope's is on"))
         elif not ours.get("on"):
-            found.append(Finding(part, "failed", f"{where}: the hook has failed and is off: {ours.get('failure')}"))
+            found.append(
+                Finding(part, "failed", f"{where}: the hook has failed and is off: {readable(ours.get('failure'))}")
+            )
         else:
-            front = ours.get("front_end")
-            text = f"{where}: policy {ours.get('policy')}, {ours.get('running')} running, {ours.get('waiting')} waiting"
+            front, policy = readable(ours.get("front_end")), readable(ours.get("policy"))
+            running, waiting = readable(ours.get("running")), readable(ours.get("waiting"))
+            text = f"{where}: policy {policy}, {running} running, {waiting} waiting"
             found.append(Finding(part, "ok" if front == "hooked" else "warning", f"{text}; front end: {front}"))
     return found

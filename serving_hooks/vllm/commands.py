@@ -24,6 +24,8 @@ vllm serve MODEL --api-key KEY \\
   --middleware {MIDDLEWARE} \\
   --additional-config '{{"mope": {{"policy": "equinox", "metrics_port": 9477}}}}'"""
 _PART = "command"
+RUST = "VLLM_USE_RUST_FRONTEND"  # variable that has vLLM start another front end
+_NOBODY = "no request has a client or a prediction, and all are one client"
 _SHORT = {"-asc": "--api-server-count", "-dp": "--data-parallel-size"}
 
 
@@ -91,6 +93,31 @@ def _put(into: dict[str, Any], path: Sequence[str], text: str) -> None:
         into[path[-1]] = text
 
 
+def _variable(words: Sequence[str], name: str) -> str:
+    """A variable of the environment, or as it is set in front of the command."""
+    typed = [word.partition("=")[2] for word in words if word.startswith(f"{name}=")]
+    return typed[-1] if typed else os.environ.get(name, "")
+
+
+def _is_on(value: str) -> bool:
+    return value.lower() not in ("", "0", "false", "no", "off")
+
+
+def _few_adapters(typed: dict[str, list[str]]) -> int | None:
+    """How many LoRA adapters run at once, where that is fewer than there are; None where it is not."""
+    if not {"--enable-lora", "--max-loras", "--lora-modules"} & set(typed):
+        return None
+    given = typed.get("--max-loras", ["1"])[-1]
+    most, num_adapters = int(given) if given.isdecimal() else 1, len(typed.get("--lora-modules", []))
+    return most if most < (num_adapters or 2) else None
+
+
+def num_ranks(words: Sequence[str]) -> int:
+    """Schedulers of a command's server that each have a metrics port."""
+    many = flags(words).get("--data-parallel-size", ["1"])[-1]
+    return int(many) if many.isdecimal() else 1
+
+
 def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
     """What is wrong with a command, or not as one may think.
 
@@ -129,6 +156,29 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
             "warning",
             f"without --middleware {MIDDLEWARE} no request has a client or a prediction: all are one client, but for "
             "LoRA adapters",
+        )
+    if (ours or tags) and _is_on(_variable(words, RUST)):
+        tell("failed", f"{RUST}: vLLM's Rust front end runs no middleware, so {_NOBODY}: leave it out")
+    if (ours or tags) and "--grpc" in typed:
+        tell("failed", f"--grpc: vLLM's gRPC server runs no middleware, so {_NOBODY}: leave it out")
+    if typed.get("--runner", ["auto"])[-1] == "pooling":
+        tell(
+            "warning",
+            "--runner pooling: embeddings and scores have no answer to predict, so clients take turns by the tokens of "
+            "their prompts; requests on paths that the middleware does not read are one client",
+        )
+    if ours and "--kv-transfer-config" in typed:
+        tell(
+            "warning",
+            "--kv-transfer-config: requests whose KV cache is loaded in the background (the decode side of "
+            "disaggregated prefill) wait in a queue of vLLM's own, first come, first served: no client is put first "
+            "there",
+        )
+    if ours and (few := _few_adapters(typed)) is not None:
+        tell(
+            "warning",
+            f"--max-loras {few}: requests of other LoRA adapters wait until one of {few} is free, whoever's turn it "
+            "is, so a flood on one adapter holds up the clients of all others: raise it to the adapters in use",
         )
     if "--max-num-queued-reqs" in typed:
         tell("warning", "--max-num-queued-reqs turns the newcomer away: a flood then locks the others out")

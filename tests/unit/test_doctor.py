@@ -193,8 +193,30 @@ def test_an_engine_that_cannot_be_imported(scheduler: str, told: str, engine: Ca
 
 def test_an_engine_that_takes_too_long(engine: Callable[..., Finding]) -> None:
     found = engine("import time; time.sleep(600)", timeout_s=0.5)
-    assert found.status == "failed"
+    assert found.status == "warning"
     assert "--timeout" in found.text
+
+
+def test_how_long_an_import_may_take_is_said_before(
+    engine: Callable[..., Finding], capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine(SCHEDULER, timeout_s=77)
+    assert "importing vLLM, for 77 s at most (--timeout)" in capsys.readouterr().err
+    assert engine("raise ImportError", timeout_s=0).status == "note"
+
+
+def test_options_are_checked_before_the_engine_is_imported(
+    release: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release("0.32.0")
+    imported = []
+    monkeypatch.setattr(doctor, "_probed", lambda *_: (imported.append(1), Finding("installed", "ok", "fits"))[1])
+    wrong = doctor.examine("vllm", [*OURS, "--additional-config", '{"mope": {"polcy": "vtc"}}'])
+    assert not imported
+    assert "did you mean 'policy'" in str(wrong["findings"])
+    assert "correct the options first" in str(wrong["findings"])
+    assert "no option" not in str(doctor.examine("vllm", BOTH)["findings"])
+    assert imported
 
 
 # -- a command
@@ -230,6 +252,9 @@ TAGS = ["vllm", "serve", "m", "--api-key", "k", "--middleware", commands.PRIORIT
         (TAGS, "without --scheduling-policy priority"),
         ([*TAGS, "--scheduling-policy", "priority", "--api-server-count", "2"], "--api-server-count 2"),
         ([*TAGS, "--scheduling-policy", "priority", "-asc", "4"], "--api-server-count 4"),
+        (["VLLM_USE_RUST_FRONTEND=1", *BOTH], "Rust front end runs no middleware"),
+        (["env", "VLLM_USE_RUST_FRONTEND=true", *TAGS, "--scheduling-policy", "priority"], "Rust front end"),
+        ([*BOTH, "--grpc"], "gRPC server runs no middleware"),
     ],
 )
 def test_common_mistakes_fail(words: list[str], told: str) -> None:
@@ -242,6 +267,13 @@ def test_common_mistakes_fail(words: list[str], told: str) -> None:
         (OURS, "no request has a client"),
         ([word for word in BOTH if word not in ("--api-key", "k")], "all callers are one client"),
         ([*BOTH, "--max-num-queued-reqs", "100"], "turns the newcomer away"),
+        ([*BOTH, "--runner", "pooling"], "no answer to predict"),
+        ([*BOTH, "--runner=pooling"], "no answer to predict"),
+        ([*BOTH, "--kv-transfer-config", "{}"], "a queue of vLLM's own"),
+        ([*BOTH, "--kv_transfer_config={}"], "a queue of vLLM's own"),
+        ([*BOTH, "--max-loras", "1"], "whoever's turn it is"),
+        ([*BOTH, "--enable-lora"], "--max-loras 1: "),
+        ([*BOTH, "--enable-lora", "--max-loras", "2", "--lora-modules", "a=x", "b=y", "c=z"], "--max-loras 2: "),
     ],
 )
 def test_what_works_otherwise_than_one_thinks_is_a_warning(
@@ -253,7 +285,21 @@ def test_what_works_otherwise_than_one_thinks_is_a_warning(
     assert not texts(found, "failed")
 
 
-@pytest.mark.parametrize("words", [BOTH, [*TAGS, "--scheduling-policy", "priority"]])
+def test_a_rust_front_end_of_the_environment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert "Rust front end" in texts(judged(BOTH), "failed")
+    assert not texts(judged(["VLLM_USE_RUST_FRONTEND=0", *BOTH]), "failed")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        BOTH,
+        [*TAGS, "--scheduling-policy", "priority"],
+        [*BOTH, "--runner", "generate"],
+        [*BOTH, "--enable-lora", "--max-loras", "2", "--lora-modules", "a=x", "b=y"],
+    ],
+)
 def test_right_commands_are_not_complained_of(words: list[str]) -> None:
     assert [finding.status for finding in judged(words)] == ["ok"]
 
@@ -410,6 +456,66 @@ def test_a_server_with_all_of_it_on(exporter: Exporter) -> None:
     assert first.status == second.status == "ok"
     assert "7 predictions made, 2 not" in first.text
     assert "policy equinox in vLLM 0.32.0, 5 requests so far" in second.text
+
+
+RANKS = (
+    'vllm:num_requests_running{engine="0",model_name="m"} 0\nvllm:num_requests_running{model_name="m",engine="1"} 0\n'
+)
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[list[Exporter]]:
+    """At ports in a row, where there are any."""
+    for _ in range(50):
+        first = start(busy_steward(metrics_port=0), guard(), engine="vLLM 0.32.0")
+        assert first is not None
+        second = start(busy_steward(metrics_port=first.port), guard(), rank=1, engine="vLLM 0.32.0")
+        assert second is not None
+        if second.port == first.port + 1:
+            break
+        first.close()
+        second.close()
+    yield [first, second]
+    first.close()
+    second.close()
+
+
+def test_the_ports_of_all_ranks_are_looked_at(two_ranks: list[Exporter]) -> None:
+    first, second = two_ranks
+    with serving(front(first.port) + RANKS) as url:
+        found = doctor.running(url)
+        assert [finding.status for finding in found] == ["ok", "ok", "ok"]
+        assert f":{second.port}/metrics: rank 1: policy equinox" in found[2].text
+    with serving(front(first.port)) as url:
+        assert len(doctor.running(url)) == 2
+        assert len(doctor.running(url, num_ranks=2)) == 3
+    second.close()
+    with serving(front(first.port) + RANKS) as url:
+        found = doctor.running(url)
+        assert [finding.status for finding in found] == ["ok", "ok", "warning"]
+        assert "Rank 1 may be on another machine" in found[2].text
+
+
+def test_how_many_ranks_a_command_starts() -> None:
+    assert commands.num_ranks([*BOTH, "-dp", "4"]) == 4
+    assert commands.num_ranks([*BOTH, "--data-parallel-size=2"]) == 2
+    assert commands.num_ranks(BOTH) == commands.num_ranks([*BOTH, "-dp", "x"]) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'mope_front_on{metrics_port="x"} y\n',
+        'mope_front_on{metrics_port="99999999",identity="\x1b[31m"} 1\nmope_front_predictions_total{} nan\n',
+        "mope_front_on{" + "a" * 2_000_000 + "\n",
+        "vllm:x{" + 'a="b",' * 200_000 + "\n",
+    ],
+)
+def test_strange_metrics_are_findings_that_a_terminal_may_show(text: str) -> None:
+    with serving(text) as url:
+        found = doctor.running(url)
+    assert found
+    assert all(finding.text.isprintable() for finding in found)
 
 
 def test_a_server_without_any_of_it() -> None:
