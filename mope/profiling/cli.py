@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mope import console as terminal
-from mope.errors import ConfigError, DataError
+from mope.errors import ConfigError, DataError, ServerError
 from mope.extras import require
 from mope.fairness.profiles import FittedProfile, Measured, save_profile
 from mope.flags import Parser, add_flags, flag_name, given, validated
@@ -123,7 +123,10 @@ async def _measured(
     """Measure, with a bar that shows how far it is; what was measured is in `found`, however it ends."""
     async with connected(url, model=model, api_key=api_key, timeout_s=config.timeout_s, seed=config.seed) as server:
         plan = planned(config, server.facts.max_model_len, server.facts.capacity_tokens)
-        await server.get_ready()
+        try:
+            await asyncio.wait_for(server.get_ready(), config.max_seconds)
+        except asyncio.TimeoutError as error:
+            raise ServerError("the server's first answers took longer than --max-seconds") from error
         found.notes.extend([*server.notes, *plan.notes])
         total = plan.num_settings * config.rounds + config.num_checks
         with terminal.progress(f"measuring {server.facts.llm}", total) as advance:

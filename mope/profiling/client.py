@@ -2,6 +2,9 @@
 
 Knows the protocol: /v1/models, /v1/completions as server-sent events, usage, and options that some servers refuse. Does
 not know what is measured with it. Pieces are read now and understood later, so that reading costs no time.
+
+Servers are not trusted: no more is read than the limits below, no redirect is followed, and what is no answer is a
+`ServerError`.
 """
 
 from __future__ import annotations
@@ -30,6 +33,12 @@ WISHES: tuple[dict[str, Any], ...] = (  # what a server may refuse, most wanted 
 )
 KEEP_ALIVE_S = 2.0  # common servers close a connection that was idle for 5 s
 REFUSED = (400, 422)
+MAX_REPLY = 16_000_000  # bytes of an answer in one piece
+MAX_LINE = 65_536  # bytes of an event
+MAX_STREAM = (2**20, 4096)  # bytes of a stream: so many, and for each token that was asked for
+MAX_PIECES = (1000, 16)  # pieces of a stream, likewise
+MAX_COUNT = 10**12  # that a number of tokens may be
+_SHOWN = 20  # LLMs that an error lists
 
 
 @dataclass
@@ -58,15 +67,21 @@ class Stream:
             for line in lines:
                 if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
                     continue
-                try:
-                    event = json.loads(line[5:])
-                except ValueError as error:
-                    raise ServerError(f"the server sent an event that is no JSON: {line[:80]!r}") from error
+                if len(line) > MAX_LINE:
+                    raise ServerError(f"the server sent an event of more than {MAX_LINE:,} bytes")
+                event = _object(line[5:].decode(errors="replace"))
+                if event is None:
+                    raise ServerError(f"the server sent an event that is no JSON object: {_short(repr(line[:80]))}")
                 if "error" in event:
                     raise ServerError(f"the server broke off: {_short(event['error'])}")
                 if event.get("choices"):
                     arrivals.append(arrived_s)
-                usage = event.get("usage") or usage
+                told = event.get("usage")
+                if told is not None and not isinstance(told, dict):
+                    raise ServerError(f"the server sent a usage that is no object: {_short(told)}")
+                usage = told or usage
+            if len(rest) > MAX_LINE:
+                raise ServerError(f"the server sent a line of more than {MAX_LINE:,} bytes")
         return arrivals, usage
 
 
@@ -150,19 +165,28 @@ class Server:
             ServerError: the server can't be reached, refuses, or does not stream.
         """
         body = self._body(prompt, max_tokens, self._wishes) | {"stream": True}
+        most_bytes, most_pieces = (few + each * max_tokens for few, each in (MAX_STREAM, MAX_PIECES))
+        num_bytes = 0
         with _explained():
             stream.sent_s = time.perf_counter()
             async with self._http.stream("POST", "completions", json=body) as response:
                 if response.status_code != 200:
-                    raise _refusal(response.status_code, (await response.aread()).decode(errors="replace"))
+                    raise _refusal(response.status_code, await _text(response))
                 if not response.headers.get("content-type", "").startswith("text/event-stream"):
                     raise ServerError(
                         'the server answers in one piece though "stream" was asked for, so that no token can be '
                         "timed; expected text/event-stream. Turn its streaming on, or ask it without a proxy that "
                         "collects answers"
                     )
-                async for piece in response.aiter_bytes():
+                _check_plain(response)
+                async for piece in response.aiter_raw():
                     stream.pieces.append((time.perf_counter(), piece))
+                    num_bytes += len(piece)
+                    if num_bytes > most_bytes or len(stream.pieces) > most_pieces:
+                        raise ServerError(
+                            f"the server sent more than {most_bytes:,} bytes or {most_pieces:,} pieces though "
+                            f"{max_tokens} tokens were asked for"
+                        )
 
     async def answer(self, prompt: str, max_tokens: int) -> Answer:
         """Ask for a completion and await it.
@@ -186,8 +210,8 @@ class Server:
         usage = usage or {}
         num_words = prompt.count(" ") + 1 - UNENDING.count(" ") - 1
         return Answer(
-            int(usage.get("prompt_tokens") or round(self._overhead_tokens + self._tokens_per_word * num_words)),
-            int(usage.get("completion_tokens") or len(arrivals)),
+            _counted(usage, "prompt_tokens") or round(self._overhead_tokens + self._tokens_per_word * num_words),
+            _counted(usage, "completion_tokens") or len(arrivals),
             stream.sent_s,
             tuple(arrivals),
         )
@@ -220,14 +244,14 @@ class Server:
         """Prompt tokens that the server counts in a prompt of so many words."""
         self._tokens_per_word, self._overhead_tokens = 1.0, 0.0
         body = self._body(self.prompt(num_words), 1, {})
-        with _explained():
-            response = await self._http.post("completions", json=body)
-            if response.status_code != 200:
-                raise _refusal(response.status_code, response.text)
-        usage = _json(response).get("usage") or {}
-        if not usage.get("prompt_tokens"):
+        status, text = await _asked(self._http, "POST", "completions", json=body)
+        if status != 200:
+            raise _refusal(status, text)
+        usage = _answered(text, "/v1/completions").get("usage")
+        counted = _counted(usage, "prompt_tokens") if isinstance(usage, dict) else 0
+        if not counted:
             raise ServerError("the server's answers say no usage.prompt_tokens, and a profile needs to know them")
-        return int(usage["prompt_tokens"])
+        return counted
 
     def _body(self, prompt: str, max_tokens: int, wishes: Mapping[str, Any]) -> dict[str, Any]:
         wanted = {name: max_tokens if value is None else value for name, value in wishes.items()}
@@ -254,40 +278,45 @@ async def connected(
     root = url.rstrip("/").removesuffix("/v1")
     if not re.match(r"https?://[^/]", root):
         raise ServerError(f"--url: got {url!r}; expected an address such as http://127.0.0.1:8000")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_S)
     async with httpx.AsyncClient(
-        base_url=f"{root}/v1/", headers=headers, limits=limits, timeout=httpx.Timeout(timeout_s)
+        base_url=f"{root}/v1/",
+        headers=headers,
+        limits=limits,
+        timeout=httpx.Timeout(timeout_s),
+        follow_redirects=False,  # a key is for the address that was given
     ) as http:
         yield Server(http, await _facts(http, root, model), seed)
 
 
 async def _facts(http: Any, root: str, model: str | None) -> ServerFacts:
     try:
-        with _explained():
-            response = await http.get("models")
+        status, text = await _asked(http, "GET", "models")
     except ServerError as error:
         raise ServerError(f"no LLM server answers at {root} ({error}); start it, or check --url") from error
-    if response.status_code != 200:
-        raise _refusal(response.status_code, response.text, root)
-    listed = _json(response).get("data")
-    models = {str(entry.get("id")): entry for entry in listed or () if isinstance(entry, dict)}
+    if status != 200:
+        raise _refusal(status, text, root)
+    listed = _answered(text, "/v1/models").get("data")
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    models = {name: entry for entry in entries if (name := str(entry.get("id"))) and name == _short(name)}
     if not models:
         raise ServerError(f"{root}/v1/models lists no LLM; expected an OpenAI-compatible server")
+    names = list(models)[:_SHOWN]
     if model is None and len(models) > 1:
-        raise ServerError(f"{root} serves {len(models)} LLMs; say which: --model {' | '.join(models)}")
+        raise ServerError(f"{root} serves {len(models)} LLMs; say which: --model {' | '.join(names)}")
     llm = model or next(iter(models))
     if llm not in models:
         near = difflib.get_close_matches(llm, models, n=1)
         meant = f"did you mean {near[0]!r}? " if near else ""
-        raise ServerError(f"--model: {root} serves no {llm!r}; {meant}it serves {', '.join(models)}")
-    owner = str(models[llm].get("owned_by") or "unknown software")
+        raise ServerError(f"--model: {root} serves no {llm!r}; {meant}it serves {', '.join(names)}")
+    owner = _short(models[llm].get("owned_by") or "unknown software")
     version = await _optional(http, f"{root}/version")
     found = re.search(r'"version"\s*:\s*"([^"]{1,40})"', version or "")
     metrics = await _optional(http, f"{root}/metrics")
     return ServerFacts(
         llm=llm,
-        software=f"{owner} {found[1]}" if found else owner,
+        software=f"{owner} {_short(found[1])}" if found else owner,
         max_model_len=_number(models[llm].get("max_model_len")),
         capacity_tokens=capacity_tokens(metrics or ""),
     )
@@ -295,41 +324,97 @@ async def _facts(http: Any, root: str, model: str | None) -> ServerFacts:
 
 def capacity_tokens(metrics: str) -> int | None:
     """Tokens that the KV cache holds, as vLLM's and SGLang's Prometheus metrics say; None if they do not."""
-    config = re.search(r"^vllm:cache_config_info\{(.*)\}", metrics, flags=re.MULTILINE)
+    config = re.search(r"^vllm:cache_config_info\{(.{0,10000})\}", metrics, flags=re.MULTILINE)
     if config:
-        labels = dict(re.findall(r'(\w+)="([^"]*)"', config[1]))
+        labels = dict(re.findall(r'\b(\w+)="([^"]*)"', config[1]))
         sizes = [_number(labels.get(name)) for name in ("block_size", "num_gpu_blocks")]
         if sizes[0] and sizes[1]:
             return sizes[0] * sizes[1]
-    total = re.search(r"^sglang:max_total_num_tokens(?:\{.*\})? ([0-9.e+]+)", metrics, flags=re.MULTILINE)
-    return int(float(total[1])) if total else None
+    total = re.search(r"^sglang:max_total_num_tokens(?:\{.*\})? ([0-9.e+]{1,40})", metrics, flags=re.MULTILINE)
+    return _number(total[1]) if total else None
 
 
 async def _optional(http: Any, address: str) -> str | None:
     """What a server says at an address that not every server has."""
     try:
-        with _explained():
-            response = await http.get(address)
+        status, text = await _asked(http, "GET", address)
     except ServerError:
         return None
-    return str(response.text) if response.status_code == 200 else None
+    return text if status == 200 else None
+
+
+async def _asked(http: Any, method: str, address: str, **options: Any) -> tuple[int, str]:
+    """Status and text of an answer in one piece, which has to be here within the client's timeout as a whole."""
+
+    async def whole() -> tuple[int, str]:
+        with _explained():
+            async with http.stream(method, address, **options) as response:
+                return response.status_code, await _text(response)
+
+    try:
+        return await asyncio.wait_for(whole(), http.timeout.read)
+    except asyncio.TimeoutError as error:
+        raise ServerError("it took longer than --timeout-s to answer") from error
+
+
+async def _text(response: Any) -> str:
+    """The text of an answer.
+
+    Raises:
+        ServerError: it is longer than `MAX_REPLY`, or compressed.
+    """
+    _check_plain(response)
+    pieces, num_bytes = [], 0
+    async for piece in response.aiter_raw():
+        pieces.append(piece)
+        num_bytes += len(piece)
+        if num_bytes > MAX_REPLY:
+            raise ServerError(f"it answers with more than {MAX_REPLY:,} bytes")
+    return b"".join(pieces).decode(errors="replace")
+
+
+def _check_plain(response: Any) -> None:
+    encoding = response.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise ServerError(f"it answers in the encoding {_short(encoding)} though none was asked for; ask it directly")
 
 
 def _number(value: Any) -> int | None:
     """A positive whole number, or None where there is none."""
     try:
-        return int(value) if int(value) > 0 else None
-    except (TypeError, ValueError):
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    return int(number) if 1 <= number <= MAX_COUNT else None
 
 
-def _json(response: Any) -> dict[str, Any]:
+def _counted(usage: Mapping[str, Any], name: str) -> int:
+    """A count of a usage; 0 where there is none.
+
+    Raises:
+        ServerError: it is no count.
+    """
+    value = usage.get(name)
+    if value is None:
+        return 0
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise ServerError(f"the server counts {_short(value)} as usage.{name}; expected a whole number of tokens")
+    return value
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """A JSON object; None for anything else."""
     try:
-        content = response.json()
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ServerError(f"{response.url} answers with what is no JSON object; expected an OpenAI-compatible server")
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _answered(text: str, path: str) -> dict[str, Any]:
+    content = _object(text)
+    if content is None:
+        raise ServerError(f"{path} answers with what is no JSON object; expected an OpenAI-compatible server")
     return content
 
 
@@ -343,6 +428,10 @@ def _refusal(status: int, text: str, root: str = "") -> ServerError:
             f"the server has no {root + '/v1/models' if root else '/v1/completions for this LLM'} (HTTP 404){said}; "
             "expected an OpenAI-compatible server"
         )
+    elif 300 <= status < 400:
+        error = ServerError(
+            f"the server leads elsewhere (HTTP {status}), and is not followed; give that address as --url"
+        )
     else:
         error = ServerError(f"the server refuses with HTTP {status}{said}")
     error.status = status
@@ -350,8 +439,12 @@ def _refusal(status: int, text: str, root: str = "") -> ServerError:
 
 
 def _short(content: Any) -> str:
-    text = content if isinstance(content, str) else json.dumps(content)
-    return " ".join(text.split())[:200]
+    """The beginning of what a server says, in one line that a terminal may show."""
+    try:
+        text = content if isinstance(content, str) else json.dumps(content)
+    except (ValueError, RecursionError):
+        text = f"a {type(content).__name__} that cannot be shown"
+    return "".join(sign if sign.isprintable() else "?" for sign in " ".join(text[:2000].split()))[:200]
 
 
 class _explained:
