@@ -105,6 +105,11 @@ def test_sharegpt_piece_without_its_predecessor_is_never_a_first_turn(before: di
     assert (cut.turns[0].turn_index, cut.turns[0].num_earlier_turns) == (1, 1)
 
 
+def test_sharegpt_number_of_thousands_of_digits_is_a_name() -> None:
+    name = "a_" + "1" * 5000
+    assert read(piece(name, "q", "a"), "sharegpt").chat_id == name
+
+
 def test_sharegpt_answers_of_other_assistants_are_no_rows() -> None:
     messages = [{"from": "human", "value": "q"}, {"from": "bard", "value": "a"}]
     with pytest.raises(Unusable) as caught:

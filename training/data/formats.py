@@ -34,6 +34,8 @@ COLUMNS = TOP_NAMES.union(
 )
 MODERATION_COLUMN = "openai_moderation"
 
+_MAX_DIGITS = 9  # of the number of a piece of a conversation
+
 KNOWN_FORMATS = {
     "lmsys": "conversation [{role, content}]",
     "sharegpt": "conversations [{from, value}]",
@@ -208,7 +210,8 @@ class ShareGPT:
 
 def _base_and_start(chat_id: str) -> tuple[str, int]:
     base, _, suffix = chat_id.rpartition("_")
-    return (base, int(suffix)) if base and suffix.isascii() and suffix.isdigit() else (chat_id, 0)
+    number = suffix.isascii() and suffix.isdigit() and len(suffix) <= _MAX_DIGITS
+    return (base, int(suffix)) if base and number else (chat_id, 0)
 
 
 def _messages(record: Record, column: str, location: str, problems: Problems) -> Chat:
