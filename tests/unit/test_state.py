@@ -199,7 +199,7 @@ def test_two_processes_of_one_number_never_write_a_broken_file(tmp_path: Path, m
             found.append(path.read_text())
     for thread in threads:
         thread.join()
-    assert len(found) > 10
+    assert len(found) > 2
     assert set(found) <= set(texts)
 
 
