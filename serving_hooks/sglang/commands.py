@@ -145,7 +145,7 @@ def running(url: str, key: str | None = None) -> list[Finding]:
             return [Finding(part, "failed", f"{url} wants {wanted} (HTTP {error.status}): give it with --api-key")]
         return [Finding(part, "failed", f"{url}/server_info does not answer as SGLang's does: {error}")]
     states = told.get("internal_states") if isinstance(told, dict) else None
-    if not isinstance(states, list):
+    if not isinstance(states, list | dict):
         return [Finding(part, "failed", f"{url}/server_info does not answer as SGLang's does: no internal_states")]
     found = []
     for number, state in enumerate(states):

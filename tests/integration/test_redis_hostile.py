@@ -128,15 +128,17 @@ def test_a_server_that_drops_counters_is_told_of_once(
     import redis as package
 
     server = RealRedis(tmp_path, "--maxmemory", "50mb", "--maxmemory-policy", policy).start()
-    replica = Replica(config(server.url))
-    package.Redis(port=server.port).client_kill_filter(_type="normal")  # another connection, and no other warning
-    replica.charge("a", 5)
-    wait_for(lambda: replica.store.flush(1))
-    found = [one.getMessage() for one in caplog.records if "maxmemory-policy" in one.getMessage()]
-    assert len(found) == warns
-    assert all(policy in line and "noeviction" in line for line in found)
-    replica.store.close(5)
-    server.kill()
+    try:
+        replica = Replica(config(server.url))
+        package.Redis(port=server.port).client_kill_filter(_type="normal")  # another connection, and no other warning
+        replica.charge("a", 5)
+        wait_for(lambda: replica.store.flush(1))
+        found = [one.getMessage() for one in caplog.records if "maxmemory-policy" in one.getMessage()]
+        assert len(found) == warns
+        assert all(policy in line and "noeviction" in line for line in found)
+        replica.store.close(5)
+    finally:
+        server.kill()
 
 
 def test_a_user_who_may_not_ask_for_the_policy_may_share(redis: RealRedis, client: Any) -> None:
