@@ -42,7 +42,7 @@ class Hostile:
     def __init__(self, **answers: object) -> None:
         self.models: bytes = MODELS
         self.event: bytes = EVENT
-        self.metrics = b""
+        self.metrics = b"\n"
         self.headers: dict[str, str] = {}
         self.status = 200
         self.pause_s = 0.0
