@@ -1,18 +1,18 @@
 """An ASGI middleware that may change what a request says before a server reads it, and nothing else.
 
-Bodies are read whole, as the servers do that lie behind; each message of the client comes to them as it would have
-without us, disconnects included. What cannot be read passes on byte by byte. Knows ASGI and JSON; no engine.
+A body is read whole up to a limit; of a larger one, what is added goes before its last brace while it streams through.
+Each message of the client comes to the server as it would have without us, disconnects included. What cannot be read
+passes on byte by byte. Knows ASGI and JSON; no engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 from mope.errors import UserError
-from mope.serving_hooks.carried import PREFIX, without_ours
 from mope.serving_hooks.guard import Guard
 
 Scope = MutableMapping[str, Any]
@@ -21,7 +21,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-CARRIERS = ("vllm_xargs", "extra_args", "custom_params")  # where engines take what is carried with a request
+MAX_READ = 32 * 2**20  # bytes of a body that are kept; more are let through
+_BLANKS = b" \t\r\n"  # of JSON
 
 
 class Post(NamedTuple):
@@ -29,13 +30,16 @@ class Post(NamedTuple):
 
     Attributes:
         scope: with its headers.
-        body: in place of the one that came; None for that one.
         send: takes the response.
+        body: in place of the one that came; None for that one.
+        more: JSON that is put before the last brace of the body that came, beginning with a comma. Where a name stands
+            twice in an object, the last one counts.
     """
 
     scope: Scope
-    body: bytes | None
     send: Send
+    body: bytes | None = None
+    more: bytes = b""
 
 
 class Refused(Exception):
@@ -66,7 +70,7 @@ class BodyMiddleware:
         """Lets go of what `begin` made."""
 
     def wants(self, scope: Scope) -> bool:
-        """Whether the body of a POST has to be read."""
+        """Whether the body of a POST has to be read. Others pass untouched."""
         raise NotImplementedError
 
     async def change(self, post: Post, body: bytes) -> Post:
@@ -77,14 +81,33 @@ class BodyMiddleware:
         """
         raise NotImplementedError
 
+    async def change_unread(self, post: Post) -> Post:
+        """A request whose body is larger than `MAX_READ`, as it is passed on: with more, but with no other body.
+
+        Raises:
+            Refused: it is not passed on.
+        """
+        raise NotImplementedError
+
+    def reads(self, scope: Scope) -> bool:
+        """Whether bodies are kept and read up to `MAX_READ`; else each counts as larger."""
+        return True
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI calls an application."""
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
-        elif scope["type"] == "http" and scope.get("method") == "POST" and self.wants(scope):
-            await self._post(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope.get("method") == "POST":
+            if not self._begun:  # a server that does not tell of its start
+                try:
+                    await self._begin(scope)
+                except UserError as error:
+                    self.guard.fail(error, "starting")
+            if self.wants(scope):
+                await self._post(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -112,27 +135,30 @@ class BodyMiddleware:
                 self._begun = True
 
     async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._begun:  # a server that does not tell of its start
-            try:
-                await self._begin(scope)
-            except UserError as error:
-                self.guard.fail(error, "starting")
-        messages = [await receive()]
-        while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
+        limit = MAX_READ if self.reads(scope) else 3  # the encoding shows in four bytes
+        messages, size = [await receive()], 0
+        while messages[-1]["type"] == "http.request":
+            size += len(messages[-1].get("body", b""))
+            if not messages[-1].get("more_body") or size > limit:
+                break
             messages.append(await receive())
-        post = Post(scope, None, send)
+        post = Post(scope, send)
         if messages[-1]["type"] == "http.request":
             try:
-                post = await self.change(post, b"".join(message.get("body", b"") for message in messages))
+                post = await self._changed(post, messages, whole=size <= limit)
             except Refused as refusal:
                 await _refuse(str(refusal), send)
                 return
             except Exception as error:
-                self.guard.fail(error, "reading a request")
+                self.guard.spoil(error, "reading a request")
         scope = post.scope
         if post.body is not None:
             messages = [{"type": "http.request", "body": post.body, "more_body": False}]
-            scope = _with_length(scope, len(post.body))
+            scope = _with_length(scope, lambda _: len(post.body or b""))
+        elif post.more:
+            scope = _with_length(scope, lambda said: said + len(post.more))
+            await self.app(scope, _Adding(messages, receive, post.more), post.send)
+            return
         coming = iter(messages)
 
         async def replay() -> Message:
@@ -140,6 +166,44 @@ class BodyMiddleware:
             return message if message is not None else await receive()
 
         await self.app(scope, replay, post.send)
+
+    async def _changed(self, post: Post, messages: list[Message], *, whole: bool) -> Post:
+        body = b"".join(message.get("body", b"") for message in messages)
+        post = await self.change(post, body) if whole else await self.change_unread(post)
+        if post.more and body and json.detect_encoding(body) not in ("utf-8", "utf-8-sig"):
+            raise Refused("JSON of this size has to be in UTF-8")
+        return post
+
+
+class _Adding:
+    """Passes a body on chunk by chunk, with more before its last brace."""
+
+    def __init__(self, messages: Iterable[Message], receive: Receive, more: bytes) -> None:
+        self._coming, self._receive, self._more = iter(messages), receive, more
+        self._held: list[bytes] = []  # a brace that may be the last one, and blanks behind it
+
+    async def __call__(self) -> Message:
+        """The next message."""
+        message = next(self._coming, None)
+        if message is None:
+            message = await self._receive()
+        if message["type"] != "http.request" or not self._more:
+            return message
+        body = message.get("body", b"")
+        if kept := body.rstrip(_BLANKS):  # the brace before it was not the last one
+            body = b"".join((*self._held, body))
+            kept = b"".join((*self._held, kept))
+            self._held.clear()
+            if kept.endswith(b"}"):
+                self._held.append(body[len(kept) - 1 :])
+                body = kept[:-1]
+        elif self._held:
+            self._held.append(body)
+            body = b""
+        if not message.get("more_body"):
+            body = b"".join((body, self._more if self._held else b"", *self._held))
+            self._more = b""
+        return {**message, "body": body}
 
 
 async def _refuse(message: str, send: Send) -> None:
@@ -155,10 +219,12 @@ def with_headers(scope: Scope, drop: bytes, add: bytes | None = None) -> Scope:
     return {**scope, "headers": kept if add is None else [*kept, (drop, add)]}
 
 
-def _with_length(scope: Scope, length: int) -> Scope:
+def _with_length(scope: Scope, length: Callable[[int], int]) -> Scope:
     """A scope with the length of a changed body, where the client had said one."""
-    said = str(length).encode()
-    headers = [(name, said if name.lower() == b"content-length" else value) for name, value in scope["headers"]]
+    headers = [
+        (name, str(length(int(value))).encode() if name.lower() == b"content-length" and value.isdigit() else value)
+        for name, value in scope["headers"]
+    ]
     return {**scope, "headers": headers}
 
 
@@ -195,32 +261,3 @@ def written(body: Mapping[str, Any]) -> bytes:
         return json.dumps(body, separators=(",", ":")).encode("ascii")
     except RecursionError:
         raise Refused("the JSON is nested too deeply") from None
-
-
-def may_hold(body: bytes, name: str) -> bool:
-    """Whether a name could stand in a body of JSON, which may be escaped or in UTF-16. A few ms for 32 MB."""
-    return name.encode() in body or b"\\u" in body or b"\0" in body[:4] or body[:2] in (b"\xff\xfe", b"\xfe\xff")
-
-
-def strip(found: dict[str, Any]) -> bool:
-    """Removes what only the front end may say, wherever engines look for it; whether there was any."""
-    forged = False
-    inside: list[Any] = [found]
-    while inside:
-        part = inside.pop()
-        if isinstance(part, list):
-            inside.extend(item for item in part if isinstance(item, dict | list))
-            continue
-        for key, value in part.items():
-            if key in CARRIERS and isinstance(value, dict) and any(name.startswith(PREFIX) for name in value):
-                part[key], forged = without_ours(value), True
-            elif isinstance(value, dict | list):
-                inside.append(value)
-    return forged
-
-
-def without_forged(body: bytes) -> bytes | None:
-    """A body without what only the front end may say; None if there is nothing of it, or no JSON."""
-    if not may_hold(body, PREFIX) or (found := parsed(body)) is None:
-        return None
-    return written(found) if strip(found) else None

@@ -15,11 +15,15 @@ from mope.reader import number, read_flags, read_messages
 from mope.request import Request, message_text
 from mope.token_estimate import estimate_tokens
 
-Kind = Literal["completions", "chat", "responses", "messages", "other"]
+Kind = Literal["completions", "chat", "batch", "responses", "messages", "other"]
 
 COMPLETION_TOKENS = 16  # cap of a text completion that names none, as OpenAI and engines have it
 MAX_PROMPTS = 32  # prompts of one request that are predicted; of more, evenly spaced ones stand for all
 MAX_ANSWERS = 10_000  # answers that one request is taken to ask for
+MAX_PARSED = 4 * 2**20  # bytes of JSON that are parsed, some 10 ms; `data:` URLs do not count
+MAX_PARTS = 200_000  # objects, lists and items in it
+_MAX_URLS = 256  # that are looked for
+_CHARS_PER_TOKEN = 4  # of what is priced by its size
 
 
 class Asked(NamedTuple):
@@ -43,6 +47,40 @@ def kind_of(body: Mapping[str, Any]) -> Kind:
     return "chat" if "messages" in body else "completions" if "prompt" in body else "other"
 
 
+def readable(body: bytes) -> bytes | None:
+    """A body as it is parsed, with the `data:` URLs of images cut short; None if that would take long."""
+    parts: list[bytes] = []
+    start = 0
+    while len(parts) < _MAX_URLS and (at := body.find(b";base64,", start)) >= 0:
+        end = body.find(b'"', at)
+        if end < 0:
+            break
+        parts.append(body[start:at])
+        start = end
+    short = b"".join((*parts, body[start:])) if parts else body
+    if len(short) > MAX_PARSED or sum(map(short.count, (b"[", b"{", b","))) > MAX_PARTS:
+        return None
+    return short
+
+
+def size_tokens(body: Any) -> int:
+    """Tokens of everything in a body, by its size: texts wherever they stand, and token ids. `data:` URLs count little.
+
+    For prices: what is not understood is not free.
+    """
+    characters, inside = 0, [body]
+    while inside:
+        part = inside.pop()
+        if isinstance(part, str):
+            characters += len(part) if not part.startswith("data:") else min(len(part), 1024)
+        elif isinstance(part, list):
+            characters += _CHARS_PER_TOKEN * len(part)
+            inside.extend(part)
+        elif isinstance(part, dict):
+            inside.extend(part.values())
+    return characters // _CHARS_PER_TOKEN
+
+
 def read(kind: Kind, body: Mapping[str, Any], target_llm: str | None, **facts: Any) -> Asked:
     """What a body asks for. Never raises for what a caller wrote. Some ten microseconds.
 
@@ -53,14 +91,20 @@ def read(kind: Kind, body: Mapping[str, Any], target_llm: str | None, **facts: A
         **facts: what the operator says of it: `llm_family`, `llm_size`, `llm_reasoning`, `llm_year`.
     """
     flags = {**read_flags(body), **facts, "target_llm": target_llm}
-    count = number(body.get("n"))
-    num_answers = min(int(count), MAX_ANSWERS) if count is not None and count >= 1 else 1
+    count = max(1.0, *(number(body.get(name)) or 1.0 for name in ("n", "best_of")))
+    num_answers = int(min(count, MAX_ANSWERS))
     if kind == "completions":
         flags.setdefault("max_tokens", COMPLETION_TOKENS)
         return _completions(body.get("prompt"), flags, num_answers)
-    cap = flags.get("max_tokens")
+    if kind == "batch":
+        return _batch(body, flags, num_answers)
     if kind == "responses":  # whose server reads no messages
         body = {name: value for name, value in body.items() if name != "messages"}
+    return _conversation(body, flags, num_answers)
+
+
+def _conversation(body: Mapping[str, Any], flags: dict[str, Any], num_answers: int) -> Asked:
+    cap = flags.get("max_tokens")
     try:
         messages = read_messages(body)
         tokens = estimate_tokens("\n".join(message_text(message["content"]) for message in messages))
@@ -71,6 +115,20 @@ def read(kind: Kind, body: Mapping[str, Any], target_llm: str | None, **facts: A
     except DataError:  # no message of a user
         return Asked((), tokens, num_answers, cap)
     return Asked((request,) if has_text(request) else (), tokens, num_answers, cap)
+
+
+def _batch(body: Mapping[str, Any], flags: dict[str, Any], count: int) -> Asked:
+    """Of several conversations, as `/v1/chat/completions/batch` takes them."""
+    messages = body.get("messages")
+    conversations = messages if isinstance(messages, list) else []
+    step = max(1, -(-len(conversations) // MAX_PROMPTS))
+    asked = [_conversation({**body, "messages": one}, flags, count) for one in conversations[::step]]
+    return Asked(
+        tuple(request for one in asked for request in one.requests),
+        step * sum(one.prompt_tokens for one in asked),
+        min(count * max(len(conversations), 1), MAX_ANSWERS),
+        flags.get("max_tokens"),
+    )
 
 
 def _completions(prompt: Any, flags: dict[str, Any], count: int) -> Asked:

@@ -7,6 +7,7 @@ and predictors; no engine and no HTTP.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -21,8 +22,10 @@ from mope.request import Request
 from mope.serving import ServingPredictor
 from mope.serving_hooks.bodies import Asked, Kind, read
 from mope.serving_hooks.carried import Carried, pack
+from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.identity import Headers, Identity
 from mope.serving_hooks.options import NO_PREDICTOR, HookOptions
+from mope.serving_hooks.turns import Turns
 
 if TYPE_CHECKING:
     from mope.prediction import LengthPrediction
@@ -37,6 +40,10 @@ OUTCOMES = {
     "fallback:error": "failed",
     "fallback:no text": "no_text",
 }
+
+
+PLACES_ON_CPU, PLACES_ON_GPU = 4, 64  # predictions at the same time: what keeps threads busy and fills batches
+MOST_WAITING, MOST_IN_ALL = 64, 1024  # predictions that wait for one client, and for all
 
 
 class Predicted(NamedTuple):
@@ -83,23 +90,28 @@ class Front:
         self._predictor = predictor
         self.corrector = predictor.corrector if predictor is not None else None
         self._serving = ServingPredictor(predictor) if predictor is not None else None
+        on_cpu = predictor is None or predictor.device == "cpu"
+        self._turns = Turns(PLACES_ON_CPU if on_cpu else PLACES_ON_GPU, MOST_WAITING, MOST_IN_ALL)
         self._requests: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self._latencies = [0] * (len(BOUNDS_S) + 1)
         self._latency_s = 0.0
 
     @classmethod
-    def load(cls, options: HookOptions, identity: Identity, names: Sequence[str] = ()) -> Front:
-        """With the predictor that the options name. Reads from the disk.
+    def load(
+        cls, options: HookOptions, identity: Identity, names: Sequence[str] = (), *, logger: logging.Logger
+    ) -> Front:
+        """With the predictor that the options name. Reads from the disk. One that cannot be loaded is logged."""
+        predictor: LengthPredictor | None = None
+        if options.predictor != NO_PREDICTOR:
+            from mope.predictor import LengthPredictor
 
-        Raises:
-            UserError: there is no such predictor, or it needs what is not installed.
-        """
-        if options.predictor == NO_PREDICTOR:
-            return cls(options, identity, None, names)
-        from mope.predictor import LengthPredictor
-
-        return cls(options, identity, LengthPredictor.from_pretrained(options.predictor), names)
+            try:
+                predictor = LengthPredictor.from_pretrained(options.predictor)
+            except Exception as error:  # whatever a damaged folder brings about
+                said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                logger.error("mope predicts nothing, clients are told apart as before: %s", said)
+        return cls(options, identity, predictor, names)
 
     def count(self, name: str) -> None:
         """Notes a request, by its path or what was done with it."""
@@ -116,33 +128,48 @@ class Front:
         """Whether `client` needs the body."""
         return self._identity.reads_body
 
-    async def carried(self, kind: Kind, headers: Headers, body: Mapping[str, Any]) -> Carried:
-        """What is carried with a request.
+    def admits(self, headers: Headers) -> bool:
+        """Whether a request is one to work for, see `Identity.admits`."""
+        return self._identity.admits(headers)
+
+    async def carried(self, kind: Kind, headers: Headers, body: Mapping[str, Any], guard: Guard) -> Carried:
+        """What is carried with a request. Without a prediction it still has its client.
 
         Args:
             kind: whose JSON it is.
             headers: of the request.
             body: its JSON.
+            guard: notes what goes wrong.
         """
-        client = self.client(headers, body)
+        client = guard.attempt(lambda: self.client(headers, body), None, "finding a client")
         if self._serving is None or kind == "other":
             return Carried(client)
-        predicted = await self.predict(self.read(kind, body))
+        try:
+            predicted = await self.predict(self.read(kind, body), client)
+        except Exception as error:
+            guard.spoil(error, "predicting")
+            return Carried(client)
         return Carried(client, *predicted) if predicted is not None else Carried(client)
 
     def read(self, kind: Kind, body: Mapping[str, Any]) -> Asked:
         """What a request asks for."""
         return read(kind, body, self.target_llm, **self._facts)
 
-    async def predict(self, asked: Asked) -> Predicted | None:
-        """What is predicted for a request, within the deadline; None if nothing is."""
+    async def predict(self, asked: Asked, client: str | None = None) -> Predicted | None:
+        """What is predicted for a request, within the deadline; None if nothing is.
+
+        Args:
+            asked: see `read`.
+            client: who sent it. Clients take turns at the predictor.
+        """
         if self._serving is None or not asked.requests:
             return None
         started = time.perf_counter()
         if len(asked.requests) == 1:
-            answers = [await self._answer(self._serving, asked.requests[0])]
+            answers = [await self._answer(self._serving, asked.requests[0], client)]
         else:
-            answers = list(await asyncio.gather(*(self._answer(self._serving, request) for request in asked.requests)))
+            tasks = (self._answer(self._serving, request, client) for request in asked.requests)
+            answers = list(await asyncio.gather(*tasks))
         found = [answer for answer in answers if answer is not None and answer.source == "model"]
         predicted = self._joined(found) if found else None
         seconds = time.perf_counter() - started
@@ -150,12 +177,23 @@ class Front:
         self._latency_s += seconds
         return predicted
 
-    async def _answer(self, serving: ServingPredictor, request: Request) -> LengthPrediction | None:
+    async def _answer(self, serving: ServingPredictor, request: Request, client: str | None) -> LengthPrediction | None:
+        deadline_s = self.options.deadline_ms / 1000
+        came_s = time.monotonic()
         try:
-            answer = await serving.predict(request, deadline_s=self.options.deadline_ms / 1000)
+            if not self._turns.at_once() and not await asyncio.wait_for(self._turns.take(client), deadline_s):
+                self._outcomes["overload"] += 1
+                return None
+        except (asyncio.TimeoutError, TimeoutError):  # one class only since Python 3.11
+            self._outcomes["late"] += 1
+            return None
+        try:
+            answer = await serving.predict(request, deadline_s=deadline_s - (time.monotonic() - came_s))
         except UserError:  # a request that no predictor reads, or a server that is ending
             self._outcomes["failed"] += 1
             return None
+        finally:
+            self._turns.leave()
         self._outcomes[OUTCOMES.get(answer.source, "failed")] += 1
         return answer
 

@@ -1,8 +1,9 @@
 """Who sent a request: derived from what the operator trusts, never from what a caller may choose.
 
-An API key counts if it is in the operator's file, or if somebody checks keys: the server itself, or a gateway that
-`identity="header"` with `client_header="authorization"` speaks of. Any other key may be made up anew for each request,
-so those who send one share an account with those who send none. Knows HTTP headers and JSON bodies; no engine.
+An API key counts if it is one of the server's own or in the operator's file, on any path, since engines leave some
+paths unguarded. With `identity="header"` and `client_header="authorization"` a gateway checks keys. Callers could make
+up any other key anew for each request: all of those share one client with the requests that have no key. Knows HTTP
+headers and JSON bodies; no engine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -26,6 +28,7 @@ Headers = Iterable[tuple[bytes, bytes]]  # as ASGI has them: names in lower case
 CHECK_S = 1.0  # seconds between two looks at whether the file of keys has changed
 _AUTHORIZATION = b"authorization"
 _API_KEY = b"x-api-key"  # Anthropic's clients send it; no engine checks it, so it counts only if the file knows it
+_SECRET = re.compile(rb"auth(orization)?$|api-?key|(auth|access)-?key|cookie|token|secret|password|credential|jwt")
 _SHA256 = re.compile(r"sha256:[0-9A-Fa-f]{64}")
 
 
@@ -89,23 +92,40 @@ class Identity:
         keys: the file of API keys, if there is one.
     """
 
-    def __init__(self, options: HookOptions, *, keys_checked: bool, logger: logging.Logger) -> None:
+    def __init__(
+        self, options: HookOptions, *, secret: bytes, logger: logging.Logger, server_keys: Iterable[str] = ()
+    ) -> None:
         """Reads the file of API keys, if there is one.
 
         Args:
             options: `identity`, `client_header` and `api_keys` of them.
-            keys_checked: whether the server refuses requests whose key it does not know.
+            secret: of the server, at most 64 bytes. Keys are named by it, so that names do not help to guess keys.
             logger: for news of the file.
+            server_keys: the API keys that the server itself accepts; without any it accepts all requests.
 
         Raises:
             ConfigError: a file of API keys that cannot be used.
         """
         self._source, self._header = options.identity, options.client_header.lower().encode("ascii")
-        by_header = self._source == "header" and self._header == _AUTHORIZATION
-        self._by_key = self._source == "api-key" or by_header
-        self._keys_checked = keys_checked or by_header
+        self._by_gateway = self._source == "header" and self._header == _AUTHORIZATION
+        self._by_key = self._source == "api-key" or self._by_gateway
+        self._hides = _SECRET.search(self._header) is not None
+        self._server_keys = frozenset(digest(key) for key in server_keys if key)
+        self._secret = secret
         self.keys = ApiKeys(options.api_keys) if options.api_keys is not None and self._by_key else None
         self._logger, self._checking, self._next_check_s = logger, Lock(), 0.0
+
+    def admits(self, headers: Headers) -> bool:
+        """Whether a request is one to work for: it has a known key, or the server asks for none.
+
+        The server may still refuse it, or accept others on paths that it leaves unguarded.
+        """
+        if not self._server_keys:
+            return True
+        key = _bearer(headers)
+        if key is not None and (found := digest(key)) and (found in self._server_keys or self._in_file(found)):
+            return True
+        return self._of_file(_only(headers, _API_KEY)) is not None
 
     @property
     def reads_body(self) -> bool:
@@ -122,7 +142,8 @@ class Identity:
         if self._by_key:
             return self._of_key(_bearer(headers)) or self._of_file(_only(headers, _API_KEY))
         if self._source == "header":
-            return _named(_only(headers, self._header))
+            name = _only(headers, self._header)
+            return self._name_of(name) if name and self._hides else _named(name)
         if self._source == "user":
             user = body.get("user")
             return _named(user if isinstance(user, str) else None)
@@ -131,13 +152,22 @@ class Identity:
     def _of_key(self, key: str | None) -> str | None:
         if not key:
             return None
-        client = self._of_file(key)
-        if client is None and self._keys_checked:
-            client = f"key-{digest(key)[:12]}"
+        found = digest(key)
+        client = self._in_file(found)
+        if client is None and (self._by_gateway or found in self._server_keys):
+            client = self._name_of(key)
         return client
 
     def _of_file(self, key: str | None) -> str | None:
-        return self.keys.client(digest(key)) if key and self.keys is not None else None
+        return self._in_file(digest(key)) if key and self.keys is not None else None
+
+    def _in_file(self, found: str) -> str | None:
+        return self.keys.client(found) if self.keys is not None else None
+
+    def _name_of(self, key: str) -> str:
+        """A name that tells nothing of a key: 64 bits, which nobody can compute without the server's secret."""
+        name = blake2b(key.encode("utf-8", "surrogatepass"), key=self._secret, digest_size=8, person=b"mope client")
+        return f"key-{name.hexdigest()}"
 
     def due(self) -> bool:
         """Whether `refresh` should be called, away from the event loop. At most once in `CHECK_S`."""
@@ -155,10 +185,11 @@ class Identity:
     def __str__(self) -> str:
         if not self._by_key:
             name = f" {self._header.decode()}" if self._source == "header" else ""
-            return f"{self._source}{name}"
+            return f"{self._source}{name}{', named by a hash' if name and self._hides else ''}"
         known = f"{len(self.keys)} keys of {self.keys.path}" if self.keys is not None else "no file of keys"
-        others = "others by their hash" if self._keys_checked else "others anonymous, for nobody checks their keys"
-        return f"API key, {known}, {others}"
+        if self._by_gateway:
+            return f"API key, {known}, others by a hash of theirs, which a gateway checks"
+        return f"API key, {known}, {len(self._server_keys)} of the server, all others anonymous"
 
 
 def _bearer(headers: Headers) -> str | None:

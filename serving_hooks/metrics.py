@@ -21,6 +21,7 @@ from mope.errors import UserError
 from mope.fairness.accounts import Account, Group
 from mope.fairness.charges import UNIT
 from mope.fairness.clients import client_path
+from mope.serving_hooks.carried import seals
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.metrics_port import Exporter as Exporter
 from mope.serving_hooks.steward import Steward
@@ -208,6 +209,11 @@ class StewardCollector:
             "mope_clamped",
             "Numbers from outside that were impossible and were replaced.",
             value=policy.estimator.num_clamped,
+        )
+        yield CounterMetricFamily(
+            "mope_unsealed",
+            "Requests whose client and prediction were dropped, because the front end had not sealed them.",
+            value=seals.num_refused,
         )
         yield CounterMetricFamily(
             "mope_learned", "Finished requests that were learned from.", value=lengths.num_observed

@@ -38,13 +38,21 @@ class HookOptions(FairnessConfig):
         "a gateway in front sets it and callers cannot; `none` for one client",
     )
     client_header: str = Field(
-        "x-client-id", pattern=r"^[A-Za-z0-9-]+$", description="of identity `header`: its name; lower or upper case"
+        "x-client-id",
+        pattern=r"^[A-Za-z0-9-]+$",
+        description="of identity `header`: its name, lower or upper case; "
+        "if the name says that its value is secret, such as `x-api-key` or `cookie`, clients are named by a hash",
     )
     api_keys: Path | None = Field(
         None,
         description="JSON file that maps an API key, or the `sha256:` of one, to a client such as `acme/alice`; a key "
-        "that is not in it is a client of its own, named by a part of its hash, where the server checks keys, and "
-        "nobody's where it does not",
+        "of the server that is not in it gets a name such as `key-0123456789abcdef`; all other keys count as none",
+    )
+    secret: str | None = Field(
+        None,
+        pattern=r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:.+)$",
+        description="where the server's processes find the secret that they share, `env:NAME` or `file:/path`; for "
+        "servers on several machines; by default one is drawn and kept next to `state` or in a private folder",
     )
     predictor: str = Field(
         "chat-small", description="packaged predictor, folder or Hub id that predicts lengths; `none` for no prediction"
@@ -133,6 +141,8 @@ class HookOptions(FairnessConfig):
             name = ".".join(map(str, first["loc"]))
             said = first["msg"].removeprefix("Value error, ")
             got = "" if not name else f": {name}" if name == "store" else f": {name} is {first['input']!r:.80}"
+            if name == "secret":  # perhaps the secret itself
+                got, said = ": secret", "expected `env:NAME` or `file:/path`, not the secret itself"
             raise ConfigError(f"{where}{got}: {said}; `mope doctor options` lists all options") from error
         wrong = chosen._mistake()
         if wrong is not None:

@@ -313,7 +313,7 @@ def _corrector(options: HookOptions) -> Corrector | None:
         return None
     try:
         return Corrector.load(options.predictor)
-    except UserError as error:
+    except Exception as error:  # whatever a damaged folder brings about
         logger.error("mope corrects no predictions by finished requests: %s", error)
         return None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from mope.serving_hooks.carried import Carried
+
 
 class FINISH_LENGTH:
     """Why a request ended."""
@@ -26,11 +28,7 @@ class Req:
         rid: str = "same",
         **parameters: Any,
     ) -> None:
-        carried: dict[str, Any] = {}
-        if client is not None:
-            carried["mope_client"] = client
-        if predicted is not None:
-            carried["mope_tokens"] = predicted
+        carried = Carried(client, predicted).write()
         self.rid = rid
         self.sampling_params = SimpleNamespace(
             **{"max_new_tokens": cap, "custom_params": carried or None, "ignore_eos": False, **parameters}

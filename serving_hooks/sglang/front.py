@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mope.errors import UserError
+from mope.serving_hooks import secret
 from mope.serving_hooks.bodies import Kind
-from mope.serving_hooks.carried import Carried, without_ours
+from mope.serving_hooks.carried import Carried, seals, without_ours
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.lengths import Lengths
 from mope.serving_hooks.options import HookOptions
@@ -31,7 +32,7 @@ from mope.serving_hooks.sglang.settings import VARIABLE, read_options
 from mope.serving_hooks.state import Keeper, in_pieces, take_up
 
 if TYPE_CHECKING:
-    from mope.serving_hooks.front import Front
+    from mope.serving_hooks.front import Predicted
     from mope.serving_hooks.identity import Headers
 
 CONVERSATIONS: dict[str, Kind] = {  # paths whose JSON says more than the text that SGLang makes of it
@@ -51,22 +52,22 @@ class FrontEnd:
 
     Attributes:
         options: what the operator chose.
-        guard: of all that is ours here; once it fails, requests go on without client and prediction.
+        guard: of all that is ours here; what goes wrong with one request costs that one its client and prediction.
         front: finds clients and predicts.
         lengths: corrects predictions by finished requests.
         num_stripped: requests that came with what only we may write.
     """
 
     def __init__(self, server_args: Any, options: HookOptions) -> None:
-        """Reads the file of keys and loads the predictor.
+        """Reads the secret and the file of keys, and loads the predictor.
 
         Args:
             server_args: SGLang's.
             options: what the operator chose.
 
         Raises:
-            ConfigError: a file of keys that cannot be used. A predictor that cannot be loaded is told, and requests
-                go without predictions.
+            ConfigError: a secret or a file of keys that cannot be used. A predictor that cannot be loaded is logged,
+                and requests go without predictions.
         """
         from mope.serving_hooks.front import Front
         from mope.serving_hooks.identity import Identity
@@ -74,13 +75,12 @@ class FrontEnd:
         self.options = options
         self.guard = Guard(logger)
         self.num_stripped = 0
-        identity = Identity(options, keys_checked=bool(server_args.api_key), logger=logger)
+        shared = secret.load(options)
+        seals.use(shared)
+        keys = [key for name in ("api_key", "admin_api_key") if (key := getattr(server_args, name, None))]
+        identity = Identity(options, secret=shared, logger=logger, server_keys=keys)
         names = [str(name) for name in (server_args.served_model_name, server_args.model_path) if name]
-        try:
-            self.front: Front = Front.load(options, identity, names)
-        except UserError as error:
-            logger.error("mope predicts nothing, clients are told apart as before: %s", error)
-            self.front = Front(options, identity, None, names)
+        self.front = Front.load(options, identity, names, logger=logger)
         # the front end predicts with the corrector that learns here: its predictions come corrected
         self.lengths = Lengths(self.front.corrector if options.recalibrate else None)
         self._keeper: Keeper | None = None
@@ -111,8 +111,26 @@ class FrontEnd:
         """
         path, headers, body = await _http(request)
         texts = obj.text if isinstance(obj.text, list) else [obj.text] if isinstance(obj.text, str) else []
-        client = SERVER if path in _HEALTH else self.front.client(headers, body)
+        client = SERVER if path in _HEALTH else self._client(headers, body)
         self.front.count(path)
+        try:
+            predicted = await self._predicted(obj, path, body, texts, client)
+        except Exception as error:
+            self.guard.spoil(error, "predicting")
+            predicted = []
+        carried = [
+            Carried(client, *one) if one is not None and isfinite(one.tokens) else Carried(client) for one in predicted
+        ]
+        carried = carried or [Carried(client)]
+        _write(obj, [one._replace(raw=None, answering=None) for one in carried])
+        return carried
+
+    def _client(self, headers: Headers, body: Mapping[str, Any]) -> str | None:
+        return self.guard.attempt(lambda: self.front.client(headers, body), None, "finding a client")
+
+    async def _predicted(
+        self, obj: Any, path: str, body: Mapping[str, Any], texts: Sequence[str], client: str | None
+    ) -> list[Predicted | None]:
         if path in CONVERSATIONS:
             asked = [self.front.read(CONVERSATIONS[path], body)]
         elif path in _HEALTH:
@@ -123,15 +141,8 @@ class FrontEnd:
                 for place, text in enumerate(texts)
             ]
         if len(asked) == 1:
-            predicted = [await self.front.predict(asked[0])]
-        else:
-            predicted = list(await asyncio.gather(*(self.front.predict(one) for one in asked)))
-        carried = [
-            Carried(client, *one) if one is not None and isfinite(one.tokens) else Carried(client) for one in predicted
-        ]
-        carried = carried or [Carried(client)]
-        _write(obj, [one._replace(raw=None, answering=None) for one in carried])
-        return carried
+            return [await self.front.predict(asked[0], client)]
+        return list(await asyncio.gather(*(self.front.predict(one, client) for one in asked)))
 
     @staticmethod
     def _as_body(obj: Any, place: int, text: str) -> dict[str, Any]:
@@ -173,11 +184,22 @@ class FrontEnd:
             self._keeper.close()
 
     def strip(self, obj: Any) -> None:
-        """Removes what only we may write."""
+        """Removes what only we may write, and what would hide it.
+
+        Raises:
+            ValueError: `custom_params` are no object; SGLang answers 400.
+        """
         given = obj.sampling_params
         for parameters in given if isinstance(given, list) else [given]:
-            params = parameters.get("custom_params") if isinstance(parameters, dict) else None
-            if isinstance(params, Mapping) and len(kept := without_ours(params)) < len(params):
+            if not isinstance(parameters, dict):
+                continue
+            params = parameters.get("custom_params")
+            if not params:  # SGLang takes 0, "" and [] for none
+                if params is not None:
+                    parameters["custom_params"] = None
+            elif not isinstance(params, Mapping):
+                raise ValueError(f"custom_params: expected an object, got {type(params).__name__}")
+            elif len(kept := without_ours(params)) < len(params):
                 parameters["custom_params"] = kept or None
                 self.num_stripped += 1
 
@@ -202,10 +224,7 @@ def _with(parameters: Any, carried: Carried) -> Any:
     written = carried.write()
     if not written or not isinstance(parameters, Mapping):
         return parameters
-    before = parameters.get("custom_params")
-    if before is not None and not isinstance(before, Mapping):
-        return parameters  # which SGLang will refuse
-    return {**parameters, "custom_params": {**(before or {}), **written}}
+    return {**parameters, "custom_params": {**(parameters.get("custom_params") or {}), **written}}
 
 
 async def _http(request: Any) -> tuple[str, Headers, Mapping[str, Any]]:
@@ -248,9 +267,9 @@ async def generate_request(
             try:
                 carried = await end.prepare(obj, request)
             except Exception as error:
-                end.guard.fail(error, "reading a request")
+                end.guard.spoil(error, "reading a request")
     async with aclosing(original(manager, obj, request, *args, **kwargs)) as outputs:
         async for output in outputs:
             if end is not None and carried:
-                end.guard.run(partial(end.saw, carried, output), None, "learning from an answer")
+                end.guard.attempt(partial(end.saw, carried, output), None, "learning from an answer")
             yield output

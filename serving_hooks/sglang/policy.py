@@ -21,8 +21,8 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from mope.fairness import IDLE, Load
-from mope.serving_hooks import metrics
-from mope.serving_hooks.carried import Carried
+from mope.serving_hooks import metrics, secret
+from mope.serving_hooks.carried import Carried, seals
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import compat
@@ -66,7 +66,7 @@ class FairScheduling:
         queued: requests that wait, by our id.
         running: requests that were admitted and have not ended, by our id.
         rank: which of the schedulers this is.
-        bypassed: why what is carried with requests may be a caller's word; None if only our front end writes it.
+        bypassed: why no front end of ours writes what is carried with requests; None if one does.
         metrics: what serves them; None if nobody asked.
     """
 
@@ -84,6 +84,11 @@ class FairScheduling:
         self.scheduler = scheduler
         self.rank = compat.ranks(scheduler)
         self.bypassed = compat.bypassed_front(server_args)
+        # ranks on other machines have no common secret unless they were given one, and ranks that disagree on a seal
+        # corrupt answers: there the front end's removing of what callers wrote has to do
+        self._sealed = self.rank.nodes == 1
+        if self._sealed:
+            seals.use(secret.load(options))
         self.guard = Guard(logger, self._give_up)
         self.steward = Steward(self._own(options))
         if not self.rank.first:  # the first rank keeps the state and speaks for all
@@ -163,7 +168,9 @@ class FairScheduling:
         self._number += 1
         parameters = req.sampling_params
         cap = getattr(parameters, "max_new_tokens", None)
-        carried = Carried.read(getattr(parameters, "custom_params", None)) if not self.bypassed else Carried()
+        carried = Carried()
+        if not self.bypassed:
+            carried = Carried.read(getattr(parameters, "custom_params", None), sealed=self._sealed)
         known: float | None = None
         if cap is not None and getattr(parameters, "ignore_eos", False):
             known = float(max(cap, 1))
@@ -340,6 +347,7 @@ class FairScheduling:
             "policy": steward.options.policy,
             "on": self.guard.ok,
             "failure": self.guard.failure,
+            "unsealed": seals.num_refused,
             "waiting": len(self.queued),
             "running": len(self.running),
             "front_end": self.bypassed or "hooked",

@@ -1,22 +1,23 @@
 """vLLM's front end: two ASGI middlewares that say who sent a request, and how long its answer is predicted to be.
 
-`Middleware` tells mope's scheduler, by `vllm_xargs`; `PriorityMiddleware` tells vLLM's own, by `priority`. Each removes
-what a caller wrote there. vLLM adds a `--middleware` as the outermost one, so it sees requests whose key is refused
-behind it. Knows vLLM's paths and fields; imports no engine.
+`Middleware` tells mope's scheduler, by `vllm_xargs`, under a seal that callers cannot make; `PriorityMiddleware` tells
+vLLM's own, by `priority`, in place of what a caller wrote there. vLLM adds a `--middleware` as the outermost one, so it
+sees requests whose key is refused behind it: for those nothing is read or predicted. Knows vLLM's paths and fields;
+imports no engine.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
-from importlib import import_module
 from typing import Any
 
 from mope.errors import ConfigError
 from mope.fairness.charges import MAX_TOKENS, Service, weighted_tokens
+from mope.serving_hooks import secret
 from mope.serving_hooks.asgi import (
+    MAX_READ,
     App,
     BodyMiddleware,
     Message,
@@ -25,16 +26,13 @@ from mope.serving_hooks.asgi import (
     Scope,
     Send,
     header,
-    may_hold,
     parsed,
     path_of,
-    strip,
     with_headers,
-    without_forged,
     written,
 )
-from mope.serving_hooks.bodies import Asked, Kind, kind_of
-from mope.serving_hooks.carried import PREFIX, Carried
+from mope.serving_hooks.bodies import Asked, Kind, kind_of, readable, size_tokens
+from mope.serving_hooks.carried import seals, without_ours
 from mope.serving_hooks.front import Front, Predicted
 from mope.serving_hooks.front_metrics import FrontCollector, FrontWriter, front_collector
 from mope.serving_hooks.guard import Guard
@@ -44,10 +42,10 @@ from mope.serving_hooks.start_time import StartTimeTags
 from mope.serving_hooks.steward import ANYBODY
 from mope.serving_hooks.vllm.settings import (
     hook_options,
-    keys_checked,
     llm_names,
     num_api_servers,
     orders_by_priority,
+    server_keys,
 )
 
 PATHS: dict[str, Kind | None] = {  # of what generates text; None where the body has to tell its kind
@@ -57,18 +55,19 @@ PATHS: dict[str, Kind | None] = {  # of what generates text; None where the body
     "/v1/messages": "messages",
     "/invocations": None,
     "/inference/v1/generate": "other",
-    "/v1/chat/completions/batch": "other",
+    "/v1/chat/completions/batch": "batch",
     "/generative_scoring": "other",
     "/v1/systemone": "other",
     "/cohere/v2/chat": "other",
 }
 FORMS = ("/v1/audio/transcriptions", "/v1/audio/translations")  # the only ones that carry `vllm_xargs` in a form
 TOKENS_IN = "/inference/v1/generate"  # its `sampling_params` are vLLM's own
-MAX_PREDICTED = 32 * 2**20  # bytes of a body; a larger one is images, and gets no prediction
+MAX_REWRITTEN = 2**20  # bytes of a body that is written anew; to a larger one, more is added
 PRIORITY_HEADER = b"x-vllm-priority"  # of vLLM 0.28 and later: wins over the body's `priority`
 
 _logger = logging.getLogger("vllm.mope")  # below vLLM's own logger, whose handlers show it
-_MAY_NAME_XARGS = re.compile(rb"xargs|name\s*\*", re.IGNORECASE)
+_CHARSET = re.compile(r"charset[^=]*=\s*[\"']?([^\s;\"']*)")
+_UTF_8 = ("utf-8", "utf8", "us-ascii", "ascii")
 
 
 class _VllmMiddleware(BodyMiddleware):
@@ -83,14 +82,17 @@ class _VllmMiddleware(BodyMiddleware):
         """Reads the options and loads the predictor.
 
         Raises:
-            UserError: options, a file of keys or a predictor that cannot be used.
+            UserError: options, a secret or a file of keys that cannot be used.
         """
         state = getattr(scope.get("app"), "state", None)
         config, arguments = getattr(state, "vllm_config", None), getattr(state, "args", None)
         options = hook_options(config, arguments)
-        identity = Identity(options, keys_checked=keys_checked(arguments), logger=_logger)
+        shared = secret.load(options)
+        seals.use(shared)
+        identity = Identity(options, secret=shared, logger=_logger, server_keys=server_keys(arguments))
         names = llm_names(config, arguments)
-        self.front = await asyncio.get_running_loop().run_in_executor(None, Front.load, options, identity, names)
+        loop = asyncio.get_running_loop()
+        self.front = await loop.run_in_executor(None, lambda: Front.load(options, identity, names, logger=_logger))
         _logger.info("mope %s: %s", type(self).__name__, self.front)
         self._shown = front_collector(self.front.snapshot, options)  # beside vLLM's own, at its /metrics
 
@@ -102,33 +104,70 @@ class _VllmMiddleware(BodyMiddleware):
             self.front.close()
 
     def wants(self, scope: Scope) -> bool:
-        """Bodies of JSON on any path, for any may carry what is forged; forms where vLLM takes them."""
+        """What generates text, unless it comes without a known key where keys are asked for."""
         path = path_of(scope)
-        if path in PATHS or path in FORMS:
-            return True
-        kind = header(scope, b"content-type")
-        return not kind or "json" in kind
+        return path in FORMS or (path in PATHS and self.admits(scope))
+
+    def admits(self, scope: Scope) -> bool:
+        """Whether it is a request to work for."""
+        return self.front is not None and self.front.admits(scope["headers"])
+
+    def reads(self, scope: Scope) -> bool:
+        """Forms are passed on as they come: what they say of us has no seal."""
+        return path_of(scope) not in FORMS
 
     async def change(self, post: Post, body: bytes) -> Post:
-        """Reads what is known, and removes what is forged from the rest.
-
-        Raises:
-            Refused: a form holds what is forged.
-        """
+        """Reads what is known."""
         path = path_of(post.scope)
         if path in FORMS:
-            if await _forged_form(post.scope, body):
-                raise Refused(f"vllm_xargs: keys that begin with {PREFIX} are not for callers")
+            return self.form(post)
+        if self.front is None:
             return post
-        if path not in PATHS:
-            return post._replace(body=without_forged(body))
-        if self.front is not None:
-            self.front.count(path)
-        return await self.generate(post, path, body)
+        self.front.count(path)
+        return await self.generate(post, self.front, path, body)
 
-    async def generate(self, post: Post, path: str, body: bytes) -> Post:
-        """A request that generates text, as it is passed on."""
+    async def change_unread(self, post: Post) -> Post:
+        """As `change`, for what is too large to be read."""
+        path = path_of(post.scope)
+        if path in FORMS:
+            return self.form(post)
+        if self.front is None:
+            return post
+        self.front.count(path)
+        return await self.generate(post, self.front, path, None)
+
+    def form(self, post: Post) -> Post:
+        """A form, as it is passed on.
+
+        Raises:
+            Refused: it is written so that servers and those in front of them may read it in different ways.
+        """
+        said = _CHARSET.findall(header(post.scope, b"content-type"))
+        if any(charset not in _UTF_8 for charset in said):
+            raise Refused(f"a form's charset is {said[0][:40]}; expected utf-8")
+        return post
+
+    async def generate(self, post: Post, front: Front, path: str, body: bytes | None) -> Post:
+        """A request that generates text, as it is passed on; without a body where that is too large."""
         raise NotImplementedError
+
+    @staticmethod
+    def readable(body: bytes | None, *, always: bool) -> bytes | None:
+        """What of a body is parsed; None if it costs too much.
+
+        Args:
+            body: the body; None if it is too large to be kept.
+            always: whether it says who sent it, so that no size may hide that.
+
+        Raises:
+            Refused: it says who sent it and is too large.
+        """
+        if always and body is None:
+            raise Refused("the body is too large to find out who sent it")
+        if body is None or always:
+            return body
+        short = readable(body)
+        return body if short is not None and len(body) <= MAX_REWRITTEN else short
 
     def snapshot(self) -> dict[str, Any]:
         """Counters so far, see `Front.snapshot`; empty before the start."""
@@ -142,41 +181,30 @@ class Middleware(_VllmMiddleware):
     batch of prompts each one gets the same values: the expected tokens are the mean over its prompts.
     """
 
-    async def generate(self, post: Post, path: str, body: bytes) -> Post:
+    async def generate(self, post: Post, front: Front, path: str, body: bytes | None) -> Post:
         """Puts what is carried into `vllm_xargs`."""
-        if len(body) > MAX_PREDICTED and (large := self._large(post, path, body)) is not None:
-            return post._replace(body=large)
-        found = parsed(body)
-        if found is None:
-            return post
-        changed = may_hold(body, PREFIX) and strip(found)
+        always = path == TOKENS_IN or front.client_in_body
+        short = self.readable(body, always=always)
+        if short is None:
+            told = (await front.carried("other", post.scope["headers"], {}, self.guard)).write()
+            return post._replace(more=_more("vllm_xargs", told) if told else b"")
+        found = parsed(short)
         key = "extra_args" if path == TOKENS_IN else "vllm_xargs"
-        holder = found.get("sampling_params") if path == TOKENS_IN else found
-        if isinstance(holder, dict) and isinstance(holder.get(key), dict | None):  # else vLLM refuses it
-            carried = await self._carried(PATHS[path] or kind_of(found), post, found, len(body))
-            if told := carried.write():
-                holder[key], changed = {**(holder.get(key) or {}), **told}, True
-        return post._replace(body=written(found)) if changed else post
-
-    async def _carried(self, kind: Kind, post: Post, body: dict[str, Any], size: int) -> Carried:
-        if self.front is None or not self.guard.ok:
-            return Carried()
-        try:
-            return await self.front.carried(kind if size <= MAX_PREDICTED else "other", post.scope["headers"], body)
-        except Exception as error:
-            self.guard.fail(error, "reading a request")
-            return Carried()
-
-    def _large(self, post: Post, path: str, body: bytes) -> bytes | None:
-        """A large body with its client, without reading it; None if it has to be read."""
-        front = self.front
-        if may_hold(body, "vllm_xargs") or path == TOKENS_IN or front is None or front.client_in_body:
-            return None
-        client = self.guard.run(lambda: front.client(post.scope["headers"], {}), None, "finding a client")
-        end = body.rstrip()
-        if client is None or not end.endswith(b"}"):
-            return body
-        return end[:-1] + b',"vllm_xargs":' + written(Carried(client).write()) + b"}"
+        holder = found.get("sampling_params") if found is not None and path == TOKENS_IN else found
+        if found is None or not isinstance(holder, dict) or not isinstance(holder.get(key), dict | None):
+            return post  # vLLM refuses it
+        kind = PATHS[path] or kind_of(found)
+        told = (await front.carried(kind, post.scope["headers"], found, self.guard)).write()
+        if not told:
+            return post
+        theirs = holder.get(key)
+        if theirs and short is not body:
+            theirs = (parsed(body or b"") or {}).get(key)
+        holder[key] = {**without_ours(theirs), **told}
+        if len(short) <= MAX_REWRITTEN and short is body:
+            return post._replace(body=written(found))
+        name = "sampling_params" if path == TOKENS_IN else key
+        return post._replace(more=_more(name, found[name]))
 
 
 class PriorityMiddleware(_VllmMiddleware):
@@ -220,35 +248,71 @@ class PriorityMiddleware(_VllmMiddleware):
             return f"{num_servers} API server processes know nothing of each other; start it with --api-server-count 1"
         return None
 
-    async def generate(self, post: Post, path: str, body: bytes) -> Post:
+    def wants(self, scope: Scope) -> bool:
+        """All that generates text, for vLLM believes its `priority`; where vLLM orders by it."""
+        return self._by_priority and (path_of(scope) in PATHS or path_of(scope) in FORMS)
+
+    def reads(self, scope: Scope) -> bool:
+        """What is to be worked for."""
+        return super().reads(scope) and self.admits(scope)
+
+    def form(self, post: Post) -> Post:
+        """A form has no `priority`; its header must not have one either."""
+        return super().form(post)._replace(scope=with_headers(post.scope, PRIORITY_HEADER))
+
+    async def change_unread(self, post: Post) -> Post:
+        """As there; also before and without a start."""
+        if self.front is None and path_of(post.scope) in PATHS:
+            return self._with(post, self._last)
+        return await super().change_unread(post)
+
+    async def generate(self, post: Post, front: Front, path: str, body: bytes | None) -> Post:
         """Puts the tag in place of the caller's `priority`, in the body and in its header."""
-        if not self._by_priority:
-            return post._replace(body=without_forged(body))
-        found = parsed(body)
-        if found is None:
-            return post._replace(scope=with_headers(post.scope, PRIORITY_HEADER))
-        if may_hold(body, PREFIX):
-            strip(found)
+        always = front.client_in_body and front.admits(post.scope["headers"])
+        short = self.readable(body, always=always)
+        found = None if short is None else parsed(short)
         tag, send = self._last, post.send
-        if self._tags is not None and self.front is not None and self.guard.ok:
-            kind = PATHS[path] or kind_of(found)
+        if self._tags is not None and self.guard.ok:
+            client, cost = await self._priced(front, post.scope, path, found, body)
             try:
-                tag, send = await self._tagged(
-                    self._tags, self.front, post, found, kind if len(body) <= MAX_PREDICTED else "other"
-                )
+                tag, send = self._tagged(self._tags, post, client, cost)
             except Exception as error:
                 self.guard.fail(error, "tagging a request")
-        found["priority"] = tag
-        scope = with_headers(post.scope, PRIORITY_HEADER, str(tag).encode())
-        return Post(scope, written(found), send)
+        tagged = self._with(post, tag)._replace(send=send)
+        if short is None:
+            return tagged
+        if found is None:  # vLLM refuses it
+            return tagged._replace(more=b"")
+        if len(short) <= MAX_REWRITTEN and short is body:
+            return tagged._replace(more=b"", body=written({**found, "priority": tag}))
+        return tagged
 
-    async def _tagged(
-        self, tags: StartTimeTags, front: Front, post: Post, body: dict[str, Any], kind: Kind
-    ) -> tuple[int, Send]:
+    @staticmethod
+    def _with(post: Post, tag: int) -> Post:
+        scope = with_headers(post.scope, PRIORITY_HEADER, str(tag).encode())
+        return post._replace(scope=scope, more=_more("priority", tag))
+
+    async def _priced(
+        self, front: Front, scope: Scope, path: str, found: dict[str, Any] | None, body: bytes | None
+    ) -> tuple[str, float]:
+        """The client of a request, and what it is taken to cost."""
+        client = ANYBODY
+        try:
+            headers = scope["headers"]
+            client = (front.client(headers, found or {}) if front.admits(headers) else None) or ANYBODY
+            kind: Kind = "other" if found is None else PATHS[path] or kind_of(found)
+            asked = front.read(kind, found) if found is not None else Asked()
+            size = size_tokens(found) if found is not None else _said_bytes(scope, body) // 4
+            predicted = await front.predict(asked, client) if kind != "other" else None
+            cost = _cost(asked, size, predicted, front.options)
+        except Exception as error:
+            self.guard.spoil(error, "pricing a request")
+            return client, weighted_tokens(Service(0, 0, front.options.default_tokens), front.options)
+        self.guard.good()
+        return client, cost
+
+    def _tagged(self, tags: StartTimeTags, post: Post, client: str, cost: float) -> tuple[int, Send]:
         """The tag of a request, and what watches its response."""
-        asked = front.read(kind, body) if kind != "other" else Asked()
-        cost = _cost(asked, await front.predict(asked), front.options)
-        client = front.client(post.scope["headers"], body) or ANYBODY
         start, length = tags.arrive(client, cost)
         self._last = max(self._last, start)
         waiting = True
@@ -266,33 +330,21 @@ class PriorityMiddleware(_VllmMiddleware):
         return start, sending
 
 
-def _cost(asked: Asked, predicted: Predicted | None, options: HookOptions) -> float:
+def _cost(asked: Asked, size: int, predicted: Predicted | None, options: HookOptions) -> float:
     """What a request is taken to cost, in weighted tokens."""
     tokens = options.default_tokens if predicted is None else predicted.tokens
     if asked.max_tokens is not None:
         tokens = min(tokens, asked.max_tokens)
-    return weighted_tokens(Service(min(asked.prompt_tokens, MAX_TOKENS), 0, tokens * asked.num_answers), options)
+    prompt_tokens = min(max(asked.prompt_tokens, size), MAX_TOKENS)
+    return weighted_tokens(Service(prompt_tokens, 0, tokens * asked.num_answers), options)
 
 
-async def _forged_form(scope: Scope, body: bytes) -> bool:
-    """Whether a form says what only the front end may say; read as vLLM reads it."""
-    if _MAY_NAME_XARGS.search(body) is None:
-        return False
-    Request = import_module("starlette.requests").Request  # vLLM brings it
+def _said_bytes(scope: Scope, body: bytes | None) -> int:
+    """The size of a body, as far as it is known."""
+    said = header(scope, b"content-length")
+    return len(body) if body is not None else int(said) if said.isdecimal() and len(said) < 12 else MAX_READ
 
-    async def receive() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
 
-    try:
-        async with Request(scope, receive).form() as form:
-            said = [value for name, value in form.multi_items() if name == "vllm_xargs" and isinstance(value, str)]
-    except Exception:  # no form: vLLM refuses it for the same reason, whatever kind of exception tells of that
-        return False
-    for value in said:
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(found, dict) and any(name.startswith(PREFIX) for name in found):
-            return True
-    return False
+def _more(name: str, value: Any) -> bytes:
+    """A member, as it is added to an object."""
+    return b"," + written({name: value})[1:-1]

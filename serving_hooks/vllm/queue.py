@@ -262,10 +262,10 @@ class FairQueue(RequestQueue):
             return None
         if self._ordering == "fcfs":
             return ledger.root if ledger.root.num_waiting else None
-        said = (getattr(request.sampling_params, "extra_args", None) or {}).get(CLIENT)
-        if not isinstance(said, str):
-            said = _of_adapter(request)
-        account = ledger.find(client_path(said))
+        # the seal is looked at later: who names another client here is told of some steps later, and gains nothing
+        carried = getattr(request.sampling_params, "extra_args", None)
+        said = carried.get(CLIENT) if isinstance(carried, dict) else None
+        account = ledger.find(client_path(said if isinstance(said, str) else _of_adapter(request)))
         if account is None or not account.num_waiting or isinstance(account, Group):
             return None
         return account

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -19,14 +20,15 @@ from vllm.v1.request import RequestStatus
 from mope.errors import ConfigError, UserError
 from mope.fairness import IDLE, Load, Ticket
 from mope.fairness.admission import fits
-from mope.serving_hooks import metrics
+from mope.serving_hooks import metrics, secret
+from mope.serving_hooks.carried import seals
 from mope.serving_hooks.guard import Guard
-from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.steward import Steward
 from mope.serving_hooks.vllm import compat
 from mope.serving_hooks.vllm.adapters import AdapterTurns, Standing
 from mope.serving_hooks.vllm.holding import Annex, HoldingQueue
 from mope.serving_hooks.vllm.queue import FairQueue
+from mope.serving_hooks.vllm.settings import hook_options
 
 try:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -61,7 +63,8 @@ class FairMixin(_Base):
         self.mope_metrics: metrics.Exporter | None = None
         self.mope_guard = Guard(logger, self._give_up)
         compat.log_as_vllm()
-        options = read_options(self.vllm_config)
+        options = hook_options(self.vllm_config)
+        seals.use(secret.load(options))
         wrong = compat.mismatches(self)
         if wrong:
             told = f"mope does not fit this vLLM ({compat.installed()}): {'; '.join(wrong)}"
@@ -434,15 +437,29 @@ class FairAsyncScheduler(FairMixin, AsyncScheduler):
     """Over vLLM's scheduler for batches in flight."""
 
 
-def read_options(vllm_config: Any) -> HookOptions:
-    """Options from `--additional-config '{"mope": {...}}'`.
+def _over(base: type) -> type:
+    """The fair scheduler over a class of vLLM's."""
+    for known in (FairScheduler, FairAsyncScheduler):
+        if base is known.__bases__[1]:
+            return known
+    return type(f"Fair{base.__name__}", (FairMixin, base), {"__doc__": f"Over vLLM's {base.__name__}."})
 
-    Raises:
-        ConfigError: an unknown option, or a value that cannot be used.
-    """
-    given = getattr(vllm_config, "additional_config", None)
-    options = given.get("mope") if isinstance(given, dict) else None
-    return HookOptions.read(options, "--additional-config: mope")
+
+def _stock(vllm_config: Any) -> type:
+    """The class that vLLM would use if nobody named one."""
+    config = vllm_config.scheduler_config
+    overlapped = bool(getattr(config, "async_scheduling", False))
+    if getattr(vllm_config, "diffusion_config", None) is not None:  # vLLM names these where it makes its configuration
+        from vllm.v1.core.sched import diffusion_scheduler
+
+        return diffusion_scheduler.DiffusionAsyncScheduler if overlapped else diffusion_scheduler.DiffusionScheduler
+    if callable(getattr(config, "get_scheduler_cls", None)):
+        unnamed = copy(config)
+        unnamed.scheduler_cls = None
+        found = unnamed.get_scheduler_cls()
+        if isinstance(found, type):
+            return found
+    return AsyncScheduler if overlapped else Scheduler
 
 
 def make_scheduler(*args: Any, **kwargs: Any) -> Any:
@@ -452,5 +469,4 @@ def make_scheduler(*args: Any, **kwargs: Any) -> Any:
         ConfigError: an option that cannot be used, or a mismatch where `on_mismatch` is `refuse`.
     """
     vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
-    overlapped = bool(getattr(vllm_config.scheduler_config, "async_scheduling", False))
-    return (FairAsyncScheduler if overlapped else FairScheduler)(*args, **kwargs)
+    return _over(_stock(vllm_config))(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Where vLLM keeps what the operator typed: our options, the names of its LLM, whether it checks keys.
+"""Where vLLM keeps what the operator typed: our options, the names of its LLM, its API keys.
 
 Reads vLLM's configuration and command line by attributes that may be missing; imports no engine.
 """
@@ -46,9 +46,10 @@ def llm_names(vllm_config: Any, arguments: Any = None) -> tuple[str, ...]:
     return tuple(name for name in names if isinstance(name, str) and name)
 
 
-def keys_checked(arguments: Any) -> bool:
-    """Whether the server refuses requests without one of its API keys."""
-    return bool(getattr(arguments, "api_key", None) or os.environ.get("VLLM_API_KEY"))
+def server_keys(arguments: Any) -> tuple[str, ...]:
+    """The API keys that the server accepts, found as vLLM finds them; empty where it accepts all requests."""
+    keys = getattr(arguments, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
+    return tuple(key for key in keys if isinstance(key, str) and key)
 
 
 def num_api_servers(vllm_config: Any, arguments: Any = None) -> int:

@@ -47,7 +47,7 @@ class Server:
         options = HookOptions(predictor=str(tiny), identity="none", deadline_ms=60_000, target_llm=llm)
         self.llm = llm
         self.python = LengthPredictor.from_pretrained(tiny, backend="torch")
-        identity = Identity(options, keys_checked=False, logger=logging.getLogger("mope.tests"))
+        identity = Identity(options, secret=b"", logger=logging.getLogger("mope.tests"))
         self.front = Front(options, identity, LengthPredictor.from_pretrained(tiny, backend="torch"))
         self.steward = Steward(options)
         arguments = SimpleNamespace(api_key=None, served_model_name=llm, model_path=llm, enable_metrics=False)

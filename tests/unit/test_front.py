@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +18,15 @@ from hypothesis import strategies as st
 
 from mope import LengthPredictor
 from mope.corrector import Answering
-from mope.errors import ArtifactError
 from mope.serving_hooks import bodies
 from mope.serving_hooks.bodies import COMPLETION_TOKENS, MAX_PROMPTS, Asked, read
 from mope.serving_hooks.carried import Carried, unpack
-from mope.serving_hooks.front import Front
+from mope.serving_hooks.front import MOST_WAITING, PLACES_ON_CPU, Front
+from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.identity import Identity
 from mope.serving_hooks.options import HookOptions
 
+LOGGER = logging.getLogger("test.front")
 USER = {"role": "user", "content": "hello there"}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -147,13 +149,17 @@ def test_whatever_a_caller_writes_is_read_or_passed_over(kind: Any, body: dict[s
 
 def front(predictor: LengthPredictor | None, names: tuple[str, ...] = (), **options: Any) -> Front:
     chosen = HookOptions(**{"deadline_ms": 60_000, "identity": "header", **options})
-    identity = Identity(chosen, keys_checked=False, logger=logging.getLogger("test.front"))
+    identity = Identity(chosen, secret=b"", logger=logging.getLogger("test.front"))
     return Front(chosen, identity, predictor, names)
+
+
+def guard() -> Guard:
+    return Guard(logging.getLogger("test.front"))
 
 
 def carried(made: Front, kind: Any, body: dict[str, Any]) -> Carried:
     async def ask() -> Carried:
-        return await made.carried(kind, [(b"x-client-id", b"acme/alice")], body)
+        return await made.carried(kind, [(b"x-client-id", b"acme/alice")], body, guard())
 
     try:
         return asyncio.run(ask())
@@ -218,7 +224,7 @@ def test_late_predictions_are_counted_and_left_out(predictor: LengthPredictor, m
 
     async def ask() -> Carried:
         try:
-            return await made.carried("chat", [], {"messages": [USER]})
+            return await made.carried("chat", [], {"messages": [USER]}, guard())
         finally:
             go.set()
 
@@ -237,26 +243,55 @@ def place(counted: dict[str, Any]) -> int:
     return next((number for number, bound in enumerate(bounds) if seconds <= bound), -1)
 
 
-def test_too_many_at_once_go_without(predictor: LengthPredictor, monkeypatch: pytest.MonkeyPatch) -> None:
+FLOOD, LIGHT = [(b"x-client-id", b"flood")], [(b"x-client-id", b"light")]
+
+
+def test_too_many_of_one_client_go_without_and_others_are_next(predictor: LengthPredictor, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
     held(predictor, monkeypatch, lambda: bool(go.wait(10)) and None)
     made = front(predictor)
 
-    async def ask() -> list[Carried]:
-        tasks = [
-            asyncio.create_task(made.carried("chat", [], {"messages": [{"role": "user", "content": f"hello {i}"}]}))
-            for i in range(1100)
-        ]
-        while not made.snapshot()["predictions"]["overload"]:
+    def body(number: int) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": f"hello {number}"}]}
+
+    async def ask() -> tuple[list[Carried], list[Carried]]:
+        flood = [asyncio.create_task(made.carried("chat", FLOOD, body(number), guard())) for number in range(300)]
+        await asyncio.sleep(0)
+        assert sum(task.done() for task in flood) == 0
+        light = [asyncio.create_task(made.carried("chat", LIGHT, body(number), guard())) for number in range(3)]
+        while made.snapshot()["predictions"]["overload"] < 300 - PLACES_ON_CPU - MOST_WAITING:
             await asyncio.sleep(0.001)
         go.set()
-        return await asyncio.gather(*tasks)
+        await asyncio.gather(*light)
+        assert sum(one.done() and one.result().tokens is not None for one in flood) <= PLACES_ON_CPU + len(light) + 4
+        return await asyncio.gather(*flood), await asyncio.gather(*light)
 
-    found = asyncio.run(ask())
+    found, light = asyncio.run(ask())
     made.close()
     counted = made.snapshot()["predictions"]
-    assert counted["overload"] == sum(one.tokens is None for one in found) > 0
-    assert counted["made"] == sum(one.tokens is not None for one in found) >= 1024
+    assert counted["overload"] == sum(one.tokens is None for one in found) == 300 - PLACES_ON_CPU - MOST_WAITING
+    assert all(one.tokens is not None for one in light)
+    assert counted["made"] == PLACES_ON_CPU + MOST_WAITING + len(light)
+
+
+def test_places_of_requests_that_are_given_up_are_free_again(
+    predictor: LengthPredictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+    held(predictor, monkeypatch, lambda: bool(go.wait(10)) and None)
+    made = front(predictor)
+
+    async def ask() -> Carried:
+        tasks = [asyncio.create_task(made.carried("chat", FLOOD, {"messages": [USER]}, guard())) for _ in range(20)]
+        await asyncio.sleep(0.02)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        go.set()
+        return await made.carried("chat", LIGHT, {"messages": [USER]}, guard())
+
+    assert asyncio.run(ask()).tokens is not None
+    made.close()
 
 
 def test_a_failing_predictor_fails_no_request(predictor: LengthPredictor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,12 +337,92 @@ def test_which_llm(predictor: LengthPredictor) -> None:
 
 def test_the_predictor_is_loaded_as_the_options_name_it(tiny: Path) -> None:
     options = HookOptions(predictor=str(tiny), identity="none")
-    identity = Identity(options, keys_checked=False, logger=logging.getLogger("test.front"))
-    made = Front.load(options, identity, ("llama",))
+    identity = Identity(options, secret=b"", logger=logging.getLogger("test.front"))
+    made = Front.load(options, identity, ("llama",), logger=LOGGER)
     made.close()
     assert str(made).startswith("clients by none; lengths by ")
     assert str(made).endswith(" within 30 ms, for llama")
-    none = Front.load(HookOptions(predictor="none"), identity)
+    none = Front.load(HookOptions(predictor="none"), identity, logger=LOGGER)
     assert str(none) == "clients by none; no predictions"
-    with pytest.raises(ArtifactError):
-        Front.load(HookOptions(predictor=str(tiny / "nowhere")), identity)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut tokenizer", "no config", "no folder"])
+def test_a_predictor_that_cannot_be_read_costs_predictions_alone(
+    tiny: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "predictor"
+    if damage != "missing":
+        shutil.copytree(tiny, folder)
+    if damage == "empty":
+        for file in folder.rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"")
+    elif damage == "cut tokenizer":
+        file = next(folder.rglob("tokenizer.json"))
+        file.write_bytes(file.read_bytes()[:100])
+    elif damage == "no config":
+        (folder / "config.json").unlink()
+    elif damage == "no folder":
+        shutil.rmtree(folder)
+        folder.write_bytes(b"a file")
+    options = HookOptions(predictor=str(folder), identity="header")
+    identity = Identity(options, secret=b"", logger=LOGGER)
+    made = Front.load(options, identity, ("llama",), logger=LOGGER)
+    assert carried(made, "chat", {"messages": [USER]}) == Carried("acme/alice")
+    assert caplog.text.count("mope predicts nothing") == 1
+
+
+def test_a_prediction_that_fails_costs_no_client(predictor: LengthPredictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = front(predictor)
+    monkeypatch.setattr(made, "_joined", lambda _: 1 / 0)
+    assert carried(made, "chat", {"messages": [USER]}) == Carried("acme/alice")
+
+
+# -- what is read, and what it costs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cap", [4096, "4096", 4096.0, " 4096 "])
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("kind", ["completions", "chat"])
+def test_caps_are_read_as_servers_read_them(cap: Any, name: str, kind: Any) -> None:
+    body = {"prompt": "hi"} if kind == "completions" else {"messages": [USER]}
+    asked = read(kind, {**body, name: cap}, None)
+    assert asked.max_tokens == 4096
+    assert only(asked).max_tokens == 4096
+
+
+@pytest.mark.parametrize("count", [100, "100", 100.0])
+@pytest.mark.parametrize("name", ["n", "best_of"])
+def test_counts_are_read_as_servers_read_them(count: Any, name: str) -> None:
+    assert read("chat", {"messages": [USER], name: count}, None).num_answers == 100
+    assert read("completions", {"prompt": ["a", "b"], name: count}, None).num_answers == 200
+
+
+def test_a_batch_of_conversations() -> None:
+    asked = read("batch", {"messages": [[USER], [{**USER, "content": "another"}]], "n": 3, "max_tokens": 7}, None)
+    assert [request.prompt for request in asked.requests] == ["hello there", "another"]
+    assert (asked.num_answers, asked.max_tokens) == (6, 7)
+    many = read("batch", {"messages": [[USER]] * 1000}, None)
+    assert len(many.requests) <= MAX_PROMPTS
+    assert (many.num_answers, many.prompt_tokens > 2000) == (1000, True)
+    for messages in (None, "x", [], [3, None, "x", [[]]]):
+        assert read("batch", {"messages": messages}, None).requests == ()
+
+
+def test_what_is_not_understood_has_its_price_by_size() -> None:
+    word = "word " * 1000
+    for part in ({"tools": [{"f": word}]}, {"documents": [{"text": word}]}, {"anything": {"x": [word]}}, [word]):
+        assert bodies.size_tokens(part) >= 1000
+    assert bodies.size_tokens({"prompt": [1] * 1000}) == 1000
+    assert bodies.size_tokens({"url": "data:image/png;base64," + "A" * 10**6}) < 300
+
+
+def test_images_do_not_count_as_something_to_read() -> None:
+    image = b'{"url": "data:image/png;base64,' + b"A" * 10**7 + b'", "text": "hello"}'
+    short = bodies.readable(image)
+    assert short is not None
+    assert json.loads(short) == {"url": "data:image/png", "text": "hello"}
+    assert bodies.readable(b'"' + b"x" * (bodies.MAX_PARSED + 1) + b'"') is None
+    assert bodies.readable(b"[" + b"[]," * bodies.MAX_PARTS + b"[]]") is None
+    many = b",".join([b'";base64,"'] * 10**6)
+    assert bodies.readable(many) is None  # at once, see MAX_URLS

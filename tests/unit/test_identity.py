@@ -31,8 +31,12 @@ def bearer(key: str) -> list[tuple[bytes, bytes]]:
     return [(b"host", b"here"), (b"authorization", f"Bearer {key}".encode())]
 
 
-def made(keys_checked: bool = False, **options: Any) -> Identity:
-    return Identity(HookOptions(**options), keys_checked=keys_checked, logger=LOGGER)
+def made(*server_keys: str, secret: bytes = b"a secret", **options: Any) -> Identity:
+    return Identity(HookOptions(**options), secret=secret, logger=LOGGER, server_keys=server_keys)
+
+
+def named(key: str, secret: bytes = b"a secret") -> str:
+    return f"key-{hashlib.blake2b(key.encode(), key=secret, digest_size=8, person=b'mope client').hexdigest()}"
 
 
 def key_file(folder: Path, content: Any) -> Path:
@@ -48,15 +52,68 @@ def test_keys_of_the_file_name_clients(tmp_path: Path) -> None:
     assert KEY not in str(identity.__dict__) + str(vars(identity.keys))  # hashes alone are kept
 
 
-@pytest.mark.parametrize(("checked", "client"), [(True, f"key-{sha256(OTHER)[:12]}"), (False, None)])
-def test_a_key_outside_the_file_counts_if_somebody_checks_it(tmp_path: Path, checked: bool, client: str | None) -> None:
+@pytest.mark.parametrize(("keys", "client"), [((OTHER, "sk-3"), named(OTHER)), (("sk-3",), None), ((), None)])
+def test_a_key_outside_the_file_counts_if_it_is_the_servers(
+    tmp_path: Path, keys: tuple[str, ...], client: str | None
+) -> None:
     for path in (None, key_file(tmp_path, {KEY: "alice"})):
-        assert made(checked, api_keys=path).client(bearer(OTHER), {}) == client
+        assert made(*keys, api_keys=path).client(bearer(OTHER), {}) == client
+
+
+@given(keys=st.lists(st.text(st.characters(codec="latin-1"), min_size=1), max_size=5))
+def test_made_up_keys_mint_no_clients(keys: list[str]) -> None:
+    identity = made(KEY)
+    found = {identity.client(bearer_of(key), {}) for key in keys if key != KEY}
+    assert found <= {None}
+    assert not any(identity.admits(bearer_of(key)) for key in keys if key != KEY)
+
+
+def bearer_of(key: str) -> list[tuple[bytes, bytes]]:
+    return [(b"authorization", b"Bearer " + key.encode("latin-1"))]
+
+
+def test_what_is_to_be_worked_for(tmp_path: Path) -> None:
+    path = key_file(tmp_path, {KEY: "alice"})
+    assert made().admits([])  # nobody asks for keys
+    identity = made("sk-server", api_keys=path)
+    for headers, admitted in (
+        (bearer("sk-server"), True),
+        (bearer(KEY), True),
+        ([(b"x-api-key", KEY.encode())], True),
+        ([(b"x-api-key", b"sk-server")], False),  # which vLLM does not look at
+        (bearer("sk-other"), False),
+        ([], False),
+    ):
+        assert identity.admits(headers) == admitted
+    assert not made("sk-server", identity="header").admits([(b"x-client-id", b"alice")])
+
+
+def test_names_of_keys_tell_nothing_without_the_secret() -> None:
+    names = {made(KEY, secret=secret).client(bearer(KEY), {}) for secret in (b"one", b"two", b"")}
+    assert len(names) == 3
+    assert all(name and len(name) == len("key-") + 16 and sha256(KEY)[:6] not in name for name in names)
+    assert made(KEY).client(bearer(KEY), {}) == made(KEY).client(bearer(KEY), {})
+
+
+@pytest.mark.parametrize(
+    "header", ["x-api-key", "Cookie", "proxy-authorization", "Authorization", "api-key", "x-auth-token", "x-auth-key"]
+)
+def test_a_header_that_holds_a_secret_names_nobody_by_it(header: str) -> None:
+    identity = made(identity="header", client_header=header)
+    value = f"Bearer {KEY}" if header == "Authorization" else KEY
+    client = identity.client([(header.lower().encode(), value.encode())], {})
+    assert client == named(KEY)
+    assert identity.client([], {}) is None
+
+
+@pytest.mark.parametrize("header", ["x-client-id", "x-smg-routing-key", "x-tenant", "x-author", "x-auth-request-user"])
+def test_a_header_that_holds_a_name_names_by_it(header: str) -> None:
+    assert made(identity="header", client_header=header).client([(header.encode(), b"acme/alice")], {}) == "acme/alice"
 
 
 def test_a_gateway_may_check_keys() -> None:
     identity = made(identity="header", client_header="Authorization")
-    assert identity.client(bearer(KEY), {}) == f"key-{sha256(KEY)[:12]}"
+    assert identity.client(bearer(KEY), {}) == named(KEY)
 
 
 @pytest.mark.parametrize(
@@ -72,19 +129,19 @@ def test_a_gateway_may_check_keys() -> None:
     ],
 )
 def test_without_a_key_nobody(headers: list[tuple[bytes, bytes]]) -> None:
-    assert made(True).client([*headers, (b"x-client-id", b"alice")], {"user": "alice"}) is None
+    assert made(KEY).client([*headers, (b"x-client-id", b"alice")], {"user": "alice"}) is None
 
 
 def test_a_key_as_anthropics_clients_send_it_counts_if_the_file_knows_it(tmp_path: Path) -> None:
-    identity = made(True, api_keys=key_file(tmp_path, {KEY: "alice"}))
+    identity = made(OTHER, api_keys=key_file(tmp_path, {KEY: "alice"}))
     assert identity.client([(b"x-api-key", KEY.encode())], {}) == "alice"
     assert identity.client([(b"x-api-key", OTHER.encode())], {}) is None
-    assert identity.client([*bearer(OTHER), (b"x-api-key", OTHER.encode())], {}) == f"key-{sha256(OTHER)[:12]}"
+    assert identity.client([*bearer(OTHER), (b"x-api-key", OTHER.encode())], {}) == named(OTHER)
 
 
 @given(user=st.text(), header=st.binary(), source=st.sampled_from(["api-key", "none"]))
 def test_what_a_caller_may_choose_says_nothing(user: str, header: bytes, source: Any) -> None:
-    identity = made(True, identity=source)
+    identity = made(KEY, identity=source)
     plain = identity.client(bearer(KEY), {})
     chosen = [*bearer(KEY), (b"x-client-id", header), (b"x-user", header), (b"x-request-id", header)]
     assert identity.client(chosen, {"user": user, "vllm_xargs": {"mope_client": user}}) == plain
@@ -183,13 +240,14 @@ def test_the_file_is_looked_at_once_a_second(tmp_path: Path, monkeypatch: pytest
     assert not identity.due()
     now += 0.2
     assert [identity.due(), identity.due()] == [True, False]
-    assert not made(True).due()  # without a file there is nothing to look at
+    assert not made(KEY).due()  # without a file there is nothing to look at
 
 
 def test_it_says_what_it_does(tmp_path: Path) -> None:
     path = key_file(tmp_path, {KEY: "alice"})
-    assert str(made(True)) == "API key, no file of keys, others by their hash"
-    assert str(made(api_keys=path)).endswith("others anonymous, for nobody checks their keys")
+    assert str(made(KEY, OTHER)) == "API key, no file of keys, 2 of the server, all others anonymous"
+    assert str(made(api_keys=path)).endswith("0 of the server, all others anonymous")
+    assert str(made(identity="header", client_header="cookie")) == "header cookie, named by a hash"
     assert f"1 keys of {path}" in str(made(api_keys=path))
     assert str(made(identity="header")) == "header x-client-id"
     assert (str(made(identity="user")), str(made(identity="none"))) == ("user", "none")

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from raw_predictions import carried
 
 from mope.serving_hooks.carried import Carried
@@ -60,7 +62,7 @@ class Manager:
         setattr(self, ATTRIBUTE, end)
         self.end = end
 
-    async def predict(self, asked: Any) -> Predicted | None:
+    async def predict(self, asked: Any, client: str | None = None) -> Predicted | None:
         self.asked.extend(asked.requests)
         length = len(asked.requests[0].prompt) if asked.requests else 0
         said = carried(None, float(length))
@@ -105,8 +107,7 @@ def test_chat_is_predicted_from_its_messages_and_not_from_the_template() -> None
     messages = [{"role": "user", "content": "five"}]
     manager.ask(asked, http("/v1/chat/completions", {"messages": messages}, x_client_id="acme/alice"))
     assert [request.prompt for request in manager.asked] == ["five"]
-    said = Carried.read(told(asked))
-    assert said == Carried("acme/alice", 4.0, 8.0)  # the scheduler corrects nothing, so it is not told of what
+    assert Carried.read(told(asked)) == Carried("acme/alice", 4.0, 8.0)  # the scheduler corrects nothing, so it is not told of what
     assert asked.sampling_params["max_new_tokens"] == 9
 
 
@@ -123,14 +124,14 @@ def test_token_ids_have_a_client_and_no_prediction() -> None:
     manager = Manager(options={"identity": "header"})
     asked = obj(input_ids=[[1], [2]])
     manager.ask(asked, http("/generate", {}, x_client_id="acme"))
-    assert told(asked) == {"mope_client": "acme"}
+    assert told(asked) == Carried("acme").write()
 
 
 def test_the_servers_own_requests_are_the_servers() -> None:
     manager = Manager(options={"identity": "header"})
     asked = obj(input_ids=[0], sampling_params={"max_new_tokens": 1})
     manager.ask(asked, http("/health_generate", {}, x_client_id="somebody"))
-    assert told(asked) == {"mope_client": front.SERVER}
+    assert told(asked) == Carried(front.SERVER).write()
 
 
 def test_finished_answers_teach_and_correct_later_predictions(tiny: Path) -> None:
@@ -161,24 +162,75 @@ def test_a_request_that_is_given_up_closes_what_is_behind_it() -> None:
     assert manager.closed
 
 
-def test_after_a_fault_requests_go_on_without_and_forgeries_still_go(caplog: pytest.LogCaptureFixture) -> None:
-    manager = Manager("answer", options={"identity": "none"})
+def test_a_fault_costs_one_request_its_prediction_and_not_its_client(caplog: pytest.LogCaptureFixture) -> None:
+    manager = Manager("answer", options={"identity": "header"})
+    predict = manager.predict
 
-    async def failing(asked: Any) -> None:
-        raise RuntimeError("a fault on purpose")
+    async def failing(asked: Any, client: str | None = None) -> Predicted | None:
+        if asked.requests[0].prompt == "bad":
+            raise RuntimeError("a fault on purpose")
+        return await predict(asked, client)
 
     manager.end.front.predict = failing  # type: ignore[method-assign]
-    for _ in range(2):
-        forged = obj(text="x", sampling_params={"custom_params": {"mope_client": "acme"}})
-        assert manager.ask(forged) == ["answer"]
-        assert forged.sampling_params == {"custom_params": None}
-    assert caplog.text.count("is off until the next start") == 1
+    for text, tokens in (("bad", None), ("good", 4.0)) * 20:
+        forged = obj(text=text, sampling_params={"custom_params": {"mope_client": "eve"}})
+        assert manager.ask(forged, http("/generate", {}, x_client_id="acme")) == ["answer"]
+        said = Carried.read(told(forged))
+        assert (said.client, said.tokens) == ("acme", tokens)
+    assert manager.end.guard.ok
+    assert caplog.text.count("could not read a request") == 1
+
+
+@pytest.mark.parametrize("odd", [0, "", [], False, {}])
+def test_empty_custom_params_are_none(odd: Any) -> None:
+    manager = Manager("answer", options={"identity": "header"})
+    asked = obj(input_ids=[1], sampling_params={"custom_params": odd})
+    assert manager.ask(asked, http("/generate", {}, x_client_id="acme")) == ["answer"]
+    assert told(asked) == Carried("acme").write()
+
+
+@pytest.mark.parametrize("odd", ["x", True, 1, [["mope_client", "eve"], ["mope_tokens", 1]], ["x"], 0.5])
+def test_custom_params_that_are_no_object_are_refused(odd: Any) -> None:
+    manager = Manager("answer", options={"identity": "header"})
+    for parameters in ({"custom_params": odd}, [{}, {"custom_params": odd}]):
+        with pytest.raises(ValueError, match="custom_params: expected an object"):
+            manager.ask(obj(input_ids=[1], sampling_params=parameters))
+    assert manager.reached == []
+    assert manager.end.guard.ok
+
+
+@given(
+    parameters=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["custom_params", "mope_client", "mope_seal", "max_new_tokens", "n"]), inner, max_size=4
+            )
+        ),
+        max_leaves=10,
+    ),
+    text=st.none() | st.text() | st.lists(st.text(), max_size=3),
+)
+def test_whatever_a_caller_sends_nobody_else_is_named_and_it_stays_on(parameters: Any, text: Any) -> None:
+    manager = Manager("answer", options={"identity": "header"})
+    asked = obj(text=text, input_ids=None if text is not None else [1], sampling_params=parameters)
+    try:
+        manager.ask(asked, http("/generate", {}, x_client_id="acme"))
+    except ValueError as error:
+        assert "custom_params" in str(error)
+        return
+    given_ = asked.sampling_params
+    for one in given_ if isinstance(given_, list) else [given_]:
+        if isinstance(one, dict):
+            assert Carried.read(one.get("custom_params")).client == "acme"
+    assert manager.end.guard.ok
 
 
 def test_predictions_that_are_no_numbers_are_none() -> None:
     manager = Manager(options={"identity": "none"})
 
-    async def nonsense(asked: Any) -> Predicted:
+    async def nonsense(asked: Any, client: str | None = None) -> Predicted:
         return Predicted(float("nan"), float("nan"), "x", "x|y")
 
     manager.end.front.predict = nonsense  # type: ignore[method-assign]
@@ -213,3 +265,10 @@ def test_it_begins_where_a_policy_of_ours_is_chosen(
     manager = SimpleNamespace()
     front.begin(None, manager, server_args(schedule_policy=policy, tokenizer_worker_num=workers))
     assert hasattr(manager, ATTRIBUTE) == on
+
+
+def test_keys_of_the_server_name_clients() -> None:
+    end = front.FrontEnd(server_args(api_key="sk-1", admin_api_key="sk-2"), HookOptions(predictor="none"))
+    names = [end.front.client([(b"authorization", f"Bearer {key}".encode())], {}) for key in ("sk-1", "sk-2", "sk-3")]
+    assert names[2] is None
+    assert len({*names}) == 3
