@@ -22,6 +22,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_READ = 32 * 2**20  # bytes of a body that are kept; more are let through
+_TOO_DEEP = "the JSON is nested too deeply"
 _BLANKS = b" \t\r\n"  # of JSON
 
 
@@ -243,11 +244,17 @@ def header(scope: Scope, wanted: bytes) -> str:
 
 
 def parsed(body: bytes) -> dict[str, Any] | None:
-    """The JSON object in a body; None where there is none, which is for the server to say."""
+    """The JSON object in a body; None where there is none, which is for the server to say.
+
+    Raises:
+        Refused: it is nested so deep that it cannot be read here, while it perhaps can behind.
+    """
     try:
         found = json.loads(body)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
+    except RecursionError:
+        raise Refused(_TOO_DEEP) from None
     return found if isinstance(found, dict) else None
 
 
@@ -260,4 +267,4 @@ def written(body: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(body, separators=(",", ":")).encode("ascii")
     except RecursionError:
-        raise Refused("the JSON is nested too deeply") from None
+        raise Refused(_TOO_DEEP) from None

@@ -166,16 +166,8 @@ class FairScheduling:
 
     def _welcome(self, req: Any) -> None:
         self._number += 1
-        parameters = req.sampling_params
-        cap = getattr(parameters, "max_new_tokens", None)
-        carried = Carried()
-        if not self.bypassed:
-            carried = Carried.read(getattr(parameters, "custom_params", None), sealed=self._sealed)
-        known: float | None = None
-        if cap is not None and getattr(parameters, "ignore_eos", False):
-            known = float(max(cap, 1))
-        elif cap == 0 or not self.scheduler.is_generation:  # only to be read
-            known = 1.0
+        nothing: tuple[Carried, int | None, float | None] = (Carried(), None, None)
+        carried, cap, known = self.guard.attempt(lambda: self._read(req), nothing, "reading a request")
         ticket = self.steward.arrive(
             str(self._number),
             carried,
@@ -188,6 +180,20 @@ class FairScheduling:
         mark = Mark(self, self._number, ticket)
         setattr(req, ATTRIBUTE, mark)
         self.queued[mark.name] = req
+
+    def _read(self, req: Any) -> tuple[Carried, int | None, float | None]:
+        """What is carried with a request, its cap, and its response tokens where that is no question."""
+        parameters = req.sampling_params
+        cap = getattr(parameters, "max_new_tokens", None)
+        carried = Carried()
+        if not self.bypassed:
+            carried = Carried.read(getattr(parameters, "custom_params", None), sealed=self._sealed)
+        known: float | None = None
+        if cap is not None and getattr(parameters, "ignore_eos", False):
+            known = float(max(cap, 1))
+        elif cap == 0 or not self.scheduler.is_generation:  # only to be read
+            known = 1.0
+        return carried, cap, known
 
     def _fallback_client(self, req: Any) -> str | None:
         options = self.steward.options

@@ -246,7 +246,9 @@ def place(counted: dict[str, Any]) -> int:
 FLOOD, LIGHT = [(b"x-client-id", b"flood")], [(b"x-client-id", b"light")]
 
 
-def test_too_many_of_one_client_go_without_and_others_are_next(predictor: LengthPredictor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_of_one_client_go_without_and_others_are_next(
+    predictor: LengthPredictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go = threading.Event()
     held(predictor, monkeypatch, lambda: bool(go.wait(10)) and None)
     made = front(predictor)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mope.serving_hooks.carried import Carried, seals
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import admission, compat, policy
 from mope.serving_hooks.sglang.policy import ATTRIBUTE, FairScheduling
@@ -21,7 +22,9 @@ PLAIN = {"alpha": 1.0, "beta": 0.0, "delta": 0.0, "predictor": "none"}
 
 
 def fair(name: str = "equinox", clock: Any = None, **changes: Any) -> FairScheduling:
-    arguments = {key: changes.pop(key) for key in ("tp_size", "rank", "tokenizer_worker_num") if key in changes}
+    arguments = {
+        key: changes.pop(key) for key in ("tp_size", "rank", "nnodes", "tokenizer_worker_num") if key in changes
+    }
     ours = FairScheduling(
         scheduler(name, **arguments), HookOptions.model_validate({"policy": name, **PLAIN, **changes})
     )
@@ -264,6 +267,34 @@ def test_after_a_fault_requests_are_served_in_order_of_arrival(monkeypatch, capl
     assert [record for record in caplog.records if "is off until the next start" in record.message] == caplog.records
     assert len(caplog.records) == 1
     assert state(ours)["on"] is False
+
+
+ODD = ["x", "", True, 0, 3.5, [["mope_client", "victim"]], ["x"], {"mope_client": "victim", "mope_tokens": 1}, {"a": 1}]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_no_request_turns_it_off_or_names_somebody_else(odd: Any) -> None:
+    ours = fair()
+    for custom_params in (odd, {**Carried("bob").write(), "mope_client": "victim"}):
+        req = queue(ours, Req(None, custom_params=custom_params))
+        order(ours)
+        admit(ours, req)
+        step(ours, req)
+    for cap in (10**400, "7", True, -3):
+        queue(ours, Req("a", cap=cap, ignore_eos="yes"))
+    assert queue(ours, Req("bob")) in order(ours)
+    assert ours.guard.ok
+    assert {client["client"] for client in state(ours)["clients"]} <= {"(anonymous)", "a", "bob"}
+
+
+def test_ranks_on_several_machines_go_by_what_the_front_end_wrote() -> None:
+    """They have no common secret, and must not disagree on whom a request is from."""
+    ours = [fair(tp_size=2, rank=rank, nnodes=2) for rank in (0, 1)]
+    told = Carried("bob", 5.0).write()
+    seals.use(b"another machine's")
+    for rank in ours:
+        queue(rank, Req(None, custom_params=told))
+        assert [client["client"] for client in state(rank)["clients"]] == ["bob"]
 
 
 def test_what_fails_beside_the_order_changes_no_order(monkeypatch, caplog) -> None:

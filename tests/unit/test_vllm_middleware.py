@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import subprocess
@@ -17,10 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
-from mope.serving_hooks import asgi
+from mope.serving_hooks import asgi, bodies
 from mope.serving_hooks import vllm as hooks
-from mope.serving_hooks.asgi import may_hold, without_forged
-from mope.serving_hooks.carried import ANSWERING, CLIENT, HIGH, RAW, TOKENS
+from mope.serving_hooks.carried import ANSWERING, CLIENT, HIGH, RAW, SEAL, TOKENS, Carried
 from mope.serving_hooks.vllm import Middleware, PriorityMiddleware
 from mope.serving_hooks.vllm import middleware as module
 from mope.serving_hooks.vllm.settings import hook_options, llm_names, num_api_servers
@@ -38,6 +38,7 @@ JSON = st.recursive(
 )
 FORGED = {"mope_client": "eve", "mope_tokens": 1, "mope_new": "x"}
 ALICE = [(b"x-client-id", b"acme/alice")]
+OF_ALICE = Carried("acme/alice")
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +175,8 @@ def test_client_and_prediction_are_told(tiny: Path, path: str, body: dict[str, A
     assert {key: value for key, value in engine.json.items() if key != "vllm_xargs"} == {
         key: value for key, value in full.items() if key != "vllm_xargs"
     }
-    assert told.keys() == {"mine", CLIENT, TOKENS, HIGH, RAW, ANSWERING}
+    assert told.keys() == {"mine", CLIENT, TOKENS, HIGH, RAW, ANSWERING, SEAL}
+    assert Carried.read(told).client == "acme/alice"
     assert (told["mine"], told[CLIENT]) == (3, "acme/alice")
     assert 0 < told[TOKENS] <= 50
     assert told[ANSWERING].startswith("tiny|")
@@ -190,7 +192,7 @@ def test_tokens_in_carry_the_client_in_their_own_place(tiny: Path) -> None:
     engine, middleware = with_tiny(tiny)
     body = {"token_ids": [1, 2], "sampling_params": {"max_tokens": 5, "extra_args": {"mine": 1, **FORGED}}}
     post(middleware, engine, body, "/inference/v1/generate")
-    assert engine.json["sampling_params"] == {"max_tokens": 5, "extra_args": {"mine": 1, CLIENT: "acme/alice"}}
+    assert engine.json["sampling_params"] == {"max_tokens": 5, "extra_args": {"mine": 1, **OF_ALICE.write()}}
     middleware.end()
 
 
@@ -211,7 +213,6 @@ def test_anybody_is_told_nothing_and_nothing_changes() -> None:
         b"null",
         b"\x1f\x8b\x08\x00 compressed",
         b"\xff\xfe\x00",
-        b"[" * 5000,
         b'{"messages": 3, "vllm_xargs": 4}',
         b'{"messages": 3, "vllm_xargs": [["mope_client", "eve"]]}',
     ],
@@ -244,6 +245,19 @@ def test_other_methods_and_bodies_are_not_touched(method: str, path: str, type_:
     assert len(sent) == 4
 
 
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/tokenize", "/v1/anything", "/upload"])
+def test_other_paths_are_not_read(path: str) -> None:
+    engine, middleware = without_predictor()
+    chunks = [b'{"vllm_xargs": ', b'{"mope_client": "eve"}}']
+    asyncio.run(call(middleware, scope_of(engine, path, ALICE), chunks))
+    assert [message.get("body") for message in engine.received] == [*chunks, None]
+    assert read_by_the_scheduler(engine) == Carried()
+
+
+def read_by_the_scheduler(engine: Engine, name: str = "vllm_xargs") -> Carried:
+    return Carried.read(engine.json.get(name))
+
+
 def test_other_scopes_are_not_touched() -> None:
     engine, middleware = without_predictor()
     asyncio.run(call(middleware, {"type": "websocket", "path": "/v1/realtime"}, None))
@@ -270,13 +284,14 @@ def test_errors_of_the_engine_are_its_own() -> None:
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/anything"])
 def test_no_depth_of_nesting_turns_it_off(kind: Any, path: str) -> None:
     engine, middleware = without_predictor(kind)
-    statuses = set()
     for depth in (*range(850, 1000, 5), 5000):  # around what Python reads
-        body = b'{"vllm_xargs": {"mope_client": "eve"}, "a": ' + b"[" * depth + b"]" * depth + b"}"
-        statuses.add(post(middleware, engine, body, path, headers=[])[0]["status"])
+        body = b'{"vllm_xargs": {"mope_client": "eve"}, "priority": -9, "a": ' + b"[" * depth + b"]" * depth + b"}"
+        (start, *_) = post(middleware, engine, body, path)
         assert middleware.guard.ok
-    assert statuses >= {200}
-    assert b"mope_" not in engine.bodies[0]
+        if start["status"] == 200 and path == "/v1/chat/completions" and depth < 950:
+            assert read_by_the_scheduler(engine).client == (None if kind is PriorityMiddleware else "acme/alice")
+            assert (engine.json["priority"] == -9) == (kind is Middleware)
+    assert start["status"] == (200 if path == "/v1/anything" else 400)
 
 
 @given(body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6), path=st.sampled_from(sorted(module.PATHS)))
@@ -301,88 +316,184 @@ FORGERIES = [
 ]
 
 
-def holds_ours(found: Any) -> bool:
-    if isinstance(found, dict):
-        return any(str(key).startswith("mope_") or holds_ours(value) for key, value in found.items())
-    return isinstance(found, list) and any(map(holds_ours, found))
-
-
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/anything/else", "/v1/chat/completions/batch"])
 @pytest.mark.parametrize("forgery", FORGERIES)
+@pytest.mark.parametrize("headers", [[], ALICE])
+def test_forged_values_are_believed_nowhere(forgery: bytes, path: str, headers: Any) -> None:
+    engine, middleware = without_predictor()
+    post(middleware, engine, forgery, path, headers=headers)
+    known = headers == ALICE and path != "/v1/anything/else"
+    assert read_by_the_scheduler(engine).client == ("acme/alice" if known else None)
+    for request in engine.json.get("requests", []):
+        assert Carried.read(request["sampling_params"]["extra_args"]) == Carried()
+
+
+KEYS = ["sk-alice", "sk-bob"]
+
+
+def with_keys(kind: Any = Middleware, **mope: Any) -> Any:
+    return without_predictor(kind, mope={"identity": "api-key", **mope}, api_key=KEYS)
+
+
+def bearer(key: str) -> list[tuple[bytes, bytes]]:
+    return [(b"authorization", f"Bearer {key}".encode())]
+
+
+@pytest.mark.parametrize("path", [*module.PATHS, "/generate", "/pooling", "/v1/embeddings", "/v1/decisions"])
+@pytest.mark.parametrize("headers", [[], bearer("made-up"), [(b"x-api-key", b"sk-alice")], ALICE])
+def test_without_a_known_key_nothing_is_read_and_nobody_is_named(path: str, headers: Any) -> None:
+    engine, middleware = with_keys()
+    body = json.dumps({**CHAT, "vllm_xargs": FORGED, "sampling_params": {"extra_args": FORGED}}).encode()
+    post(middleware, engine, body, path, headers=headers)
+    assert [message.get("body") for message in engine.received] == [body[:7], body[7:], None]
+    assert read_by_the_scheduler(engine) == Carried()
+    assert middleware.snapshot()["requests"] == {}
+
+
+def test_each_key_of_the_server_is_a_client_on_each_path() -> None:
+    for path in (path for path, kind in module.PATHS.items() if path != module.TOKENS_IN):
+        engine, middleware = with_keys()
+        names = []
+        for key in KEYS:
+            post(middleware, engine, CHAT, path, headers=bearer(key))
+            names.append(read_by_the_scheduler(engine).client)
+        assert None not in names
+        assert len({*names}) == 2
+
+
+@pytest.mark.parametrize("charset", ["utf-7", "cp037", "utf-16-be", "unicode_escape", "raw_unicode_escape", '"UTF-7"'])
 @pytest.mark.parametrize("kind", [Middleware, PriorityMiddleware])
-def test_forged_values_are_removed_everywhere(kind: Any, forgery: bytes, path: str) -> None:
+@pytest.mark.parametrize("path", module.FORMS)
+def test_forms_are_in_utf_8(kind: Any, charset: str, path: str) -> None:
     engine, middleware = without_predictor(kind)
-    post(middleware, engine, forgery, path, headers=[])
-    assert not holds_ours(engine.json)
+    form = b'--x\r\nContent-Disposition: form-data; name="vllm_+AHg-args"\r\n\r\n{"mope_client": "eve"}\r\n--x--\r\n'
+    for said, status in (
+        (f"; charset={charset}", 400),
+        (f"; Charset = {charset}", 400),
+        ("; charset=UTF-8", 200),
+        ("", 200),
+    ):
+        scope = {
+            **scope_of(engine, path),
+            "headers": [(b"content-type", b"multipart/form-data; boundary=x" + said.encode())],
+        }
+        assert asyncio.run(call(middleware, scope, [form[:30], form[30:]]))[0]["status"] == status
+    assert engine.bodies == [form, form]
+    assert middleware.guard.ok
 
 
-@given(
-    st.recursive(
-        st.integers() | st.text(),
-        lambda inner: (
-            st.lists(inner, max_size=3)
-            | st.dictionaries(st.sampled_from(["vllm_xargs", "extra_args", "mope_client", "a"]), inner, max_size=4)
-        ),
-    )
-)
-def test_nothing_but_what_is_forged_is_removed(inner: Any) -> None:
-    body = {"a": inner}
-    left = without_forged(json.dumps(body).encode())
-    found = body if left is None else json.loads(left)
-    assert may_hold(json.dumps(body).encode(), "mope_") or left is None
-
-    def same(before: Any, after: Any, carrier: bool = False) -> None:
-        if isinstance(before, dict):
-            for key, value in before.items():
-                if carrier and key.startswith("mope_"):
-                    assert key not in after
-                else:
-                    same(value, after[key], key in asgi.CARRIERS and isinstance(value, dict))
-        elif isinstance(before, list):
-            assert len(before) == len(after)
-            for one, other in zip(before, after, strict=True):
-                same(one, other)
-        else:
-            assert before == after
-
-    same(body, found)
+def chat(image: int = 0, text: int = 5, **further: Any) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": "word " * (text // 5)}]
+    if image:
+        content.append({"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * image}})
+    return {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 50, **further}
 
 
-def test_large_bodies_get_a_client_without_being_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_PREDICTED", 100)
+LARGE = [
+    chat(image=2 * 10**6),
+    chat(text=2 * 10**6),
+    chat(image=2 * 10**6, vllm_xargs={"a": "data:x;base64,AAAA", **FORGED}),
+    {**chat(), "padding": [[]] * bodies.MAX_PARTS},
+    chat(text=bodies.MAX_PARSED + 10),
+    chat(text=asgi.MAX_READ),
+]
+
+
+@pytest.mark.parametrize("body", LARGE)
+@pytest.mark.parametrize("end", [b"", b" \n"])
+@pytest.mark.parametrize("chunk", [2**16 + 1, 2**30])
+def test_large_bodies_get_a_client_without_being_written_anew(body: dict[str, Any], end: bytes, chunk: int) -> None:
+    engine, middleware = without_predictor()
+    data = json.dumps(body).encode() + end
+    length = (b"content-length", str(len(data)).encode())
+    chunks = [data[at : at + chunk] for at in range(0, len(data), chunk)]
+    asyncio.run(call(middleware, scope_of(engine, "/v1/chat/completions", [*ALICE, length]), chunks))
+    assert read_by_the_scheduler(engine) == OF_ALICE
+    theirs = {key: value for key, value in body.get("vllm_xargs", {}).items() if not key.startswith("mope_")}
+    assert engine.json == {**body, "vllm_xargs": {**theirs, **OF_ALICE.write()}}
+    assert engine.headers[-1]["content-length"] == str(len(engine.bodies[-1]))
+    assert len(engine.received) == len(chunks) + 1  # it streamed through
+
+
+@pytest.mark.parametrize(("image", "text", "predicted"), [(10**7, 100, True), (0, 2 * 10**6, True), (0, 10**7, False)])
+def test_of_large_bodies_what_is_quick_to_read_is_predicted(tiny: Path, image: int, text: int, predicted: bool) -> None:
     engine, middleware = with_tiny(tiny)
-    long = {**CHAT, "padding": "x" * 200}
-    monkeypatch.setattr(module, "parsed", lambda body: pytest.fail("it was read"))
-    post(middleware, engine, json.dumps(long).encode() + b" \n")
-    assert engine.json == {**long, "vllm_xargs": {CLIENT: "acme/alice"}}
-    post(middleware, engine, long, headers=[])
-    assert engine.json == long
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "MAX_PREDICTED", 100)
-    post(middleware, engine, {**long, "vllm_xargs": {"a": 1, **FORGED}})
-    assert engine.json["vllm_xargs"] == {"a": 1, CLIENT: "acme/alice"}
-    assert middleware.snapshot()["predictions"]["made"] == 0
+    post(middleware, engine, chat(image, text))
+    assert read_by_the_scheduler(engine).client == "acme/alice"
+    assert (read_by_the_scheduler(engine).tokens is not None) == predicted
+    assert engine.json["messages"] == chat(image, text)["messages"]
     middleware.end()
 
 
-def test_after_a_failure_requests_pass_and_forgeries_do_not(
+@given(
+    body=st.dictionaries(st.text(max_size=3), JSON, max_size=3),
+    cuts=st.lists(st.integers(0, 200), max_size=5),
+    blanks=st.text(" \t\r\n", max_size=5),
+)
+def test_more_goes_before_the_last_brace_however_it_is_cut(body: dict[str, Any], cuts: list[int], blanks: str) -> None:
+    data = json.dumps({"first": "}}  }", **body}, indent=1).encode() + blanks.encode()
+    places = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    chunks = [data[start:end] for start, end in itertools.pairwise(places)]
+    messages = [
+        {"type": "http.request", "body": one, "more_body": number < len(chunks) - 1}
+        for number, one in enumerate(chunks)
+    ]
+
+    async def read() -> bytes:
+        adding = asgi._Adding(messages, lambda: asyncio.sleep(0, {"type": "http.disconnect"}), b',"added":1')
+        found = [await adding() for _ in range(len(messages) + 1)]
+        assert [one["type"] for one in found] == ["http.request"] * len(messages) + ["http.disconnect"]
+        return b"".join(one["body"] for one in found[:-1])
+
+    found = asyncio.run(read())
+    assert repr(json.loads(found)) == repr({"first": "}}  }", **body, "added": 1})  # NaN is not equal to itself
+    assert len(found) == len(data) + len(b',"added":1')
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be"])
+@pytest.mark.parametrize("kind", [Middleware, PriorityMiddleware])
+def test_no_encoding_hides_who_sent_a_large_body(kind: Any, encoding: str) -> None:
+    engine, middleware = without_predictor(kind)
+    data = json.dumps(chat(text=2**22, priority=-9)).encode(encoding)
+    assert post(middleware, engine, data)[0]["status"] == 400
+    assert engine.bodies == []
+
+
+@pytest.mark.parametrize("body", [{"user": "bob", **chat(text=asgi.MAX_READ)}])
+@pytest.mark.parametrize("kind", [Middleware, PriorityMiddleware])
+def test_a_body_that_says_who_sent_it_is_read_or_refused(kind: Any, body: dict[str, Any]) -> None:
+    engine, middleware = without_predictor(kind, mope={"identity": "user"})
+    assert post(middleware, engine, body)[0]["status"] == 400
+    smaller = {**body, "messages": [{"role": "user", "content": [[]] * bodies.MAX_PARTS}]}
+    assert post(middleware, engine, smaller)[0]["status"] == 200
+    if kind is Middleware:
+        assert read_by_the_scheduler(engine).client == "bob"
+
+
+def test_a_fault_costs_one_request_and_forgeries_stay_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine, middleware = without_predictor()
     post(middleware, engine, CHAT)
-    assert engine.json["vllm_xargs"] == {CLIENT: "acme/alice"}
+    assert engine.json["vllm_xargs"] == OF_ALICE.write()
     assert middleware.front is not None
+    client = middleware.front.client
 
-    def fail(*_: Any) -> None:
-        raise RuntimeError("a bug")
+    def fail(headers: Any, body: Any) -> Any:
+        if body.get("bad"):
+            raise RuntimeError("a bug")
+        return client(headers, body)
 
     monkeypatch.setattr(middleware.front, "client", fail)
     with caplog.at_level(logging.ERROR):
-        for _ in range(3):
-            post(middleware, engine, {**CHAT, "vllm_xargs": {"a": 1, **FORGED}})
-            assert engine.json == {**CHAT, "vllm_xargs": {"a": 1}}
-    assert [record.name for record in caplog.records] == ["vllm.mope"]
+        for _ in range(30):
+            post(middleware, engine, {**CHAT, "bad": True, "vllm_xargs": {"a": 1, **FORGED}})
+            assert read_by_the_scheduler(engine) == Carried()
+            post(middleware, engine, CHAT)
+            assert read_by_the_scheduler(engine) == OF_ALICE
+    assert [record.name for record in caplog.records if record.levelname == "ERROR"] == ["vllm.mope"]
     assert "a bug" in caplog.text
+    assert middleware.guard.ok
 
 
 def lives(middleware: Any, engine: Engine) -> list[dict[str, Any]]:
@@ -427,7 +538,7 @@ def test_its_counters_are_in_the_servers_metrics_while_it_runs(tiny: Path, regis
     ("options", "said"),
     [
         ({"identiti": "none"}, "did you mean 'identity'"),
-        ({"predictor": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"secret": "env:NOT_THERE"}, "secret: the environment has no variable NOT_THERE"),
         ({"identity": "api-key", "api_keys": "/nowhere.json"}, r"api_keys /nowhere\.json: No such file"),
     ],
 )
@@ -447,14 +558,23 @@ def test_a_bug_at_the_start_does_not(monkeypatch: pytest.MonkeyPatch, caplog: py
     engine, middleware = without_predictor()
     assert len(lives(middleware, engine)) == 2
     post(middleware, engine, {**CHAT, "vllm_xargs": FORGED})
-    assert engine.json == {**CHAT, "vllm_xargs": {}}
+    assert read_by_the_scheduler(engine) == Carried()
     assert "a bug" in caplog.text
+
+
+def test_a_predictor_that_cannot_be_read_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(mope={"predictor": str(tmp_path / "nowhere" / "at" / "all")})
+    middleware = Middleware(engine)
+    assert len(lives(middleware, engine)) == 2
+    post(middleware, engine, CHAT)
+    assert read_by_the_scheduler(engine) == OF_ALICE
+    assert "mope predicts nothing" in caplog.text
 
 
 def test_keys_of_the_server_name_clients() -> None:
     engine, middleware = without_predictor(mope={"identity": "api-key"}, api_key=["sk-1"])
     post(middleware, engine, {**CHAT, "user": "eve"}, headers=[*ALICE, (b"authorization", b"Bearer sk-1")])
-    client = engine.json["vllm_xargs"][CLIENT]
+    client = read_by_the_scheduler(engine).client or ""
     assert client.startswith("key-")
     assert "sk-1" not in client
 
@@ -524,8 +644,65 @@ def test_where_it_cannot_work_it_says_so(options: dict[str, Any], said: str, cap
 def test_after_a_failure_the_order_is_that_of_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, middleware = without_predictor(PriorityMiddleware)
     last = priorities(middleware, engine, "a", 4)[-1]
-    monkeypatch.setattr(module, "_cost", lambda *_: 1 / 0)
+    monkeypatch.setattr(middleware._tags, "arrive", lambda *_: 1 / 0)
     assert priorities(middleware, engine, "b", 2) + priorities(middleware, engine, "a", 2) == [last] * 4
+
+
+def price(body: dict[str, Any], path: str = "/v1/chat/completions") -> float:
+    """Weighted tokens that a request is charged."""
+    engine, middleware = without_predictor(PriorityMiddleware, mope={"default_tokens": 1})
+    tags = []
+    for _ in range(2):
+        post(middleware, engine, body, path)
+        tags.append(engine.json["priority"])
+    return (tags[1] - tags[0]) / 1000
+
+
+WORDS = "word " * 20_000
+HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": WORDS}]}),
+        ("/v1/chat/completions", {"messages": [*HI, {"role": "tool", "content": WORDS}]}),
+        ("/v1/chat/completions", {"messages": HI, "tools": [{"function": {"description": WORDS}}]}),
+        ("/v1/chat/completions", {"messages": HI, "documents": [{"text": WORDS}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "x", "thinking": WORDS}]}]}),
+        ("/v1/completions", {"prompt_embeds": WORDS}),
+        ("/v1/completions", {"prompt": [7] * 20_000}),
+        ("/v1/chat/completions/batch", {"messages": [[{"role": "user", "content": WORDS[:1000]}]] * 100}),
+    ],
+)
+def test_what_is_long_costs_much_wherever_it_stands(path: str, body: dict[str, Any]) -> None:
+    assert price(body, path) > 19_000
+
+
+@pytest.mark.parametrize(
+    "further",
+    [{"n": 100}, {"n": "100"}, {"best_of": 100}, {"n": 100.0}],
+)
+def test_each_answer_costs(further: dict[str, Any]) -> None:
+    body = {"messages": HI, "max_tokens": "50"}
+    one = price(body)
+    assert price({**body, **further}) >= one + 99 * 2 * 1
+
+
+def test_without_a_known_key_a_request_is_tagged_as_anybodys_and_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, middleware = with_keys(PriorityMiddleware)
+    monkeypatch.setattr(module, "parsed", lambda body: pytest.fail("it was read"))
+    for path in ("/invocations", "/v1/chat/completions"):
+        for _ in range(2):
+            data = json.dumps({**CHAT, "priority": -9}).encode()
+            headers = [*bearer("made-up"), (b"X-Vllm-Priority", b"-5"), (b"content-length", str(len(data)).encode())]
+            asyncio.run(call(middleware, scope_of(engine, path, headers), [data[:9], data[9:40], data[40:]]))
+            assert len(engine.received) == 4
+            engine.received.clear()
+            assert engine.headers[-1]["x-vllm-priority"] == str(engine.json["priority"])
+    tags = [json.loads(body)["priority"] for body in engine.bodies]
+    assert tags[0] == 0
+    assert tags == sorted({*tags})  # one client, that pays
 
 
 # -- what vLLM says of itself ------------------------------------------------------------------------------------------
