@@ -5,6 +5,7 @@ The faults are brought about in a real server, see `sglang_shims/faults.py`.
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,54 @@ def test_a_scheduler_without_the_hook_goes_on(tmp_path: Path, fault: str) -> Non
     assert printed.count(OFF) == 1
 
 
-def test_a_front_end_without_the_hook_goes_on(tmp_path: Path) -> None:
+def test_a_front_end_that_can_read_no_request_goes_on(tmp_path: Path) -> None:
     state, printed = run(tmp_path, "front-raises", {})
     assert state["on"]
     assert list(state["tallies"]) == ["(anonymous)"]
-    assert printed.count(OFF) == 1
+    assert printed.count("mope could not read a request") == 1
+    assert OFF not in printed
+
+
+ALICE, BOB = {"authorization": "Bearer a-key"}, {"authorization": "Bearer b-key"}
+PAIRS = [["mope_client", "acme/alice"], ["mope_tokens", 1]]
+
+
+def test_no_request_turns_it_off_names_somebody_else_or_hides_its_client(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps({"a-key": "acme/alice", "b-key": "bob"}), encoding="utf-8")
+    with serve(tmp_path, "equinox", {"api_keys": str(keys), "predictor": "none"}) as server:
+
+        def arrived(path: str, body: Any, headers: Any = BOB) -> tuple[int, dict[str, int]]:
+            before = server.state()["tallies"]
+            status, _ = server.send(path, body, headers)
+            state = server.state()
+            assert state["on"], state["failure"]
+            counts = {name: tally["arrived"] for name, tally in state["tallies"].items()}
+            change = {name: count - before.get(name, {}).get("arrived", 0) for name, count in counts.items()}
+            return status, {name: count for name, count in change.items() if count}
+
+        def native(custom_params: Any, **further: Any) -> dict[str, Any]:
+            return {
+                "input_ids": [5, 6],
+                "sampling_params": {"max_new_tokens": 3, "custom_params": custom_params},
+                **further,
+            }
+
+        for odd in (0, "", [], False, {}, None, {"theirs": 1}, {"mope_client": "acme/alice", "mope_seal": "0" * 32}):
+            assert arrived("/generate", native(odd)) == (200, {"bob": 1}), odd
+        for odd in ("x", True, 1, [1], PAIRS):
+            assert arrived("/generate", native(odd)) == (400, {}), odd
+            assert arrived("/generate", native(odd, max_thinking_tokens=5)) == (400, {}), odd
+            assert arrived("/generate", native(odd, stream=True))[1] == {}, odd
+        chat_body = {"model": "tiny", "messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 2}
+        for odd in ("x", PAIRS):
+            status, counts = arrived("/v1/chat/completions", {**chat_body, "custom_params": odd})
+            assert (status in (400, 422), counts) == (True, {}), odd
+        forged = {**chat_body, "custom_params": {"mope_client": "acme/alice"}}
+        assert arrived("/v1/chat/completions", forged) == (200, {"bob": 1})
+        assert arrived("/generate", native(None), ALICE) == (200, {"acme/alice": 1})
+        assert arrived("/generate", native(None), {"authorization": "Bearer made-up"}) == (200, {"(anonymous)": 1})
+        assert OFF not in server.printed()
 
 
 def test_predictors_that_fail_hang_or_say_nonsense_cost_no_request(tmp_path: Path) -> None:

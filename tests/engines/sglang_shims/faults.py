@@ -77,8 +77,8 @@ def predictor_misbehaves():
                 time.sleep(20)
         return predict_batch(self, requests, *args, **kwargs)
 
-    async def saying(self, asked):
+    async def saying(self, asked, *rest):
         said = {"nan": float("nan"), "infinite": float("inf")}.get(asked.requests[0].prompt if asked.requests else "")
-        return await predict(self, asked) if said is None else Predicted(said, (said,) * 14, "llm|family|mode")
+        return await predict(self, asked, *rest) if said is None else Predicted(said, (said,) * 14, "llm|family|mode")
 
     LengthPredictor.predict_batch, Front.predict = failing, saying
