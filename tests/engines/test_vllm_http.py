@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ import pytest
 import tiny_vllm
 from tiny_vllm import NAME, Server, serve
 
-from mope.serving_hooks.carried import ANSWERING, CLIENT, HIGH, RAW, TOKENS
+from mope.serving_hooks.carried import ANSWERING, CLIENT, HIGH, RAW, SEAL, TOKENS
 from mope.serving_hooks.identity import digest
 
 pytestmark = pytest.mark.skipif(tiny_vllm.MISSING is not None, reason=str(tiny_vllm.MISSING))
@@ -87,7 +88,7 @@ def test_client_and_prediction_reach_the_scheduler(fair: Recorded, path: str, bo
     assert len(lines) == count
     for line in lines:
         extra = line["extra"]
-        assert extra.keys() == {"mine", CLIENT, TOKENS, HIGH, RAW, ANSWERING}
+        assert extra.keys() == {"mine", CLIENT, TOKENS, HIGH, RAW, ANSWERING, SEAL}
         assert (extra["mine"], extra[CLIENT], extra[ANSWERING]) == (7, "acme/alice", "llama-3-8b|llama|small||1||0")
         assert 1 <= extra[TOKENS] <= 3
         assert extra[TOKENS] <= extra[HIGH] <= 3
@@ -95,9 +96,10 @@ def test_client_and_prediction_reach_the_scheduler(fair: Recorded, path: str, bo
 
 def test_each_key_is_a_client(fair: Recorded) -> None:
     body = {"model": NAME, "prompt": [5, 6, 7], "max_tokens": 2}
-    for key, client in ((ALICE, "acme/alice"), (BOB, "bob"), (EVE, f"key-{digest(EVE)[:12]}")):
+    for key, client in ((ALICE, "acme/alice"), (BOB, "bob"), (EVE, "key-[0-9a-f]{16}")):
         (line,) = fair.arriving("/v1/completions", body, key)
-        assert line["extra"] == {CLIENT: client}  # token ids have no text to predict from
+        assert line["extra"].keys() == {CLIENT, SEAL}  # token ids have no text to predict from
+        assert re.fullmatch(client, line["extra"][CLIENT])
     for key in (None, "sk-nobody"):
         assert fair.server.post("/v1/completions", body, bearer(key))[0] == 401
 
@@ -105,7 +107,8 @@ def test_each_key_is_a_client(fair: Recorded) -> None:
 def test_token_ids_in_carry_the_client(fair: Recorded) -> None:
     body = {"model": NAME, "token_ids": [5, 6, 7], "sampling_params": {"max_tokens": 2, "extra_args": FORGED}}
     (line,) = fair.arriving("/inference/v1/generate", body)
-    assert line["extra"] == {"mine": 7, CLIENT: "acme/alice"}
+    assert line["extra"].keys() == {"mine", CLIENT, SEAL}
+    assert (line["extra"]["mine"], line["extra"][CLIENT]) == (7, "acme/alice")
 
 
 def test_what_vllm_refuses_it_still_refuses(fair: Recorded) -> None:
@@ -113,12 +116,12 @@ def test_what_vllm_refuses_it_still_refuses(fair: Recorded) -> None:
     for body in (b"{", b"[]", {"model": NAME}, {"model": NAME, "messages": MESSAGES, "vllm_xargs": {"a": {"b": 1}}}):
         assert fair.server.post("/v1/chat/completions", body, bearer(ALICE))[0] in (400, 422)
     assert fair.server.post("/v1/nowhere", {"vllm_xargs": FORGED}, bearer(ALICE))[0] == 404
-    form = b'--x\r\nContent-Disposition: form-data; name="vllm_xargs"\r\n\r\n{"mope_client": "a"}\r\n--x--\r\n'
-    headers = {**bearer(ALICE), "content-type": "multipart/form-data; boundary=x"}
+    form = b'--x\r\nContent-Disposition: form-data; name="vllm_+AHg-args"\r\n\r\n{"mope_client": "a"}\r\n--x--\r\n'
+    headers = {**bearer(ALICE), "content-type": "multipart/form-data; boundary=x; charset=utf-7"}
     status, answer = fair.server.post("/v1/audio/transcriptions", form, headers)
-    assert (status, "not for callers" in json.dumps(answer)) == (400, True)
-    status, _ = fair.server.post("/v1/audio/transcriptions", form.replace(b"mope_", b"their"), headers)
-    assert status == 404
+    assert (status, "expected utf-8" in json.dumps(answer)) == (400, True)
+    headers = {**bearer(ALICE), "content-type": "multipart/form-data; boundary=x"}
+    assert fair.server.post("/v1/audio/transcriptions", form, headers)[0] == 404
     assert len(fair.lines()) == before
     with urllib.request.urlopen(fair.server.url + "/health") as answer:
         assert answer.status == 200
@@ -157,7 +160,12 @@ def test_the_log_says_what_is_on_and_holds_no_key(fair: Recorded) -> None:
     printed = fair.server.printed()
     lines = [line for line in printed.splitlines() if "mope Middleware:" in line]
     assert len(lines) == 1
-    for part in ("2 keys of", "others by their hash", "lengths by chat-micro", "within 20000 ms, for llama-3-8b"):
+    for part in (
+        "2 keys of",
+        "3 of the server, all others anonymous",
+        "lengths by chat-micro",
+        "within 20000 ms, for llama-3-8b",
+    ):
         assert part in lines[0]
     assert "mope has failed" not in printed
     for key in (BOB, EVE):
