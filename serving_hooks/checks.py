@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from mope.errors import UserError
 from mope.fairness.stores import MEMORY, StoreConfig, address, has_password
+from mope.serving_hooks import secret
 from mope.serving_hooks.identity import ApiKeys
 from mope.serving_hooks.options import PASSWORD_SHOWN, HookOptions
 
@@ -82,6 +83,11 @@ def options(chosen: HookOptions) -> list[Finding]:
             if not len(ApiKeys(chosen.api_keys)):
                 text = f"api_keys {chosen.api_keys}: no key stands in it, so it tells nobody apart"
                 found.append(Finding(part, "warning", text))
+        except UserError as error:
+            found.append(Finding(part, "failed", str(error)))
+    if chosen.secret is not None:
+        try:
+            secret.load(chosen)
         except UserError as error:
             found.append(Finding(part, "failed", str(error)))
     if chosen.state is not None:

@@ -195,6 +195,8 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
         shown = f"; metrics at port {port} and the next ones" if port else ""
         shared = "" if chosen.store else "; a store lets them count together"
         tell("note", f"--data-parallel-size {ranks}: each engine keeps books of its own{shared}{shown}")
+    if (ours and tells) and chosen.secret is None and ("--headless" in typed or "--data-parallel-address" in typed):
+        tell("warning", "engines on other machines take all requests for one client's: give all of them one `secret`")
     if not any(finding.status == "failed" for finding in found):
         tell("ok", f"policy {chosen.policy}, clients by {chosen.identity}, predictor {chosen.predictor}")
     return found

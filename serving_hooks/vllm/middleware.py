@@ -60,6 +60,7 @@ PATHS: dict[str, Kind | None] = {  # of what generates text; None where the body
     "/v1/systemone": "other",
     "/cohere/v2/chat": "other",
 }
+UNCARRIED = ("/generative_scoring", "/v1/systemone", "/cohere/v2/chat")  # vLLM drops `vllm_xargs` there
 FORMS = ("/v1/audio/transcriptions", "/v1/audio/translations")  # the only ones that carry `vllm_xargs` in a form
 TOKENS_IN = "/inference/v1/generate"  # its `sampling_params` are vLLM's own
 MAX_REWRITTEN = 2**20  # bytes of a body that is written anew; to a larger one, more is added
@@ -180,6 +181,10 @@ class Middleware(_VllmMiddleware):
     `vllm serve ... --middleware mope.serving_hooks.vllm.Middleware`, beside `--scheduler-cls` of the same package. In a
     batch of prompts each one gets the same values: the expected tokens are the mean over its prompts.
     """
+
+    def wants(self, scope: Scope) -> bool:
+        """As there, where vLLM carries what is told."""
+        return path_of(scope) not in UNCARRIED and super().wants(scope)
 
     async def generate(self, post: Post, front: Front, path: str, body: bytes | None) -> Post:
         """Puts what is carried into `vllm_xargs`."""

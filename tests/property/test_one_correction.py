@@ -57,7 +57,7 @@ class Server:
         body = {"messages": [{"role": "user", "content": prompt}], **flags}
 
         async def ask() -> tuple[Carried, list[Carried]]:
-            carried = await self.front.carried("chat", [], body)
+            carried = await self.front.carried("chat", [], body, self.sglang.guard)
             asked = SimpleNamespace(text="as the template has it", sampling_params={}, stream=False)
             return carried, await self.sglang.prepare(asked, _http(body))
 

@@ -355,6 +355,7 @@ def test_a_command_behind_two_dashes_is_looked_at(
     [
         ({"api_keys": "/nonexistent/keys.json"}, "failed", "api_keys"),
         ({"state": "/dev/null/mope.json"}, "warning", "nothing is kept"),
+        ({"secret": "file:/nonexistent/secret"}, "failed", "secret: /nonexistent/secret cannot be read"),
         ({"metrics_port": 0, "metrics_host": "0.0.0.0"}, "warning", "names of clients"),
         ({"identity": "header"}, "note", "only if a gateway sets the header x-client-id"),
         ({"identity": "user"}, "note", "only if a gateway sets the body's user"),

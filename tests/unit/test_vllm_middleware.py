@@ -245,7 +245,7 @@ def test_other_methods_and_bodies_are_not_touched(method: str, path: str, type_:
     assert len(sent) == 4
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/tokenize", "/v1/anything", "/upload"])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/tokenize", "/v1/anything", "/upload", *module.UNCARRIED])
 def test_other_paths_are_not_read(path: str) -> None:
     engine, middleware = without_predictor()
     chunks = [b'{"vllm_xargs": ', b'{"mope_client": "eve"}}']
@@ -351,7 +351,7 @@ def test_without_a_known_key_nothing_is_read_and_nobody_is_named(path: str, head
 
 
 def test_each_key_of_the_server_is_a_client_on_each_path() -> None:
-    for path in (path for path, kind in module.PATHS.items() if path != module.TOKENS_IN):
+    for path in (path for path in module.PATHS if path not in (module.TOKENS_IN, *module.UNCARRIED)):
         engine, middleware = with_keys()
         names = []
         for key in KEYS:
