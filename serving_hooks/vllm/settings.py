@@ -48,8 +48,8 @@ def llm_names(vllm_config: Any, arguments: Any = None) -> tuple[str, ...]:
 
 def server_keys(arguments: Any) -> tuple[str, ...]:
     """The API keys that the server accepts, found as vLLM finds them; empty where it accepts all requests."""
-    keys = getattr(arguments, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
-    return tuple(key for key in keys if isinstance(key, str) and key)
+    keys = getattr(arguments, "api_key", None) or os.environ.get("VLLM_API_KEY") or ()
+    return (keys,) if isinstance(keys, str) else tuple(key for key in keys if isinstance(key, str) and key)
 
 
 def num_api_servers(vllm_config: Any, arguments: Any = None) -> int:

@@ -23,7 +23,7 @@ from mope.serving_hooks import vllm as hooks
 from mope.serving_hooks.carried import ANSWERING, CLIENT, HIGH, RAW, SEAL, TOKENS, Carried
 from mope.serving_hooks.vllm import Middleware, PriorityMiddleware
 from mope.serving_hooks.vllm import middleware as module
-from mope.serving_hooks.vllm.settings import hook_options, llm_names, num_api_servers
+from mope.serving_hooks.vllm.settings import hook_options, llm_names, num_api_servers, server_keys
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello there"}], "max_tokens": 50}
 FIELDS = (
@@ -722,6 +722,22 @@ def test_options_are_found_where_they_may_be(monkeypatch: pytest.MonkeyPatch) ->
         hook_options(None)
     monkeypatch.delenv("MOPE_OPTIONS")
     assert hook_options(None).identity == "api-key"
+
+
+def test_keys_are_found_where_vllm_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for given_, keys in (
+        (None, ()),
+        ([], ()),
+        (["a", None, ""], ("a",)),
+        ("sk-1", ("sk-1",)),
+        (("a", "b"), ("a", "b")),
+    ):
+        assert server_keys(SimpleNamespace(api_key=given_)) == keys
+    assert server_keys(None) == ()
+    monkeypatch.setenv("VLLM_API_KEY", "of the environment")
+    assert server_keys(SimpleNamespace(api_key=[])) == ("of the environment",)
+    assert server_keys(SimpleNamespace(api_key=["a"])) == ("a",)
 
 
 def test_names_and_processes() -> None:
