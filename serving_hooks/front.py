@@ -108,7 +108,11 @@ class Front:
 
             try:
                 predictor = LengthPredictor.from_pretrained(options.predictor)
-            except Exception as error:  # whatever a damaged folder brings about
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except (
+                BaseException
+            ) as error:  # whatever a damaged folder brings about; a panic in a tokenizer is no Exception
                 said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 logger.error("mope predicts nothing, clients are told apart as before: %s", said)
         return cls(options, identity, predictor, names)
