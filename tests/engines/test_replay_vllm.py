@@ -147,8 +147,8 @@ def test_the_scheduler_is_told_the_cap_and_what_is_carried_and_no_true_length(mo
     replay(engine, arrivals, [None, 41.5], CLOCK)
     first, second = (request.sampling_params for request in seen)
     assert (first.max_tokens, second.max_tokens, first.min_tokens, second.min_tokens) == (700, 700, 0, 0)
-    assert first.extra_args == {"mope_client": "a"}
-    assert second.extra_args == {"mope_client": "a", "mope_tokens": 41.5}
+    assert first.extra_args == Carried("a").write()
+    assert second.extra_args == Carried("a", 41.5).write()
     assert seen[0].max_tokens == seen[1].max_tokens == 700
     assert seen[0].num_tokens - seen[1].num_tokens == 3 - 300  # only what was generated differs, and only at the end
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mope.serving_hooks.carried import Carried
 from tests.engines import tiny_vllm
 from tests.engines.vllm_engine import LENGTH, Asked, EngineInProcess, flood_and_light, mean_ttft, services
 
@@ -189,7 +190,7 @@ def test_a_session_whose_input_is_streamed_is_one_request(model):
     def say(resumable: bool) -> None:
         from vllm import SamplingParams
 
-        given = {LENGTH: 6, "mope_client": "session"}
+        given = {LENGTH: 6, **Carried("session").write()}
         request = running.engine.input_processor.process_inputs(
             "session",
             {"prompt_token_ids": Asked(0, "", 20, 0, seed=len(turns)).prompt()},

@@ -156,11 +156,9 @@ class EngineInProcess:
         """Sends a request."""
         from vllm import SamplingParams
 
-        extra: dict[str, Any] = {LENGTH: asked.length}
-        if asked.client:
-            extra["mope_client"] = asked.client
-        if asked.predicted is not None:
-            extra["mope_tokens"] = float(asked.predicted)
+        from mope.serving_hooks.carried import Carried
+
+        extra = {LENGTH: asked.length, **Carried(asked.client or None, asked.predicted).write()}
         settings = {"max_tokens": 900, "temperature": 0.0, "extra_args": extra, **asked.options}
         prompt, parameters = {"prompt_token_ids": asked.prompt()}, SamplingParams(**settings)
         self.engine.add_request(str(number), prompt, parameters, lora_request=_lora(asked.adapter))
