@@ -23,7 +23,7 @@ MAX_ANSWERS = 10_000  # answers that one request is taken to ask for
 MAX_PARSED = 4 * 2**20  # bytes of JSON that are parsed, some 10 ms; `data:` URLs do not count
 MAX_PARTS = 200_000  # objects, lists and items in it
 _MAX_URLS = 256  # that are looked for
-_CHARS_PER_TOKEN = 4  # of what is priced by its size
+CHARS_PER_TOKEN = 5  # of what is priced by its size; plain English has a little less
 
 
 class Asked(NamedTuple):
@@ -74,11 +74,11 @@ def size_tokens(body: Any) -> int:
         if isinstance(part, str):
             characters += len(part) if not part.startswith("data:") else min(len(part), 1024)
         elif isinstance(part, list):
-            characters += _CHARS_PER_TOKEN * len(part)
+            characters += CHARS_PER_TOKEN * len(part)
             inside.extend(part)
         elif isinstance(part, dict):
             inside.extend(part.values())
-    return characters // _CHARS_PER_TOKEN
+    return characters // CHARS_PER_TOKEN
 
 
 def read(kind: Kind, body: Mapping[str, Any], target_llm: str | None, **facts: Any) -> Asked:

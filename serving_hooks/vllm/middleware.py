@@ -31,7 +31,7 @@ from mope.serving_hooks.asgi import (
     with_headers,
     written,
 )
-from mope.serving_hooks.bodies import Asked, Kind, kind_of, readable, size_tokens
+from mope.serving_hooks.bodies import CHARS_PER_TOKEN, Asked, Kind, kind_of, readable, size_tokens
 from mope.serving_hooks.carried import seals, without_ours
 from mope.serving_hooks.front import Front, Predicted
 from mope.serving_hooks.front_metrics import FrontCollector, FrontWriter, front_collector
@@ -307,7 +307,7 @@ class PriorityMiddleware(_VllmMiddleware):
             client = (front.client(headers, found or {}) if front.admits(headers) else None) or ANYBODY
             kind: Kind = "other" if found is None else PATHS[path] or kind_of(found)
             asked = front.read(kind, found) if found is not None else Asked()
-            size = size_tokens(found) if found is not None else _said_bytes(scope, body) // 4
+            size = size_tokens(found) if found is not None else _said_bytes(scope, body) // CHARS_PER_TOKEN
             predicted = await front.predict(asked, client) if kind != "other" else None
             cost = _cost(asked, size, predicted, front.options)
         except Exception as error:
