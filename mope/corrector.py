@@ -174,8 +174,15 @@ class Corrector:
         )
 
     def observe(
-        self, raw_E: Array, answering: Answering, tokens: float, *, censored: bool, time_s: float | None = None
-    ) -> None:
+        self,
+        raw_E: Array,
+        answering: Answering,
+        tokens: float,
+        *,
+        censored: bool,
+        time_s: float | None = None,
+        client: str | None = None,
+    ) -> bool:
         """Learn from a finished request, see `Recalibrator.observe`.
 
         Args:
@@ -184,11 +191,24 @@ class Corrector:
             tokens: that were generated.
             censored: the answer was cut: its true length is at least that.
             time_s: when, in seconds since 1970; now if None.
+            client: name of the client; None learns everything.
+
+        Returns:
+            Whether it was learned.
 
         Raises:
             DataError: fewer than 1 token, a time that is not one, or no distribution.
         """
-        self.recalibrator.observe(self.edges, raw_E, self._target(answering), tokens, censored, time_s)
+        return self.recalibrator.observe(
+            self.edges,
+            raw_E,
+            self._target(answering),
+            tokens,
+            censored,
+            time_s,
+            client=client,
+            log_edges=self._log_edges,
+        )
 
     def _target(self, answering: Answering) -> Target:
         """What corrections are kept apart by. The fallback is another distribution and has its own."""

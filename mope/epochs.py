@@ -75,6 +75,17 @@ class Batch:
     expected: Array
 
 
+def checked_time(time_s: float) -> float:
+    """The time as it was given.
+
+    Raises:
+        DataError: it is not in seconds since 1970.
+    """
+    if not (isinstance(time_s, int | float | np.integer | np.floating) and 0 <= time_s < MAX_TIME_S):
+        raise DataError(f"time_s is in seconds since 1970; got {time_s!r}")
+    return time_s
+
+
 class _Ring:
     """The newest epochs of each target, and of all targets together.
 
@@ -156,8 +167,7 @@ class Epochs:
         Raises:
             DataError: a time that is not one.
         """
-        if not (isinstance(time_s, int | float | np.integer | np.floating) and 0 <= time_s < MAX_TIME_S):
-            raise DataError(f"time_s is in seconds since 1970; got {time_s!r}")
+        time_s = checked_time(time_s)
         self._add(self._short, target, int(time_s // SHORT_EPOCH_S), {code: 1}, expected)
         self._add(self._long, target, int(time_s // LONG_EPOCH_S), {code: 1}, expected)
 
@@ -275,13 +285,16 @@ class Epochs:
         }
 
     @classmethod
-    def from_json(cls, saved: Mapping[str, Any], num_codes: int, num_expected: int) -> Epochs:
+    def from_json(
+        cls, saved: Mapping[str, Any], num_codes: int, num_expected: int, padded_to: int | None = None
+    ) -> Epochs:
         """Restore what `to_json` wrote, exactly.
 
         Args:
             saved: what was written.
             num_codes: codes are below this.
             num_expected: numbers that are summed beside them.
+            padded_to: how many there are to be, if more: zeros are added.
 
         Raises:
             LookupError, TypeError, ValueError, AttributeError: it was not written by `to_json`.
@@ -299,7 +312,10 @@ class Epochs:
                     raise ValueError(f"{target} is not a target")
                 for ring, name in rings:
                     for cell in entry[name]:
-                        restored._add(ring, target, *_restored(cell, num_codes, num_expected))
+                        epoch, counts, expected = _restored(cell, num_codes, num_expected)
+                        if padded_to is not None:
+                            expected = np.pad(expected, (0, padded_to - num_expected))
+                        restored._add(ring, target, epoch, counts, expected)
         return restored
 
 

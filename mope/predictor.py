@@ -402,8 +402,11 @@ class LengthPredictor:
         *,
         censored: bool | None = None,
         time_s: float | None = None,
-    ) -> None:
+        client: str | None = None,
+    ) -> bool:
         """Learn from a finished request: later predictions for its target LLM are corrected.
+
+        Do not give answers whose length the client forced, see `mope.reader.is_forced`.
 
         Args:
             prediction: what was predicted for it, from this predictor.
@@ -411,6 +414,13 @@ class LengthPredictor:
                 `recalibrator.num_clamped` says how often.
             censored: the answer was cut; if None, it counts as cut when it reached the request's `max_tokens`.
             time_s: when it finished, in seconds since 1970; now if None.
+            client: name of the client that sent it, such as a customer of yours; the name is not kept. A client then
+                has at most a tenth of the newest 400 observations of an LLM, or an equal share where there are fewer
+                than ten clients. Its lengths above the 99 % quantile count as that, unless other clients have such
+                lengths, too. None learns everything, which is right where all requests are your own.
+
+        Returns:
+            False if it was not learned, because the client has more than its share.
 
         Raises:
             DataError: fewer than 1 token, a time that is not one, or a prediction that already counts what remains.
@@ -426,10 +436,12 @@ class LengthPredictor:
             raise DataError(f"censored is true, false or None; got {censored!r}")
         if isinstance(actual_tokens, bool) or not isinstance(actual_tokens, Integral | float):
             raise DataError(f"actual_tokens is {type(actual_tokens).__name__}; expected a number of tokens")
+        if client is not None and not isinstance(client, str):
+            raise DataError(f"client is {type(client).__name__}; expected a name or None")
         if censored is None:
             censored = prediction.max_tokens is not None and actual_tokens >= prediction.max_tokens
         raw, answering = prediction.raw_cumulative, prediction.answering
-        self.corrector.observe(raw, answering, actual_tokens, censored=censored, time_s=time_s)
+        return self.corrector.observe(raw, answering, actual_tokens, censored=censored, time_s=time_s, client=client)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the predictor, with all that `observe` taught it, into a folder. Whole or not at all.

@@ -233,11 +233,13 @@ FIELDS: Mapping[str, tuple[Field, ...]] = {
 NO_TOOLS = ("tool_choice", "function_call")  # say "none" where tools are offered and may not be called
 SYSTEM = ("system", "instructions", "system_prompt")  # beside the messages
 TEXTS = ("prompt", "messages", "input", "text", "inputs")
+LEAST = ("min_tokens", "min_new_tokens")  # fewest tokens of an answer, as vLLM and SGLang have it
+FORCING = ("ignore_eos", *LEAST)  # see `is_forced`
 # names that a body may have at its top
 _HOLDERS = frozenset(HOLDERS)
 TOP_NAMES = frozenset(
     name.partition(".")[0] for fields in FIELDS.values() for field in fields for name in field.names
-).union(HOLDERS, NO_TOOLS, SYSTEM)
+).union(HOLDERS, NO_TOOLS, SYSTEM, FORCING)
 
 # first part of a name -> what may stand there: the order of precedence, the flag, its field, the whole path
 _AT: dict[str, list[tuple[int, str, Field, list[str]]]] = {}
@@ -312,6 +314,21 @@ def _below(value: Any, path: Sequence[str]) -> Any:
 def _is_none(choice: Any) -> bool:
     choice = parsed(choice)
     return (choice.get("type") if isinstance(choice, Mapping) else choice) == "none"
+
+
+def is_forced(said: Mapping[str, Any], generated: float) -> bool:
+    """Whether a client forced the length of an answer, so that the length says nothing about the LLM.
+
+    It did with `ignore_eos`, and with a minimum above half of what was generated: an LLM that may not stop goes on.
+
+    Args:
+        said: the JSON of a request, or the sampling parameters of an engine.
+        generated: tokens of the answer.
+    """
+    return any(
+        true_or_false(place.get("ignore_eos")) or any(2 * (number(place.get(name)) or 0) > generated for name in LEAST)
+        for place in ([said] if _HOLDERS.isdisjoint(said) else _places(said))
+    )
 
 
 def read_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:

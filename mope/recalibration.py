@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from math import exp, inf, log
 from threading import Lock
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 
-from mope.epochs import MAX_NEWEST, Batch, Epochs, Target
+from mope.epochs import MAX_NEWEST, Batch, Epochs, Target, checked_time
 from mope.errors import ArtifactError, ConfigError, DataError
 from mope.forking import after_fork
 from mope.grid import Array
+from mope.lessons import Lessons, Verdict
 from mope.shift import (
     BIN,
     CENTRES_R,
@@ -41,8 +43,8 @@ from mope.shift import (
     pooled_shape,
 )
 
-VERSION = 3
-READABLE = (2, 3)  # version 2 lacks the kinds of LLMs and the pools
+VERSION = 4
+READABLE = (2, 3, 4)  # version 2 lacks the kinds of LLMs and the pools, 3 lacks lessons by client
 MAX_DERIVED = 2048  # targets whose corrections are kept ready
 LONGEST = 131_072.0  # tokens of an answer: what claims to be longer counts as that
 WINDOW = 400.0  # the newest observations of a target that count
@@ -56,7 +58,10 @@ MAX_RELATIVES = 12
 POOL_WEIGHT = 4.0  # relatives that a pool of LLMs stands for
 MAX_SAME_LLM = 12  # modes of asking the same LLM that are looked at
 RELATIVE_COUNT = 10.0  # observations at which a relative counts half
+HIGH = 0.99  # level of the quantile above which a length is far longer than predicted
 NUM_CODES = 2 * NUM_X * NUM_BINS
+NUM_SLOTS = 32  # kinds of clients' names, by their hash, whose lessons are told apart
+NUM_SUMS = NUM_BINS + NUM_SLOTS  # numbers that are summed: expected residuals, and lessons by slot
 _TYPICAL = np.exp(-0.5 * (CENTRES_R / 0.8) ** 2)  # expected residuals before any prediction is seen
 
 _logger = logging.getLogger("mope")
@@ -117,7 +122,8 @@ class Recalibrator:
     Its memory and the time that it takes are bounded, however many LLMs are named: see `mope.epochs.Epochs`.
 
     Merging replicas is exactly observing in one place: what is kept is a function of the set of observations, whatever
-    their order and wherever they were made. The same holds once the bounds are passed.
+    their order and wherever they were made. The same holds once the bounds are passed. Where observations name their
+    clients, it is a function of those that were learned: each replica decides by itself what one client may teach it.
 
     A correction rests on the newest `WINDOW` observations of its target, fewer if older ones tell of another LLM. Its
     prior comes from relatives: other modes of the same LLM, its family, then all others. `observe` works it out anew
@@ -131,6 +137,8 @@ class Recalibrator:
 
     Attributes:
         num_clamped: observations since the start that were longer than `LONGEST` and count as that long.
+        num_refused: observations that were not learned, because their client has more than its share of the newest.
+        num_clipped: observations that count as shorter, because other clients have far fewer of this length.
 
     Raises:
         ConfigError: a factor or weight that is not positive.
@@ -143,7 +151,8 @@ class Recalibrator:
         for mode, pairs in self.unknown_llms.items():
             if not pairs or not all(0 < number < inf for pair in pairs for number in pair):
                 raise ConfigError(f"prior of mode {mode!r}: got {list(pairs)}; expected pairs (factor > 0, weight > 0)")
-        self.num_clamped = 0
+        self.num_clamped = self.num_refused = self.num_clipped = 0
+        self._lessons = Lessons()
         self._lock = Lock()
         self._epochs = Epochs()
         self._forget_derived()
@@ -175,7 +184,10 @@ class Recalibrator:
         actual_tokens: float,
         censored: bool,
         time_s: float | None = None,
-    ) -> None:
+        *,
+        client: str | None = None,
+        log_edges: Array | None = None,
+    ) -> bool:
         """Learn from one finished request. O(1): about 20 µs, and a millisecond where a correction is worked out anew.
 
         Args:
@@ -185,25 +197,46 @@ class Recalibrator:
             actual_tokens: tokens that were generated. More than `LONGEST`, or the last edge, count as that many.
             censored: the answer was cut (aborted, or its cap was hit): its true length is at least that.
             time_s: when, in seconds since 1970; now if None.
+            client: name of the client; `mope.lessons` then bounds how far this client moves the others' predictions.
+                None learns everything.
+            log_edges: logarithms of the edges, where they are at hand.
+
+        Returns:
+            False if it was not learned, because the client has more than its share of the newest observations.
 
         Raises:
             DataError: fewer than 1 token, a time that is not one, or no distribution.
         """
         if not 1 <= actual_tokens < inf:
             raise DataError(f"an observed answer has at least 1 token; got {actual_tokens!r}")
-        log_edges = np.log(edges)
-        log_median = _log_median(log_edges, raw_cumulative)
+        time_s = checked_time(time.time() if time_s is None else time_s)
+        if log_edges is None:
+            log_edges = np.log(edges)
+        log_median = _log_quantile(log_edges, raw_cumulative)
         reached = np.interp(log_median + EDGES_R, log_edges, raw_cumulative)
         reached[0], reached[-1] = 0.0, 1.0
-        expected = np.rint(UNIT * np.diff(reached)).astype(np.int64)
+        sums = np.zeros(NUM_SUMS, np.int64)
+        sums[:NUM_BINS] = expected = np.rint(UNIT * np.diff(reached))
         if not (expected.min() >= 0 and abs(int(expected.sum()) - UNIT) <= NUM_BINS):
             raise DataError("observe needs cumulative probabilities that rise from 0 to 1; got others")
         told, actual_tokens = actual_tokens, min(actual_tokens, max(float(edges[-1]), LONGEST))
         row = min(max(int((log_median - X_LOW) / X_BIN), 0), NUM_X - 1)
-        column = min(max(int((log(actual_tokens) - log_median - LOW) / BIN), 0), NUM_BINS - 1)
-        code = (int(censored) * NUM_X + row) * NUM_BINS + column
+        residual = log(actual_tokens) - log_median
         with self._lock:
-            self._epochs.add(target, time.time() if time_s is None else time_s, code, expected)
+            if client is not None:
+                high = self._high(target, log_edges, raw_cumulative, log_median)
+                # a cut answer says that its length is above `residual`, by how much is not known
+                is_long = residual > (high - log(2.0) if censored else high)
+                verdict = self._lessons.admit(target, client, time_s, is_long=is_long)
+                if verdict is Verdict.REFUSE:
+                    self.num_refused += 1
+                    return False
+                if verdict is Verdict.CLIP:
+                    self.num_clipped += 1
+                    residual, censored = min(residual, high), False
+                sums[NUM_BINS + crc32(client.encode("utf-8", "surrogatepass")) % NUM_SLOTS] = 1
+            column = min(max(int((residual - LOW) / BIN), 0), NUM_BINS - 1)
+            self._epochs.add(target, time_s, (int(censored) * NUM_X + row) * NUM_BINS + column, sums)
             if told > actual_tokens:
                 self._count_clamped(told, actual_tokens)
             self._seen += 1
@@ -213,6 +246,7 @@ class Recalibrator:
                 self._derive(target)
             elif self._expired:
                 self._derive(self._expired.popitem()[0])
+        return True
 
     def correct(
         self, edges: Array, raw_cumulative: Array, target: Target, log_edges: Array | None = None
@@ -241,7 +275,7 @@ class Recalibrator:
             return edges, raw_cumulative
         if log_edges is None:
             log_edges = np.log(edges)
-        return derived.correction(edges, log_edges, raw_cumulative, _log_median(log_edges, raw_cumulative))
+        return derived.correction(edges, log_edges, raw_cumulative, _log_quantile(log_edges, raw_cumulative))
 
     def merge(self, other: Recalibrator) -> None:
         """Add what another one observed, exactly as if it had been observed here.
@@ -307,7 +341,7 @@ class Recalibrator:
                 )
             )
         try:
-            restored = Epochs.from_json(saved, NUM_CODES, NUM_BINS)
+            restored = Epochs.from_json(saved, NUM_CODES, NUM_SUMS if version == VERSION else NUM_BINS, NUM_SUMS)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = error.args[0] if isinstance(error, ValueError) else repr(error)
             raise ArtifactError(f"recalibration.json can't be read: {reason}; copy the whole folder again") from error
@@ -316,6 +350,15 @@ class Recalibrator:
             self._forget_derived()
 
     # what follows is called with the lock held
+
+    def _high(self, target: Target, log_edges: Array, raw_cumulative: Array, log_median: float) -> float:
+        """Log of the predicted 99 % quantile over the predicted median, moved as far as the target's median is.
+
+        A tenth of the answers hardly moves it. They would move the corrected 99 % quantile to any length.
+        """
+        derived = self._derived.get(target) or self._derive(target)
+        moved = derived.correction.log_factor(log_median) if derived.correction is not None else 0.0
+        return _log_quantile(log_edges, raw_cumulative, HIGH) - log_median + moved
 
     def _count_clamped(self, told: float, longest: float) -> None:
         self.num_clamped += 1
@@ -367,7 +410,8 @@ class Recalibrator:
                 break
         if not batches:
             return Counts(np.zeros((NUM_X, NUM_BINS)), np.zeros((NUM_X, NUM_BINS)), _TYPICAL)
-        expected_KR = np.stack([share * batch.expected for share, batch in zip(shares, batches, strict=True)])
+        sums = np.stack([share * batch.expected for share, batch in zip(shares, batches, strict=True)])
+        expected_KR, clients_KC = sums[:, :NUM_BINS], sums[:, NUM_BINS:]
         codes = np.concatenate([batch.codes for batch in batches])
         counts = np.concatenate([share * batch.counts for share, batch in zip(shares, batches, strict=True)])
         if len(batches) > 1:
@@ -375,7 +419,7 @@ class Recalibrator:
             code = (2 * which + codes // (NUM_X * NUM_BINS)) * NUM_BINS + codes % NUM_BINS
             per_bin = np.bincount(code, counts, len(batches) * 2 * NUM_BINS).reshape(-1, 2, NUM_BINS)
             per_bin = np.maximum(per_bin, 0.0)  # the counts of what is in short epochs too are taken off
-            alike = num_alike(per_bin[:, 0], per_bin[:, 1], expected_KR.sum(axis=0), PATIENCE)
+            alike = num_alike(per_bin[:, 0], per_bin[:, 1], expected_KR.sum(axis=0), PATIENCE, clients_KC)
             newer = which < alike
             codes, counts, expected_KR = codes[newer], counts[newer], expected_KR[:alike]
         table = np.maximum(np.bincount(codes, counts, NUM_CODES), 0.0).reshape(2, NUM_X, NUM_BINS)
@@ -465,9 +509,9 @@ def _kinship(target: Target, other: Target) -> tuple[float, float]:
     return asked_alike * (1.0 if target.kind == other.kind else 0.5), 0.2
 
 
-def _log_median(log_edges: Array, cumulative: Array) -> float:
-    right = min(max(int(cumulative.searchsorted(0.5)), 1), len(cumulative) - 1)  # twice as quick as np.interp
+def _log_quantile(log_edges: Array, cumulative: Array, level: float = 0.5) -> float:
+    right = min(max(int(cumulative.searchsorted(level)), 1), len(cumulative) - 1)  # twice as quick as np.interp
     low, high = float(cumulative[right - 1]), float(cumulative[right])
     left = float(log_edges[right - 1])
-    share = (0.5 - low) / (high - low) if high > low else 1.0
+    share = (level - low) / (high - low) if high > low else 1.0
     return left + min(max(share, 0.0), 1.0) * (float(log_edges[right]) - left)

@@ -4,7 +4,7 @@ Everything happens in log units, in r = log(true tokens / predicted median). A f
 r, a slope (answers that depend less or more on the prompt than predicted) and a spread, each with a prior, and then
 lets the counts bend the distribution itself. Knows counts and priors; not where they come from, nor when.
 
-Shape suffixes: R bins of r, X bins of the log predicted median, S shifts, C spreads, B slopes, P probabilities.
+Shape suffixes: R bins of r, X bins of the log predicted median, S shifts, C spreads or clients, B slopes, P levels.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ UNSURE = 0.9  # width of the middle 90 % of the shift's posterior above which pr
 NUM_SHIFTS = 20  # shifts that then stand for the posterior, each as likely
 BEYOND = 1e-4  # probability above the grid for which it is extended
 FAR = 100.0  # log units
-ACCIDENTS = 0.01  # share of answers, and one more, that count as no longer than `REACH` says
+# share of answers, and one more, that count as no longer than `REACH` says. It also holds where clients are unknown, or
+# where there is only one. `mope.lessons` clips more answers, but only those of a client that differs from all others
+ACCIDENTS = 0.01
 REACH = (0.99, log(2.0))  # twice the 99 % quantile: the mean would follow a single answer beyond
+ONE_GROUP = 0.25  # share of the answers from which on a change of the LLM may be one client's doing
 SHAPE_COUNT = 100.0  # answers that the fitted distribution is worth beside the counts themselves
 SPREAD_PRIOR = log(0.82)  # within an LLM lengths scatter less than over all of them, which is what was predicted
 SPREAD_DEVIATION = 0.25
@@ -138,7 +141,7 @@ class Correction:
     by each of `NUM_SHIFTS` likely shifts, and these are mixed. O(E NUM_SHIFTS) to apply.
     """
 
-    __slots__ = ("_images", "_knots", "_pivot", "_shifts", "_slope")
+    __slots__ = ("_images", "_knots", "_pivot", "_shift", "_shifts", "_slope")
 
     def __init__(self, fit: Fit) -> None:
         cumulative = np.concatenate([[0.0], np.cumsum(fit.shifts)])
@@ -155,7 +158,11 @@ class Correction:
         # beyond what was observed the map goes on with a slope of 1: two more knots, far out
         self._knots = np.concatenate([[knots[0] - FAR], knots, [knots[-1] + FAR]])
         self._images = np.concatenate([[images[0] - FAR], images, [images[-1] + FAR]])
-        self._slope, self._pivot = fit.slope, fit.pivot
+        self._shift, self._slope, self._pivot = fit.shift, fit.slope, fit.pivot
+
+    def log_factor(self, log_median: float) -> float:
+        """Log of corrected over predicted median, for a request with this log predicted median."""
+        return self._shift + self._slope * (log_median - self._pivot)
 
     def __call__(self, edges: Array, log_edges: Array, cumulative: Array, log_median: float) -> tuple[Array, Array]:
         """The corrected distribution.
@@ -308,7 +315,9 @@ def distribution(ended_R: Array, cut_R: Array, base_R: Array, count: float) -> A
     return np.asarray(cumulative / cumulative[-1])
 
 
-def num_alike(ended_KR: Array, cut_KR: Array, expected_R: Array, patience: float) -> int:
+def num_alike(
+    ended_KR: Array, cut_KR: Array, expected_R: Array, patience: float, clients_KC: Array | None = None
+) -> int:
     """How many of some batches, newest first, come from an LLM that has not changed meanwhile.
 
     A batch is taken for older than a change when its likelihood is more than exp(`patience`) times higher with a shift
@@ -319,6 +328,9 @@ def num_alike(ended_KR: Array, cut_KR: Array, expected_R: Array, patience: float
         cut_KR: answers that were cut, shape (K, R).
         expected_R: predicted probabilities, shape (R,), in any unit.
         patience: in log units.
+        clients_KC: how many answers each of some groups of clients had, shape (K, C). One group alone cannot make a
+            change: it counts only where none has much more than `ONE_GROUP` of the newer batches, or than it had of the
+            older ones.
     """
     expected = np.concatenate([[0.0], np.cumsum(expected_R, dtype=np.float64)])
     mass_D = _residual_mass(expected / expected[-1], None)[_UNSTRETCHED]
@@ -328,7 +340,15 @@ def num_alike(ended_KR: Array, cut_KR: Array, expected_R: Array, patience: float
     newer_KS = np.cumsum(own_KS, axis=0)
     together = _log_sum_exp(newer_KS[1:] + prior_S)
     apart = _log_sum_exp(newer_KS[:-1] + prior_S) + _log_sum_exp(own_KS[1:] + prior_S)
-    changed = np.flatnonzero(apart - together > patience)
+    evident_K = apart - together > patience
+    if clients_KC is not None:
+        newer_KC = np.cumsum(clients_KC, axis=0)
+        older_KC = newer_KC[-1] - newer_KC
+        older_K = older_KC.sum(axis=1)
+        usual_K = np.where(older_K > 0.0, older_KC.max(axis=1) / np.maximum(older_K, _TINY), 1.0)
+        most_K = 1.0 + np.maximum(usual_K, ONE_GROUP) * newer_KC.sum(axis=1)
+        evident_K &= (newer_KC.max(axis=1) <= most_K)[:-1]
+    changed = np.flatnonzero(evident_K)
     return int(changed[0]) + 1 if len(changed) else len(ended_KR)
 
 

@@ -52,13 +52,15 @@ class Lengths:
         num_seen: complete answers that running means were learned from, in this run.
         num_observed: finished requests that corrections were learned from, those of an earlier run included.
         num_dropped: those that were not, because learning was behind or what was carried could not be read.
+        num_refused: those that were not, because their client has more than its share of the newest lessons.
+        num_forced: those that were not, because their client had forced the length.
     """
 
     def __init__(self, corrector: Corrector | None = None) -> None:
         self.corrector = corrector
-        self.num_observed = self.num_dropped = self.num_seen = 0
+        self.num_observed = self.num_dropped = self.num_seen = self.num_refused = self.num_forced = 0
         self._means: OrderedDict[str, float] = OrderedDict()
-        self._finished: deque[tuple[str, str, int, bool]] = deque()
+        self._finished: deque[tuple[str, str, int, bool, str]] = deque()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._num_offered = 0
@@ -85,7 +87,7 @@ class Lengths:
         raw_E, answering = unpack(carried.raw, len(self.corrector.edges)), _answering(carried.answering)
         return None if raw_E is None or answering is None else (raw_E, answering)
 
-    def observe(self, carried: Carried, client: str, tokens: int, *, censored: bool) -> None:
+    def observe(self, carried: Carried, client: str, tokens: int, *, censored: bool, forced: bool = False) -> None:
         """Learns from a finished request; returns at once.
 
         Args:
@@ -93,8 +95,12 @@ class Lengths:
             client: who asked.
             tokens: that were generated; an answer without any teaches nothing.
             censored: it was cut: aborted, or its cap was hit.
+            forced: the client forced the length, see `mope.reader.is_forced`; such a length teaches nothing.
         """
         if tokens < 1:
+            return
+        if forced:
+            self.num_forced += 1
             return
         if not censored:
             self.num_seen += 1
@@ -110,7 +116,7 @@ class Lengths:
         if len(self._finished) >= _MAX_WAITING:
             self.num_dropped += 1
             return
-        self._finished.append((carried.raw, carried.answering, tokens, censored))
+        self._finished.append((carried.raw, carried.answering, tokens, censored, client))
         if self._thread is None:
             self._thread = threading.Thread(target=self._learn, name="mope-learning", daemon=True)
             self._thread.start()
@@ -119,14 +125,16 @@ class Lengths:
         """Looks now and then, so that the scheduling thread has nobody to wake."""
         while not (self._closed.wait(_LOOK_EVERY_S) and not self._finished):
             while self._finished and self.corrector is not None:
-                raw, answering, tokens, censored = self._finished.popleft()
+                raw, answering, tokens, censored, client = self._finished.popleft()
                 try:
                     read = self._read(Carried(raw=raw, answering=answering))
                     if read is None:
                         self.num_dropped += 1
                         continue
-                    self.corrector.observe(read[0], read[1], tokens, censored=censored)
-                    self.num_observed += 1
+                    if self.corrector.observe(read[0], read[1], tokens, censored=censored, client=client):
+                        self.num_observed += 1
+                    else:
+                        self.num_refused += 1
                 except DataError:  # no distribution
                     self.num_dropped += 1
                 except Exception:

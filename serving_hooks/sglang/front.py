@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mope.errors import UserError
+from mope.reader import is_forced
 from mope.serving_hooks import secret
 from mope.serving_hooks.bodies import Kind
 from mope.serving_hooks.carried import Carried, seals, without_ours
@@ -152,8 +153,8 @@ class FrontEnd:
         found = parameters if isinstance(parameters, Mapping) else {}
         return {"prompt": text, "sampling_params": {"max_new_tokens": NATIVE_TOKENS, **found}, "n": found.get("n")}
 
-    def saw(self, carried: Sequence[Carried], output: Any) -> None:
-        """Learns from what came of a request, once it has ended."""
+    def saw(self, carried: Sequence[Carried], output: Any, parameters: Any = None) -> None:
+        """Learns from what came of a request, once it has ended; `parameters` are its sampling parameters."""
         outputs = output if isinstance(output, list) else [output]
         for place, one in enumerate(outputs):
             meta = one.get("meta_info") if isinstance(one, dict) else None
@@ -163,12 +164,14 @@ class FrontEnd:
             place = one.get("index", place)
             said = carried[0] if len(carried) == 1 else carried[place] if place < len(carried) else None
             if said is not None:
-                ended = reason.get("type")
+                ended, tokens = reason.get("type"), int(meta.get("completion_tokens", 0))
+                given = parameters[place] if isinstance(parameters, list) and place < len(parameters) else parameters
                 self.lengths.observe(
                     said,
                     said.client or "",
-                    int(meta.get("completion_tokens", 0)),
+                    tokens,
                     censored=ended in ("length", "abort"),
+                    forced=isinstance(given, Mapping) and is_forced(given, tokens),
                 )
         if self._keeper is not None:
             self._keeper.start()
@@ -271,5 +274,7 @@ async def generate_request(
     async with aclosing(original(manager, obj, request, *args, **kwargs)) as outputs:
         async for output in outputs:
             if end is not None and carried:
-                end.guard.attempt(partial(end.saw, carried, output), None, "learning from an answer")
+                end.guard.attempt(
+                    partial(end.saw, carried, output, obj.sampling_params), None, "learning from an answer"
+                )
             yield output

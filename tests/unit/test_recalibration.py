@@ -555,10 +555,22 @@ def test_what_was_not_saved_by_it_is_refused_in_one_line(change):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_what_an_older_version_saved_is_read(version):
+    saved = dumped(observed([(A, 300, False, 80.0, 60), (B, 20, True, 80.0, 10 * DAY)]))
+    older = json.loads(saved)
+    for target in older["targets"]:
+        for cell in (*target["short_epochs"], *target["long_epochs"]):
+            cell["expected"] = cell["expected"][:96]
+    recalibrator = Recalibrator()
+    recalibrator.restore({**older, "version": version})
+    assert dumped(recalibrator) == saved
+
+
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ({"version": 4}, "has version 4; this mope reads versions 2 to 3: update mope"),
+        ({"version": 5}, "has version 5; this mope reads versions 2 to 4: update mope"),
         ({"": {"count": 1.0, "log_ratio": 0.0, "levels": []}}, "has version None; .* without what it had learned"),
         ([1], "has version None"),
         (None, "has version None"),

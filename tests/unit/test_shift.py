@@ -176,6 +176,25 @@ def test_one_odd_answer_is_no_change():
     assert num_alike(ended, np.zeros_like(ended), EXPECTED, 4.0) == 3
 
 
+@pytest.mark.parametrize(
+    ("newer", "older", "is_change"),
+    [
+        ([40, 0, 0], [30, 25, 25], False),  # one group's doing
+        ([12, 14, 14], [30, 25, 25], True),
+        ([40, 0, 0], [80, 0, 0], True),  # there is one group only
+        ([0, 0, 0], [0, 0, 0], True),  # nobody says whose they are
+        ([40, 0, 0], [0, 0, 0], True),
+    ],
+)
+def test_one_group_of_clients_alone_makes_no_change(newer, older, is_change):
+    rng = np.random.default_rng(3)
+    ended = np.stack(
+        [np.histogram(shift + rng.normal(0, 0.6, 40), bins=EDGES_R)[0].astype(float) for shift in (2.0, 0.0, 0.0)]
+    )
+    clients = np.array([newer, np.array(older) / 2, np.array(older) / 2])
+    assert num_alike(ended, np.zeros_like(ended), EXPECTED, 4.0, clients) == (1 if is_change else 3)
+
+
 def test_shapes_are_averaged_with_no_change():
     assert pooled_shape([], []).tolist() == KNOTS.tolist()
     bent = KNOTS**2

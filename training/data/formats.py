@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mope.errors import DataError
-from mope.reader import TOP_NAMES, number, parsed, read_flags, read_messages
+from mope.reader import TOP_NAMES, is_forced, number, parsed, read_flags, read_messages
 from mope.request import MAX_EARLIER_ANSWERS, ROLES, clean, content_of, message_text, role_of
+from mope.token_estimate import estimate_tokens
 from mope.training.data import problems as reasons
 from mope.training.data.problems import Problems
 
@@ -155,9 +156,22 @@ def normaliser(data_format: str, problems: Problems, *, drop_redacted: bool, dro
             raise Unusable(reasons.REDACTED)
         if drop_flagged and _is_flagged(record.get(MODERATION_COLUMN)):
             raise Unusable(reasons.FLAGGED)
-        return read(record, location)
+        chat = read(record, location)
+        request = parsed(record.get("request"))
+        said = request if isinstance(request, Mapping) else record
+        if is_forced(said, 0) and is_forced(said, _measured(chat)):  # few need their length looked at
+            raise Unusable(reasons.FORCED)
+        return chat
 
     return checked
+
+
+def _measured(chat: Chat) -> float:
+    """Tokens of the last answer, which the record's flags are about; estimated where only its text is known."""
+    turn = chat.turns[-1]
+    if turn.response_tokens is not None:
+        return turn.response_tokens
+    return estimate_tokens(chat.answers[turn.num_known])
 
 
 class ShareGPT:
