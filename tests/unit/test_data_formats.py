@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mope.reader import is_forced
 from mope.training.data import problems as reasons
 from mope.training.data.formats import Chat, Unusable, detect_format, normaliser
 from mope.training.data.problems import Problems
@@ -261,6 +262,42 @@ def test_pairs_and_their_aliases() -> None:
 def test_lengths() -> None:
     chat = read({"prompt": "p", "completion_tokens": "12", "target_llm": "x", "censored": "True"}, "lengths")
     assert (chat.turns[0].response_tokens, chat.turns[0].censored, chat.answers) == (12, True, [])
+
+
+FORCED = [
+    {"ignore_eos": True},
+    {"ignore_eos": "true"},
+    {"min_tokens": 900},
+    {"min_tokens": 600},
+    {"sampling_params": {"min_new_tokens": 900}},
+    {"extra_body": '{"ignore_eos": true}'},
+]
+FREE = [{}, {"ignore_eos": False}, {"min_tokens": 300}, {"min_tokens": None}, {"min_tokens": "many"}]
+
+
+def test_a_minimum_above_half_of_the_answer_forces_it() -> None:
+    assert is_forced({"min_tokens": 451}, 900)
+    assert not is_forced({"min_tokens": 450}, 900)
+
+
+@pytest.mark.parametrize(("flags", "forced"), [*((one, True) for one in FORCED), *((one, False) for one in FREE)])
+@pytest.mark.parametrize("data_format", ["logs", "flat logs", "lengths", "messages", "pairs"])
+def test_lengths_that_the_request_forced_are_no_labels(flags: dict[str, Any], forced: bool, data_format: str) -> None:
+    usage = {"completion_tokens": 900}
+    answer = "word " * 900
+    record = {
+        "logs": {"request": {"messages": [ASK], **flags}, "response": {"usage": usage}},
+        "flat logs": {"messages": [ASK], "usage": usage, **flags},
+        "lengths": {"prompt": "p", "response_tokens": 900, **flags},
+        "messages": {"messages": [ASK, {"role": "assistant", "content": answer}], "usage": usage, **flags},
+        "pairs": {"prompt": "p", "response": answer, **flags},
+    }[data_format]
+    if not forced:
+        assert read(record, data_format.removeprefix("flat ")).turns
+        return
+    with pytest.raises(Unusable) as caught:
+        read(record, data_format.removeprefix("flat "))
+    assert caught.value.reason == reasons.FORCED
 
 
 @pytest.mark.parametrize("length", ["many", -1, 1.5, float("nan"), True, 2**31])

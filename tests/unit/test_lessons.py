@@ -15,9 +15,7 @@ from mope.lessons import FREE, MAX_AGE_S, NEWEST, SHARE, SLACK, Lessons, Verdict
 
 NOW, TARGET = 1.8e9, Target("a")
 MEDIANS = np.geomspace(30, 1000, 12)
-FACTOR = (
-    2.5  # the promise: one client of ten or more, with a quarter of at least 200 requests, moves means by less
-)
+FACTOR = 2.5  # the promise: one client of ten or more, with a quarter of at least 200 requests, moves means by less
 
 
 def admit(known, client, num=1, start=NOW, is_long=False, target=TARGET):

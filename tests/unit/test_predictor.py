@@ -152,6 +152,17 @@ def test_observing_shifts_later_predictions_for_that_llm(predictor):
     assert predictor.predict("hello", target_llm="gpt-4").median < after * before["gpt-4"] / before["llama-3-8b"]
 
 
+def test_one_client_of_many_teaches_its_share(predictor):
+    prediction = predictor.predict("hello")
+    for number in range(200):
+        assert predictor.observe(prediction, round(prediction.median), client=f"c{number % 10}")
+    learned = [predictor.observe(prediction, 90_000, client="another") for _ in range(100)]
+    assert 20 < learned.count(True) < 30
+    assert predictor.predict("hello").mean < 2 * prediction.mean
+    with pytest.raises(DataError, match="client is int; expected a name or None"):
+        predictor.observe(prediction, 5, client=7)
+
+
 def test_observing_learns_from_the_uncorrected_prediction(predictor):
     """Else a correction that works would look like a reason to undo it."""
     truth = round(3 * predictor.predict("hello").median)

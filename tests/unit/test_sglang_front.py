@@ -152,6 +152,22 @@ def test_finished_answers_teach_and_correct_later_predictions(tiny: Path) -> Non
     assert told(after)["mope_tokens"] > 2 * told(before)["mope_tokens"]
 
 
+@pytest.mark.parametrize(
+    ("parameters", "is_forced"),
+    [({"ignore_eos": True}, True), ({"min_new_tokens": 4000}, True), ({"min_new_tokens": 10}, False), ({}, False)],
+)
+def test_a_length_that_the_caller_forced_teaches_nothing(
+    tiny: Path, parameters: dict[str, Any], is_forced: bool
+) -> None:
+    meta = {"finish_reason": {"type": "length"}, "completion_tokens": 4000}
+    options = {"identity": "none", "predictor": str(tiny), "deadline_ms": 60_000}
+    manager = Manager({"meta_info": meta}, options=options, predicts=False)
+    for _ in range(5):
+        manager.ask(obj(text="x" * 50, sampling_params={"max_new_tokens": 4000, **parameters}))
+    manager.end.lengths.close()
+    assert (manager.end.lengths.num_forced, manager.end.lengths.num_observed) == ((5, 0) if is_forced else (0, 5))
+
+
 def test_a_request_that_is_given_up_closes_what_is_behind_it() -> None:
     manager = Manager("first", "second", options={"identity": "none"})
 

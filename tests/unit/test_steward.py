@@ -178,6 +178,30 @@ def test_once_much_is_known_one_in_eight_is_learned_from(monkeypatch):
     assert lengths.num_observed == 50
 
 
+def test_a_forced_length_teaches_nothing():
+    lengths = Lengths(corrector())
+    for _ in range(10):
+        lengths.observe(PREDICTED, "a", 4096, censored=True, forced=True)
+        lengths.observe(Carried(), "a", 4096, censored=False, forced=True)
+    lengths.close()
+    assert (lengths.num_forced, lengths.num_observed) == (20, 0)
+    assert lengths.expected(Carried(), "a").tokens is None
+    assert lengths.expected(PREDICTED, "a") == (PREDICTED.tokens, PREDICTED.high)
+
+
+def test_one_client_moves_what_is_expected_of_others_little():
+    lengths = Lengths(corrector())
+    for number in range(400):  # as predicted, and 20 times as far from one client before
+        if number % 4:
+            lengths.observe(PREDICTED, f"c{number % 11}", (60, 150, 330)[number % 3], censored=False)
+        else:
+            lengths.observe(PREDICTED, "hostile", 32_000, censored=False)
+    lengths.close()
+    assert lengths.num_refused > 20
+    assert lengths.num_observed + lengths.num_refused == 400
+    assert lengths.expected(PREDICTED, "c1").tokens < 2 * PREDICTED.tokens
+
+
 def test_without_prediction_a_client_is_expected_to_go_on_as_before():
     lengths = Lengths()
     assert lengths.expected(Carried(), "a").tokens is None
