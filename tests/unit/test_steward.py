@@ -197,7 +197,7 @@ def test_one_client_moves_what_is_expected_of_others_little():
         else:
             lengths.observe(PREDICTED, "hostile", 32_000, censored=False)
     lengths.close()
-    assert lengths.num_refused > 20
+    assert lengths.num_refused > 10
     assert lengths.num_observed + lengths.num_refused == 400
     assert lengths.expected(PREDICTED, "c1").tokens < 2 * PREDICTED.tokens
 
