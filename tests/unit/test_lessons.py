@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from raw_predictions import KNOWN, corrector, lognormal
+from raw_predictions import CONFIG, KNOWN, corrector, lognormal
 
 from mope import lessons
 from mope.epochs import Target
@@ -211,3 +211,24 @@ def test_no_name_of_a_client_is_kept():
     assert not any(
         isinstance(who, str) for newest in taught.recalibrator._lessons._targets.values() for who in newest.held
     )
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9000), st.sampled_from("abc"), st.booleans()), max_size=60), st.integers(0, 60)
+)
+def test_replicas_that_learned_from_clients_merge_exactly_in_any_order(stream, cut):
+    def merged(parts):
+        replicas = []
+        for part in parts:
+            replicas.append(corrector().recalibrator)
+            for number, (tokens, client, censored) in part:
+                replicas[-1].observe(
+                    np.asarray(CONFIG.edges), lognormal(200), TARGET, tokens, censored, NOW + 30 * number, client=client
+                )
+        replicas[0].merge(replicas[1])
+        return replicas[0].to_json()
+
+    numbered = list(enumerate(stream))
+    parts = [numbered[:cut], numbered[cut:]]
+    assert merged(parts) == merged(parts[::-1])
