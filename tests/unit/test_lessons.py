@@ -78,6 +78,12 @@ def test_a_quarter_of_very_long_answers_moves_little(cut):
     assert moved.max() < 1.6
 
 
+def test_answers_of_one_client_in_a_row_are_no_change_of_the_llm():
+    arms = [(300.0, False, 1)]
+    moved = serve(400, 0.25, arms, num_honest=30, in_a_row=True) / serve(400, 0.0, arms, num_honest=30)
+    assert moved.max() < FACTOR
+
+
 def test_a_flood_teaches_no_more_where_others_taught_before():
     taught, rng = corrector(), np.random.default_rng(0)
     means = []
