@@ -79,8 +79,8 @@ _THANKS = re.compile(
 
 def _count(text: str) -> float:
     if text[0].isdecimal():
-        thousands = text[-1] in "kK"
-        return float(int(text.rstrip("kK").replace(",", ""))) * (1000 if thousands else 1)
+        thousands = text[-1].lower() == "k"  # the Kelvin sign, too, which re.I takes for a k
+        return float("".join(filter(str.isdecimal, text))) * (1000 if thousands else 1)
     count = part = 0.0
     for word in re.split(r"[\s-]", text.lower()):
         if word == "thousand":

@@ -116,6 +116,9 @@ def test_long_numbers_do_not_make_a_window_slow():
         ("5 word\u017f", 0.0),
         ("\u0663 words", 4.05),  # an Arabic three
         ("1,, words", 1.35),
+        ("List 5\u212a ideas", 100_000.0),  # a Kelvin sign passes for a k
+        ("write 2\u212a words", 2700.0),
+        ("write 2,0\u0660\u0660 words", 2700.0),
         ("0 words", 0.0),
     ],
 )
