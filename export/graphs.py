@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from mope.backends.network import MopeNetwork
 from mope.backends.onnx_backend import EMBEDDING, GATE, HEADS, INPUTS
+from mope.backends.onnx_scan import check_graph
 from mope.backends.static_encoder import StaticEncoder
-from mope.errors import ExportError
+from mope.errors import ArtifactError, ExportError
 from mope.extras import require
 
 OPSET = 20
@@ -99,7 +100,7 @@ def write_graph(network: MopeNetwork, path: Path, max_tokens: int) -> None:
 def _strip(path: Path) -> None:
     """Take the exporter's notes out of a graph: they hold stack traces with the paths of this machine."""
     onnx = require("onnx", "mope-export")
-    model = onnx.load(path)
+    model = onnx.load(path, load_external_data=False)
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del part.metadata_props[:]
@@ -129,7 +130,7 @@ def check_form(path: Path, network: MopeNetwork) -> None:
         ExportError: something is not as it should be.
     """
     onnx = require("onnx", "mope-export")
-    model = onnx.load(path)
+    model = onnx.load(path, load_external_data=False)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -137,6 +138,10 @@ def check_form(path: Path, network: MopeNetwork) -> None:
     foreign = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
     if foreign:
         raise ExportError(f"{path.name} has operators of {', '.join(foreign)}; expected standard ones alone")
+    try:
+        check_graph(path.read_bytes(), path.name)  # as it is checked where it is loaded
+    except ArtifactError as error:
+        raise ExportError(str(error)) from error
     opsets = [opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")]
     if opsets != [OPSET]:
         raise ExportError(f"{path.name} has opset {opsets}; expected {OPSET}")

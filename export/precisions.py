@@ -60,7 +60,7 @@ def write_int8(network: MopeNetwork, fp32_path: Path, path: Path) -> None:
     quantization = require("onnxruntime.quantization", "mope-export")
     tables, products = _trunk(fp32_path)
     if isinstance(network.encoder, StaticEncoder):
-        model = onnx.load(fp32_path)
+        model = onnx.load(fp32_path, load_external_data=False)
     else:
         with hushed():
             quantization.quantize_dynamic(
@@ -71,7 +71,7 @@ def write_int8(network: MopeNetwork, fp32_path: Path, path: Path) -> None:
                 op_types_to_quantize=["MatMul"],
                 nodes_to_quantize=products,
             )
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
     _quantise_tables(model.graph, tables)
     onnx.save(model, path)
 
@@ -166,7 +166,7 @@ def _trunk(path: Path) -> tuple[list[str], list[str]]:
     among that.
     """
     onnx = require("onnx", "mope-export")
-    graph = onnx.load(path).graph
+    graph = onnx.load(path, load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
     encoder: dict[str, Any] = {}

@@ -20,20 +20,25 @@ from typing import Any
 import numpy as np
 
 from mope import artifact
+from mope.artifact import weight_files
 from mope.backends.cuda_runtime import Cuda
 from mope.backends.onnx_backend import (
     MANIFEST,
     MANIFEST_VERSION,
     ONNX_FOLDER,
+    Graph,
     OnnxBackend,
     Precision,
+    copy_graph,
     exported_precisions,
     graph_file,
+    parse_manifest,
+    read_graphs,
 )
-from mope.backends.torch_backend import TorchBackend, weight_files
+from mope.backends.torch_backend import TorchBackend
 from mope.config import PredictorConfig, network_names
 from mope.console import console, progress
-from mope.errors import ConfigError
+from mope.errors import ArtifactError, ConfigError
 from mope.export.graphs import OPSET, TOLERANCES, check_form, check_values, write_graph
 from mope.export.precisions import Inputs, write_fp16, write_int8, write_qdq
 from mope.export.tensorrt import HardwareCompatibility, export_tensorrt
@@ -41,10 +46,10 @@ from mope.extras import require
 from mope.flags import NONE
 from mope.predictor import LengthPredictor
 from mope.provenance import file_sha256
+from mope.sealed import Sealed
 
 PACKAGES = ("mope-llm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 QUALITY_MODULES = ("pyarrow", "sklearn", "scipy", "tiktoken", "matplotlib")
-FOR_PEOPLE = ("README.md", "metrics.json", "provenance.json")
 PICTURE = re.compile(r"^!\[.*\]\(plots/.*\)\n+", re.MULTILINE)  # of the card; copies for serving have no plots
 MAX_TEST_ROWS = 1000
 NUM_THREADS = 1  # of each call whose latency is measured
@@ -86,7 +91,8 @@ def export_onnx(
     config = artifact.check(folder)
     artifact.check_weights(folder, config, "an export")
     reference = LengthPredictor.from_pretrained(folder, backend="torch")
-    exported_from = {name: file_sha256(folder / name) for name in weight_files(config)}
+    saved = Sealed(folder)
+    exported_from = {name: saved.files[name].sha256 for name in weight_files(config) if name in saved}
     with _adding(folder) if output is None else _lean_copy(folder, config, output) as temporary:
         earlier = _kept(folder if output is None else output, precision, exported_from, temporary)
         quality = latency = calibration = None
@@ -103,7 +109,10 @@ def export_onnx(
         if data != NONE:
             exported = copy.copy(reference)
             exported.backend = OnnxBackend(
-                [temporary / graph["file"] for graph in graphs], config, NUM_THREADS, precision=precision
+                [Graph(temporary / graph["file"], graph["sha256"]) for graph in graphs],
+                config,
+                NUM_THREADS,
+                precision=precision,
             )
             quality = _quality().measure_quality(reference, exported, rows)
             _quality().check_quality(precision, quality)
@@ -233,21 +242,24 @@ def _kept(target: Path, precision: Precision, exported_from: Mapping[str, str], 
     onnx = target / ONNX_FOLDER
     if not (onnx / MANIFEST).exists():
         return kept
-    manifest = artifact.read_json(onnx / MANIFEST)
+    manifest = parse_manifest(target)
     if manifest.get("format_version") != MANIFEST_VERSION or manifest.get("exported_from") != exported_from:
         console().print(f"{onnx}: graphs of other weights or of an older mope are removed", highlight=False)
         return kept
-    others = [graph for graph in manifest["graphs"] if graph["precision"] != precision]
-    damaged = {
-        graph["precision"]
-        for graph in others
-        if not (onnx / graph["file"]).exists() or file_sha256(onnx / graph["file"]) != graph["sha256"]
-    }
+    others = [graph for graph in read_graphs(target, manifest) if graph["precision"] != precision]
+    damaged = set()
+    for graph in others:
+        try:
+            copy_graph(target, graph, temporary)
+            Graph(temporary / graph["file"], graph["sha256"]).read()  # nothing but what mope-export writes
+        except ArtifactError:
+            damaged.add(graph["precision"])
     for name in sorted(damaged):
         console().print(f"{onnx}: the graphs in {name} are damaged and are removed", highlight=False)
-    others = [graph for graph in others if graph["precision"] not in damaged]
     for graph in others:
-        shutil.copyfile(onnx / graph["file"], temporary / graph["file"])
+        if graph["precision"] in damaged:
+            (temporary / graph["file"]).unlink(missing_ok=True)
+    others = [graph for graph in others if graph["precision"] not in damaged]
     names = {graph["precision"] for graph in others}
     return {
         "graphs": others,
@@ -280,11 +292,12 @@ def _lean_copy(folder: Path, config: PredictorConfig, output: Path) -> Iterator[
     weights = weight_files(config)
     if any((output / name).exists() for name in weights):
         raise ConfigError(f"--output {output} is a predictor with weights, which would be lost; choose another folder")
-    listed = artifact.read_json(folder / "files.json")
+    saved = Sealed(folder)
     with artifact.writing(output) as temporary:
-        for name in (*listed, *FOR_PEOPLE):
-            if name not in weights and (folder / name).exists():
-                shutil.copyfile(folder / name, temporary / name)
+        for name in saved.files:
+            if name not in weights:
+                saved.verify(name, copy_to=temporary / name)
+        artifact.copy_for_people(folder, temporary, plots=False)
         if (card := temporary / "README.md").exists():
             card.write_text(PICTURE.sub("", card.read_text(encoding="utf-8")), encoding="utf-8")
         (temporary / ONNX_FOLDER).mkdir()

@@ -14,6 +14,7 @@ Shape suffixes: B requests, S tokens, F numbers.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 import time
@@ -27,12 +28,14 @@ from mope import artifact
 from mope.backends import RunNetwork
 from mope.backends.buckets import BATCHES, Bucket, BucketRunner
 from mope.backends.cuda_runtime import DEFAULT_PRECISION, Cuda
-from mope.backends.onnx_backend import EMBEDDING, GATE, HEADS, INPUTS, graph_paths
+from mope.backends.onnx_backend import EMBEDDING, GATE, HEADS, INPUTS, Graph, find_graphs
 from mope.backends.tensorrt_backend import (
     MANIFEST,
     MANIFEST_VERSION,
+    MOST_BYTES,
     TENSORRT_FOLDER,
     TensorrtNetwork,
+    engine_file,
     engine_key,
     read_manifest,
     required,
@@ -42,7 +45,7 @@ from mope.console import progress
 from mope.errors import ConfigError, DataError, ExportError
 from mope.extras import require
 from mope.grid import Array
-from mope.provenance import file_sha256
+from mope.sealed import sha256_of
 
 HardwareCompatibility = Literal["none", "ampere_plus"]
 PRECISIONS = ("fp32", "fp16", "qdq")
@@ -131,11 +134,11 @@ class EngineBuilder:
         }
         self._logger = _logger(trt)
 
-    def build(self, graph: Path, shapes: Sequence[Bucket], *, precision: str, timing_cache: bytes = b"") -> Built:
+    def build(self, graph: Graph, shapes: Sequence[Bucket], *, precision: str, timing_cache: bytes = b"") -> Built:
         """Build an engine with one optimisation profile for each shape.
 
         Args:
-            graph: ONNX file.
+            graph: in ONNX.
             shapes: of the profiles, in order.
             precision: of the graph. In `"fp32"` TF32 is switched off, which has the mantissa of fp16.
             timing_cache: of an earlier build; one of another GPU or TensorRT is ignored.
@@ -148,10 +151,10 @@ class EngineBuilder:
         builder = trt.Builder(self._logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self._logger)
-        if not parser.parse_from_file(str(graph)):
+        if not parser.parse(graph.read()):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             reasons = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors)
-            raise ExportError(f"TensorRT {trt.__version__} can't read {graph.name}: {reasons}")
+            raise ExportError(f"TensorRT {trt.__version__} can't read {graph.path.name}: {reasons}")
         config = builder.create_builder_config()
         config.builder_optimization_level = self.flags["optimization_level"]
         if self.flags["hardware_compatibility"] == "ampere_plus":
@@ -171,7 +174,7 @@ class EngineBuilder:
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             reason = self._logger.problems[0] if self._logger.problems else "no reason given"
-            raise ExportError(f"TensorRT {trt.__version__} can't build {graph.name}: {reason}")
+            raise ExportError(f"TensorRT {trt.__version__} can't build {graph.path.name}: {reason}")
         measured = config.get_timing_cache()
         return Built(bytes(plan), b"" if measured is None else bytes(measured.serialize()))
 
@@ -245,7 +248,7 @@ def export_tensorrt(
     if precision not in PRECISIONS:
         raise ConfigError(f"TensorRT takes graphs in {', '.join(PRECISIONS)}; got precision {precision!r}")
     config = artifact.check(folder)
-    _, graphs = graph_paths(folder, config, precision)
+    _, graphs = find_graphs(folder, config, precision)
     trt = require("tensorrt", "mope-export --to tensorrt")
     require("onnxruntime", "mope-export --to tensorrt")
     gpu = Cuda(device).gpu()
@@ -264,20 +267,25 @@ def export_tensorrt(
         optimization_level=optimization_level,
     )
     there = folder / TENSORRT_FOLDER
-    engines = {(engine["network"], engine["precision"]): engine for engine in before["engines"]}
+    engines = {
+        (engine["network"], engine["precision"]): engine
+        for engine in before["engines"]
+        if engine["network"] in network_names(config) and engine["precision"] in PRECISIONS
+    }
     temporary = Path(tempfile.mkdtemp(prefix=f".{TENSORRT_FOLDER}-", dir=folder))
     temporary.chmod(0o755)
     try:
-        if there.exists():
-            shutil.copytree(there, temporary, dirs_exist_ok=True)
+        for name in (TIMING_CACHE, *(engine_file(*names) for names in engines)):
+            if (there / name).exists():
+                sha256_of(folder, f"{TENSORRT_FOLDER}/{name}", MOST_BYTES, temporary / name)
         cache = temporary / TIMING_CACHE
         with progress("building engines", len(graphs)) as advance:
             for name, graph in zip(network_names(config), graphs, strict=True):
                 wanted: dict[str, Any] = {
                     "network": name,
                     "precision": precision,
-                    "file": f"{name}.{precision}.engine",
-                    "onnx_sha256": file_sha256(graph),
+                    "file": engine_file(name, precision),
+                    "onnx_sha256": graph.sha256,
                     **required(trt.__version__, gpu, builder.flags),
                     "profiles": [list(shape) for shape in shapes],
                     "flags": builder.flags,
@@ -288,7 +296,7 @@ def export_tensorrt(
                     started = time.perf_counter()
                     known = cache.read_bytes() if cache.exists() else b""
                     plan, measured = builder.build(graph, shapes, precision=precision, timing_cache=known)
-                    network = TensorrtNetwork(trt, plan, shapes, Cuda(device))
+                    network = TensorrtNetwork(trt, plan, shapes, Cuda(device), version_compatible=version_compatible)
                     runner = BucketRunner(network.capture, shapes, config.special_ids[2])
                     difference = check_engine(runner, graph, shapes, config, precision)
                     path.write_bytes(plan)
@@ -296,7 +304,7 @@ def export_tensorrt(
                     engines[name, precision] = {
                         **wanted,
                         "bytes": len(plan),
-                        "sha256": file_sha256(path),
+                        "sha256": hashlib.sha256(plan).hexdigest(),
                         "build_s": round(time.perf_counter() - started, 1),
                         "max_difference": difference,
                     }
@@ -315,17 +323,19 @@ def export_tensorrt(
 
 
 def _is_there(engine: Mapping[str, Any] | None, key: str, path: Path) -> bool:
-    return engine is not None and engine["key"] == key and path.exists() and file_sha256(path) == engine["sha256"]
+    if engine is None or engine["key"] != key or not path.exists():
+        return False
+    return bool(sha256_of(path.parent, path.name, MOST_BYTES) == engine["sha256"])
 
 
 def check_engine(
-    run: RunNetwork, graph: Path, shapes: Sequence[Bucket], config: PredictorConfig, precision: str
+    run: RunNetwork, graph: Graph, shapes: Sequence[Bucket], config: PredictorConfig, precision: str
 ) -> float:
     """Compare an engine with its graph in ONNX Runtime on the CPU, on random inputs of every shape, filled and padded.
 
     Args:
         run: the engine.
-        graph: ONNX file.
+        graph: in ONNX.
         shapes: to try.
         config: of the artifact.
         precision: of the graph.
@@ -336,7 +346,7 @@ def check_engine(
     Raises:
         ExportError: it is above that, or not a number.
     """
-    session = require("onnxruntime", "mope-export").InferenceSession(graph, providers=["CPUExecutionProvider"])
+    session = require("onnxruntime", "mope-export").InferenceSession(graph.read(), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     worst = 0.0
     for seed, shape in enumerate(shapes):
@@ -348,7 +358,7 @@ def check_engine(
             difference = _difference(name, expected[name], found)
             if not difference <= TOLERANCES[precision]:
                 raise ExportError(
-                    f"{graph.name} as an engine: {name} differs from ONNX Runtime by {difference:.2g} at {shape}; "
+                    f"{graph.path.name} as an engine: {name} differs from ONNX Runtime by {difference:.2g} at {shape}; "
                     f"at most {TOLERANCES[precision]:g} is allowed"
                 )
             worst = max(worst, difference)

@@ -6,20 +6,21 @@
     router.json         rules and combiners; lookup.safetensors the look-up's neighbours
     calibration.json    the calibration's maps and the distribution to fall back on
     recalibration.json  what was learned while serving, if anything
-    files.json          size and SHA-256 of all of the above
+    files.json          size and SHA-256 of all of the above; what it does not list is not loaded
     metrics.json, provenance.json, README.md, plots/    for people; not needed to predict
     onnx/               what mope-export made of the weights; a copy for serving has no weights
 
-Knows files, hashes and JSON; not what the numbers mean. No pickle anywhere.
+Hashes show damage, not origin, see `mope.sealed`. No pickle anywhere.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -31,14 +32,28 @@ from pydantic import ValidationError
 from mope import packaged
 from mope.calibration import Calibration
 from mope.config import FORMAT_VERSION, PredictorConfig, network_names
-from mope.errors import ArtifactError
+from mope.errors import ArtifactError, MopeError, is_panic
 from mope.grid import Array
-from mope.provenance import file_sha256
-from mope.router import Lookup, Router
+from mope.router import PARTS, Lookup, Router, parts_key
 from mope.rules import RuleTable
+from mope.sealed import (
+    LISTING,
+    MOST_BYTES,
+    MOST_JSON,
+    NEEDED,
+    NETWORKS,
+    Sealed,
+    cleaned,
+    parse_json,
+    read_bytes,
+    sha256_of,
+    shown,
+)
 
-HASHED = (".json", ".safetensors")
-FOR_PEOPLE = frozenset({"files.json", "metrics.json", "provenance.json"})
+MOST_FOR_PEOPLE = 64 * 2**20  # bytes of a file that is not needed to predict
+FOR_PEOPLE = ("metrics.json", "provenance.json", "README.md")
+LEARNED = "recalibration.json"
+_logger = logging.getLogger("mope")
 
 
 @contextmanager
@@ -79,13 +94,39 @@ def put_in_place(finished: Path, folder: Path) -> None:
 def seal(folder: Path) -> None:
     """Write `files.json`: size and hash of each file that predictions depend on."""
     for path in folder.rglob("*"):  # some writers make files that their owner alone can read
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    files = sorted(p for p in folder.iterdir() if p.suffix in HASHED and p.name not in FOR_PEOPLE)
-    write_json(folder / "files.json", {path.name: _fingerprint(path) for path in files})
+        if not path.is_symlink():  # `chmod` would change what it points at
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    names = sorted(name for name in MOST_BYTES if os.path.lexists(folder / name))
+    write_json(folder / LISTING, {name: _fingerprint(folder, name) for name in names})
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def _fingerprint(folder: Path, name: str) -> dict[str, Any]:
+    return {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder, name, MOST_BYTES[name])}
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Let whatever a damaged or hostile predictor makes fail end in one line.
+
+    Raises:
+        ArtifactError: in place of any error that is not one of mope's.
+    """
+    try:
+        yield
+    except MopeError:
+        raise
+    except Exception as error:
+        raise _unloadable(folder, error) from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise _unloadable(folder, error) from error
+
+
+def _unloadable(folder: Path, error: BaseException) -> ArtifactError:
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {cleaned(lines[0])}" if lines else type(error).__name__
+    return ArtifactError(f"{shown(folder)} can't be loaded ({reason}); copy the whole folder again")
 
 
 def check(folder: Path) -> PredictorConfig:
@@ -94,20 +135,12 @@ def check(folder: Path) -> PredictorConfig:
     Raises:
         ArtifactError: not a saved predictor, a missing or changed file, or an unknown format version.
     """
-    if not folder.is_dir():
-        raise ArtifactError(packaged.not_found(str(folder)))
-    if not (folder / "files.json").exists():
-        raise ArtifactError(f"{folder} has no files.json: not a predictor saved by mope, or an unfinished copy")
-    listed = read_json(folder / "files.json")
-    if not isinstance(listed, dict) or "config.json" not in listed:
-        raise ArtifactError(f"{folder / 'files.json'} does not list a predictor's files; copy the whole folder again")
-    for name, expected in listed.items():
-        path = folder / name
-        if not path.exists():
-            raise ArtifactError(f"{folder} lacks {name}, which files.json names; copy the whole folder again")
-        if expected != _fingerprint(path):
-            raise ArtifactError(f"{path} is not the file that was saved (size or SHA-256 differs); copy it again")
-    return read_config(folder)
+    saved = Sealed(folder)
+    config = config_of(saved)
+    for name in saved.files:
+        if name != "config.json":
+            saved.verify(name)
+    return config
 
 
 def read_config(folder: Path) -> PredictorConfig:
@@ -116,20 +149,29 @@ def read_config(folder: Path) -> PredictorConfig:
     Raises:
         ArtifactError: no config, an unknown format version, or a value that cannot be used.
     """
-    saved = read_json(folder / "config.json")
-    version = saved.get("format_version") if isinstance(saved, dict) else None
-    if version != FORMAT_VERSION:
-        is_newer = isinstance(version, int) and version > FORMAT_VERSION
+    return config_of(Sealed(folder))
+
+
+def config_of(saved: Sealed) -> PredictorConfig:
+    """The config of a saved predictor, see `read_config`."""
+    folder, content = saved.folder, saved.json("config.json")
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if type(version) is not int or version != FORMAT_VERSION:
+        is_newer = type(version) is int and version > FORMAT_VERSION
         raise ArtifactError(
-            f"{folder} has format version {version}; this mope reads version {FORMAT_VERSION}: "
+            f"{shown(folder)} has format version {cleaned(version, 40)}; this mope reads version {FORMAT_VERSION}: "
             f"{'update mope (pip install -U mope-llm)' if is_newer else 'train or convert it anew'}"
         )
+    if missing := [name for name in NEEDED if name not in saved]:
+        raise ArtifactError(
+            f"{shown(folder / LISTING)} does not list {', '.join(missing)}; copy the whole folder again"
+        )
     try:
-        return PredictorConfig.model_validate(saved)
+        return PredictorConfig.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{folder / 'config.json'}: {where}: {first['msg']}") from error
+        where = cleaned(".".join(map(str, first["loc"])) or "config", 80)
+        raise ArtifactError(f"{shown(folder / 'config.json')}: {where}: {cleaned(first['msg'])}") from error
 
 
 def find(name_or_path: str | Path, revision: str | None = None) -> Path:
@@ -138,6 +180,9 @@ def find(name_or_path: str | Path, revision: str | None = None) -> Path:
     Args:
         name_or_path: a path, the name of a packaged predictor, or a Hub id such as `"user/name"`.
         revision: revision of a Hub id.
+
+    Of a Hub id only files of a predictor are fetched: those that `files.json` may list, ONNX graphs, and what is for
+    people. TensorRT engines are not: they hold code, and belong to one machine.
 
     Raises:
         ArtifactError: a Hub id that the Hub does not give. A path is not looked at.
@@ -149,11 +194,21 @@ def find(name_or_path: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from mope.backends.onnx_backend import MANIFEST, ONNX_FOLDER, PRECISIONS, graph_file
+
+    graphs = (MANIFEST, *(graph_file(network, precision) for network in NETWORKS for precision in PRECISIONS))
+    patterns = [LISTING, *MOST_BYTES, *FOR_PEOPLE, "plots/*.png", *(f"{ONNX_FOLDER}/{graph}" for graph in graphs)]
     try:
-        return Path(snapshot_download(name, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"no folder {name}, and the Hugging Face Hub gave none: {reason}") from error
+        where = cleaned(name)
+        raise ArtifactError(f"no folder {where}, and the Hugging Face Hub gave none: {cleaned(reason, 400)}") from error
+
+
+def weight_files(config: PredictorConfig) -> list[str]:
+    """Names of an artifact's weight files, in the order of `mope.config.network_names`."""
+    return [f"{name}.safetensors" for name in network_names(config)]
 
 
 def check_weights(folder: Path, config: PredictorConfig, who: str, instead: str = "") -> None:
@@ -168,7 +223,7 @@ def check_weights(folder: Path, config: PredictorConfig, who: str, instead: str 
     Raises:
         ArtifactError: it has none. Says where they are, or which recipe makes them.
     """
-    missing = [name for name in map("{}.safetensors".format, network_names(config)) if not (folder / name).exists()]
+    missing = [name for name in weight_files(config) if not (folder / name).exists()]
     if not missing:
         return
     recipe = recipe_of(folder)
@@ -183,8 +238,9 @@ def check_weights(folder: Path, config: PredictorConfig, who: str, instead: str 
 def recipe_of(folder: Path) -> str | None:
     """The built-in recipe that a predictor was trained by, as far as its provenance says so."""
     path = folder / "provenance.json"
-    command = read_json(path).get("command") if path.exists() else None
-    named = [after for flag, after in pairwise(command or ()) if flag == "--recipe"]
+    provenance = read_json(path) if path.exists() else None
+    command = provenance.get("command") if isinstance(provenance, dict) else None
+    named = [after for flag, after in pairwise(command if isinstance(command, list) else ()) if flag == "--recipe"]
     return next((name for name in named if name in packaged.recipes()), None)
 
 
@@ -193,16 +249,39 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, most_bytes: int = MOST_JSON) -> Any:
     """Read a JSON file.
 
     Raises:
-        ArtifactError: it is missing or not JSON.
+        ArtifactError: it is missing, no regular file, too large, or not strict JSON.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} can't be read: {error}") from error
+    return parse_json(read_bytes(path.parent, path.name, most_bytes), path)
+
+
+def read_learned(saved: Sealed) -> Any:
+    """What a predictor learned while serving; None if it was saved without.
+
+    Raises:
+        ArtifactError: it is there and `files.json` does not list it: no mope ever saved it like this.
+    """
+    if LEARNED not in saved and os.path.lexists(saved.folder / LEARNED):
+        raise ArtifactError(
+            f"{shown(saved.folder / LEARNED)} is not listed in {LISTING}, so it was not saved with this predictor; "
+            "remove it, or copy the whole folder again"
+        )
+    return saved.json(LEARNED) if LEARNED in saved else None
+
+
+def copy_for_people(folder: Path, target: Path, *, plots: bool = True) -> None:
+    """Copy what an artifact has for people and no prediction depends on; what is no regular file is left out."""
+    names = [name for name in FOR_PEOPLE if os.path.lexists(folder / name)]
+    drawn = sorted((folder / "plots").glob("*.png")) if plots else []
+    for name in [*names, *(f"plots/{path.name}" for path in drawn)]:
+        (target / name).parent.mkdir(exist_ok=True)
+        try:
+            sha256_of(folder, name, MOST_FOR_PEOPLE, target / name)
+        except ArtifactError as error:
+            _logger.warning("left out of the copy: %s", error)
 
 
 def write_router(folder: Path, router: Router) -> None:
@@ -226,22 +305,82 @@ def write_router(folder: Path, router: Router) -> None:
         save_file({"embeddings": lookup.embeddings_MH, "buckets": lookup.buckets_M}, folder / "lookup.safetensors")
 
 
-def read_router(folder: Path) -> Router:
-    """Read what `write_router` wrote."""
-    from safetensors.numpy import load_file
+def read_router(saved: Sealed, num_experts: int) -> Router:
+    """Read what `write_router` wrote.
 
-    saved = read_json(folder / "router.json")
-    lookup = None
-    if saved["lookup"] is not None:
-        tensors = load_file(folder / "lookup.safetensors")
-        lookup = Lookup(tensors["embeddings"], tensors["buckets"], **saved["lookup"])
-    combiners: Mapping[str, tuple[Array, Array]] = {
-        key: (np.asarray(c["weights"]).reshape(-1, len(c["bias"])), np.asarray(c["bias"]))
-        for key, c in saved["combiners"].items()
-    }
-    rules = RuleTable({name: (float(values[0]), float(values[1])) for name, values in saved["rules"].items()})
-    boundaries, prior = np.asarray(saved["boundaries"], dtype=np.float64), np.asarray(saved["prior"])
-    return Router(boundaries, prior, rules, lookup, combiners, tuple(saved["parts"]))
+    Args:
+        saved: the predictor.
+        num_experts: K.
+
+    Raises:
+        ArtifactError: a value that cannot be used.
+    """
+    from safetensors.numpy import load
+
+    content, where = saved.json("router.json"), saved.folder / "router.json"
+    with loading(where):
+        boundaries = _numbers(content["boundaries"], where, (num_experts - 1,))
+        prior = _numbers(content["prior"], where, (num_experts,))
+        rules = {str(name): _numbers(pair, where, (2,)).tolist() for name, pair in content["rules"].items()}
+        parts = tuple(content["parts"])
+        combiners: dict[str, tuple[Array, Array]] = {}
+        for key, combiner in content["combiners"].items():
+            bias = _numbers(combiner["bias"], where, (num_experts,))
+            weights = np.asarray(combiner["weights"], dtype=np.float64).reshape(-1, num_experts)
+            num_parts = 0 if key == "prior" else len(str(key).split("+"))
+            combiners[key] = _numbers(weights, where, (num_parts * num_experts, num_experts)), bias
+        lookup = None
+        if content["lookup"] is not None:
+            tensors = load(saved.read("lookup.safetensors"))
+            lookup = Lookup(tensors["embeddings"], tensors["buckets"], **content["lookup"])
+        is_right = (
+            set(parts) <= set(PARTS)
+            and (np.diff(boundaries) > 0).all()
+            and (boundaries > 0).all()
+            and (prior >= 0).all()
+            and abs(prior.sum() - 1.0) < 1e-6
+            and all(deviation > 0 for _, deviation in rules.values())
+            and (num_experts == 1 or not parts or parts_key(parts) in combiners)
+            and ("lookup" not in parts or lookup is not None)
+            and (lookup is None or _is_lookup(lookup, num_experts))
+        )
+    if not is_right:
+        raise _unusable(where)
+    table = RuleTable({name: (mean, deviation) for name, (mean, deviation) in rules.items()})
+    return Router(boundaries, prior, table, lookup, combiners, parts)
+
+
+def _is_lookup(lookup: Lookup, num_experts: int) -> bool:
+    embeddings, buckets = lookup.embeddings_MH, lookup.buckets_M
+    return bool(
+        embeddings.ndim == 2
+        and 0 < len(embeddings) == len(buckets)
+        and embeddings.dtype.kind == "f"
+        and buckets.ndim == 1
+        and buckets.dtype.kind == "u"
+        and buckets.max() < num_experts
+        and np.isfinite(embeddings).all()
+        and type(lookup.neighbours) is int
+        and 0 < lookup.neighbours <= 10_000
+        and isinstance(lookup.sharpness, int | float)
+        and 0 <= lookup.sharpness <= 300
+    )
+
+
+def _numbers(value: Any, where: Path, shape: tuple[int, ...]) -> Array:
+    """Finite numbers of a shape, float64.
+
+    Raises:
+        ArtifactError: they are others.
+    """
+    numbers = np.asarray(value, dtype=np.float64)
+    if numbers.shape != shape or not np.isfinite(numbers).all() or np.abs(numbers).max(initial=0.0) > 1e12:
+        raise _unusable(where)
+    return numbers
+
+
+def _unusable(where: Path) -> ArtifactError:
+    return ArtifactError(f"{shown(where)} holds numbers that no predictor has; copy the whole folder again")
 
 
 def write_calibration(folder: Path, calibration: Calibration, fallback: Array) -> None:
@@ -255,8 +394,24 @@ def write_calibration(folder: Path, calibration: Calibration, fallback: Array) -
     write_json(folder / "calibration.json", content)
 
 
-def read_calibration(folder: Path) -> tuple[Calibration, Array]:
-    """Read what `write_calibration` wrote."""
-    saved = read_json(folder / "calibration.json")
-    maps = (np.asarray(saved[name]) for name in ("knots", "first_turn", "later_turn"))
-    return Calibration(*maps), np.asarray(saved["fallback_cumulative"])
+def read_calibration(saved: Sealed, num_edges: int) -> tuple[Calibration, Array]:
+    """Read what `write_calibration` wrote.
+
+    Args:
+        saved: the predictor.
+        num_edges: E.
+
+    Raises:
+        ArtifactError: a value that cannot be used.
+    """
+    content, where = saved.json("calibration.json"), saved.folder / "calibration.json"
+    with loading(where):
+        num_knots = len(content["knots"])
+        maps = [_numbers(content[name], where, (num_knots,)) for name in ("knots", "first_turn", "later_turn")]
+        fallback = _numbers(content["fallback_cumulative"], where, (num_edges,))
+        is_right = (np.diff(maps[0]) > 0).all() and all(
+            np.array_equal(values[[0, -1]], [0.0, 1.0]) and (np.diff(values) >= 0).all() for values in maps
+        )
+    if not (is_right and (np.diff(fallback) >= 0).all() and fallback[0] >= 0 and 0 < fallback[-1] <= 1):
+        raise _unusable(where)
+    return Calibration(*maps), fallback

@@ -62,3 +62,8 @@ class StoreError(UserError, ConnectionError):
 
 class MissingExtraError(UserError, ImportError):
     """An optional package that is not installed."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust panicked, which pyo3 raises as an error that is no `Exception`."""
+    return type(error).__name__ == "PanicException"

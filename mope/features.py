@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mope.errors import ArtifactError, DataError, is_panic
 from mope.forking import after_fork
 from mope.grid import Array
 from mope.request import Request
 from mope.rules import RULE_NAMES, RuleHits, match_rules
+from mope.sealed import cleaned
 from mope.target_llm import MAX_SIZE, LlmTable, describe
 from mope.triggers import Triggers, Words
 
@@ -304,7 +306,11 @@ class RequestEncoder:
         )
 
     def encode(self, requests: Sequence[Request]) -> EncodedRequests:
-        """Encode a batch of requests."""
+        """Encode a batch of requests.
+
+        Raises:
+            DataError: the tokenizer fails on a text, as a regular expression in it may on a text made for that.
+        """
         prompts = self._windows([request.prompt for request in requests], self._max_prompt)
         contexts = self._windows([request.previous_prompt or request.system for request in requests], self._max_context)
         numbers, hits = [], []
@@ -338,6 +344,12 @@ class RequestEncoder:
             digest.update(ends(text, self._read_chars).encode("utf-8", "surrogatepass"))
         return digest.digest()
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise ArtifactError if the tokenizer gives ids that a network of this many token vectors does not know."""
+        highest = max(self._tokenizer.get_vocab().values(), default=0)
+        if highest >= vocab_size:
+            raise ArtifactError(f"tokenizer.json has the token id {highest}; the network knows {vocab_size} tokens")
+
     def tokenizer_json(self) -> str:
         """The tokenizer as one JSON text."""
         return self._tokenizer.to_str()
@@ -348,10 +360,17 @@ class RequestEncoder:
         if rows:
             num_chars, head = self._chars_per_token * num_tokens, int(num_tokens * HEAD_SHARE)
             cut = [_without_surrogates(ends(texts[row], num_chars)) for row in rows]
-            # unlike `encode`, this one releases the GIL
-            for row, encoded in zip(
-                rows, self._tokenizer.encode_batch_fast(cut, add_special_tokens=False), strict=True
-            ):
+            for row, encoded in zip(rows, self._tokenised(cut), strict=True):
                 ids = encoded.ids
                 windows[row] = ids if len(ids) <= num_tokens else ids[:head] + ids[head - num_tokens :]
         return windows
+
+    def _tokenised(self, texts: list[str]) -> list[Any]:
+        try:
+            # unlike `encode`, this one releases the GIL
+            return list(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        except BaseException as error:
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(f"the tokenizer can't read a text: {cleaned(reason)}") from error

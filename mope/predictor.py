@@ -6,9 +6,9 @@ Puts encoder, backend, router, mixture, calibration and recalibration in a row; 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from math import isfinite
 from numbers import Integral
 from pathlib import Path
 from threading import Lock
@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mope import artifact
+from mope.backends import widest_input
 from mope.backends.choice import Choice, choose
+from mope.backends.onnx_backend import copy_graphs
 from mope.cache import CacheStats, LruCache
 from mope.calibration import Calibration
 from mope.corrector import Answering, Corrector, as_carried, kind_of
@@ -31,12 +33,13 @@ from mope.prediction import LengthPrediction
 from mope.recalibration import Recalibrator
 from mope.request import Request
 from mope.router import Router
+from mope.sealed import Sealed, shown
 from mope.target_llm import Reading, describe
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from mope.backends import Backend
+    from mope.backends import Backend, RawOutputs
     from mope.config import PredictorConfig
     from mope.serving import ServingPredictor
 
@@ -44,6 +47,7 @@ _logger = logging.getLogger("mope")
 
 
 CACHE_SIZE = 4096
+NO_DISTRIBUTION = "the predictor's network gives no distribution (NaN, or another shape); copy the whole folder again"
 MAX_UNKNOWN_FAMILIES = 100  # unknown families that are logged
 CHUNK_TOKENS, CHUNK_REQUESTS = 8192, 64  # of the input of one pass through the network, padding included
 ENCODED_AT_ONCE = 1024  # requests of a batch whose input is in memory at the same time
@@ -143,35 +147,35 @@ class LengthPredictor:
             revision: revision of a Hub id.
 
         Raises:
-            ArtifactError: nothing is there, or a file is missing, changed or of another format.
+            ArtifactError: nothing is there, a file is missing, changed or of another format, or what it says can't be
+                used. Hashes show damage, not origin, see `mope.sealed`.
             ConfigError: an unknown backend, or one that does not run on the device or in the precision.
             MissingExtraError: the backend's packages are not installed.
         """
         folder = artifact.find(name_or_path, revision)
-        config = artifact.check(folder)
-        if config.number_names != NUMBER_NAMES:
-            raise ArtifactError(
-                f"{folder} was trained on other request features than this mope computes; train it anew"
-            )
-        from tokenizers import Tokenizer
+        with artifact.loading(folder):
+            saved = Sealed(folder)
+            config = artifact.config_of(saved)
+            if config.number_names != NUMBER_NAMES:
+                raise ArtifactError(
+                    f"{shown(folder)} was trained on other request features than this mope computes; train it anew"
+                )
+            from tokenizers import Tokenizer
 
-        encoder = RequestEncoder.of(config, Tokenizer.from_file(str(folder / "tokenizer.json")))
-        choice = choose(folder, backend, device, precision)
-        _logger.info("%s: %s", folder, choice.reason)
-        calibration, fallback = artifact.read_calibration(folder)
-        learned = folder / "recalibration.json"
-        predictor = cls(
-            config,
-            choice.load(folder, config, num_threads),
-            encoder,
-            artifact.read_router(folder),
-            calibration,
-            fallback,
-            Corrector(config, artifact.read_json(learned) if learned.exists() else None),
-            folder,
-            choice,
-            cache_size,
-        )
+            encoder = RequestEncoder.of(config, Tokenizer.from_buffer(saved.read("tokenizer.json")))
+            calibration, fallback = artifact.read_calibration(saved, len(config.edges))
+            router = artifact.read_router(saved, config.num_experts)
+            corrector = Corrector(config, artifact.read_learned(saved))
+            choice = choose(folder, backend, device, precision)
+            _logger.info("%s: %s", shown(folder), choice.reason)
+            if choice.backend != "torch":  # which checks its weights as it reads them
+                for name in saved.files.keys() & set(artifact.weight_files(config)):
+                    saved.verify(name)
+            network = choice.load(folder, config, num_threads)
+            predictor = cls(
+                config, network, encoder, router, calibration, fallback, corrector, folder, choice, cache_size
+            )
+            predictor._try_out()
         predictor._loading = {
             "backend": choice.backend,
             "device": choice.device,
@@ -180,6 +184,22 @@ class LengthPredictor:
             "cache_size": cache_size,
         }
         return predictor
+
+    def _try_out(self) -> None:
+        """Predict the widest input of the largest ids, and a text: so that no request is the first to find a fault.
+
+        Raises:
+            ArtifactError: the network gives no distributions, or knows fewer tokens than the tokenizer.
+        """
+        encoded = widest_input(self.config)
+        raw = self.backend.run(encoded, lambda gate_BK, _: np.ones(gate_BK.shape, dtype=bool))
+        if not all(np.isfinite(part).all() for part in (raw.gate_BK, raw.heads_BKN, raw.embedding_BH)):
+            raise ArtifactError(NO_DISTRIBUTION)
+        for turns in (0, 1):
+            self._finish(raw, encoded, np.array([turns > 0]))
+        if self.backend.name != "onnx":  # which says so itself, and loads in less time than this takes
+            self.encoder.check_ids(self.config.encoder_config["vocab_size"])
+        self.encoder.encode([Request(prompt="Say hello. \U0001f44b \u1234", system="Be brief.")])
 
     def predict(
         self,
@@ -354,11 +374,16 @@ class LengthPredictor:
             return experts_needed(route_BK, self.config.combination)
 
         raw = self.backend.run(encoded, choose_experts)
-        has_history = np.array([request.num_earlier_turns > 0 for request in requests])
-        result = assemble(self.config, self.router, self.calibration, raw, encoded.rule_hits, has_history)
+        return self._finish(raw, encoded, np.array([request.num_earlier_turns > 0 for request in requests]))
+
+    def _finish(self, raw: RawOutputs, encoded: EncodedRequests, has_history_B: Array) -> list[_Raw]:
+        result = assemble(self.config, self.router, self.calibration, raw, encoded.rule_hits, has_history_B)
+        cdf_BE, route_BK = result.cdf_BE, result.route_BK
+        if cdf_BE.shape != (len(has_history_B), len(self._fallback)) or not isfinite(cdf_BE.sum() + route_BK.sum()):
+            raise ArtifactError(NO_DISTRIBUTION)
         return [
             _Raw(as_carried(cdf_E), tuple(route_K.tolist()), int(route_K.argmax()), "model")
-            for cdf_E, route_K in zip(result.cdf_BE, result.route_BK, strict=True)
+            for cdf_E, route_K in zip(cdf_BE, route_BK, strict=True)
         ]
 
     def _answer(self, raw: _Raw, request: Request) -> LengthPrediction:
@@ -450,18 +475,18 @@ class LengthPredictor:
         until now, that may differ a little: `observe` puts off working out corrections anew (of an LLM's answers until
         an eighth more are there, 50 at most; of its relatives' longer), and here all of them are.
 
+        Of the folder that it was loaded from, it copies plots, card, metrics, provenance and ONNX graphs: regular files
+        under these names, never what a link out of the folder points at.
+
         Raises:
-            ArtifactError: the folder exists and is not a saved predictor.
+            ArtifactError: the folder exists and is not a saved predictor, or a file that is copied was changed.
         """
         target = Path(folder)
         with artifact.writing(target) as temporary:
             self.write(temporary)
-            for name in ("metrics.json", "provenance.json", "README.md", "plots", "onnx"):
-                source = self.folder / name if self.folder is not None else None
-                if source is not None and source.is_dir():
-                    shutil.copytree(source, temporary / name)
-                elif source is not None and source.exists():
-                    shutil.copy2(source, temporary / name)
+            if self.folder is not None:
+                artifact.copy_for_people(self.folder, temporary)
+                copy_graphs(self.folder, temporary)
         return target
 
     def write(self, folder: Path) -> None:

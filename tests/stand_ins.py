@@ -151,16 +151,15 @@ class TensorRT:
         )
 
     def OnnxParser(self, network: Any, logger: Any) -> Any:
-        def parse(path: str) -> bool:
-            with open(path, "rb") as file:
-                network.graph = file.read()
+        def parse(graph: bytes) -> bool:
+            network.graph = graph
             inputs = onnxruntime.InferenceSession(network.graph, providers=["CPUExecutionProvider"]).get_inputs()
             shapes = [[-1 if isinstance(axis, str) else axis for axis in tensor.shape] for tensor in inputs]
             network.num_inputs = len(inputs)
             network.get_input = lambda i: SimpleNamespace(name=inputs[i].name, shape=shapes[i])
             return True
 
-        return SimpleNamespace(parse_from_file=parse)
+        return SimpleNamespace(parse=parse)
 
     def Runtime(self, logger: Any) -> Any:
         return SimpleNamespace(deserialize_cuda_engine=lambda plan: Engine(self, plan))

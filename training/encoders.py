@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer
 
+from mope.backends.encoder_fields import allowed_fields
 from mope.backends.network import Encoder, load_encoder
 from mope.errors import ConfigError
 from mope.extras import require
@@ -82,17 +83,19 @@ class EncoderSource:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The architecture, as `transformers` writes it, without paths and versions."""
-        config = AutoConfig.from_pretrained(self.location, revision=self.revision)
+        config = AutoConfig.from_pretrained(self.location, revision=self.revision, trust_remote_code=False)
         if self.num_layers is not None:
             config.num_hidden_layers = min(self.num_layers, config.num_hidden_layers)
         settings = config.to_dict()
         dropped = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype")
-        return {key: value for key, value in settings.items() if key not in dropped}
+        kept = {key: value for key, value in settings.items() if key not in dropped}
+        allowed_fields(kept)
+        return kept
 
     @cached_property
     def tokenizer_json(self) -> str:
         """The tokenizer as one JSON text."""
-        fast = AutoTokenizer.from_pretrained(self.location, revision=self.revision, use_fast=True)
+        fast = self._fast_tokenizer()
         if not fast.is_fast:
             raise ConfigError(f"encoder {self.name!r} has no fast tokenizer (tokenizer.json); choose another encoder")
         return str(fast.backend_tokenizer.to_str())
@@ -100,13 +103,18 @@ class EncoderSource:
     @cached_property
     def special_ids(self) -> tuple[int, int, int]:
         """Ids of the tokens that stand for `[CLS]`, `[SEP]` and padding."""
-        fast = AutoTokenizer.from_pretrained(self.location, revision=self.revision, use_fast=True)
+        fast = self._fast_tokenizer()
         ids = (fast.cls_token_id, fast.sep_token_id, fast.pad_token_id)
         if any(token is None for token in ids):
             raise ConfigError(
                 f"encoder {self.name!r} has no [CLS], [SEP] or padding token; choose a BERT-family encoder"
             )
         return ids
+
+    def _fast_tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(
+            self.location, revision=self.revision, use_fast=True, trust_remote_code=False
+        )
 
     def tokenizer(self) -> Tokenizer:
         """A fresh tokenizer."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 
+from mope.artifact import weight_files
 from mope.backends.network import MopeNetwork
-from mope.backends.torch_backend import weight_files
 from mope.config import PredictorConfig
 from mope.errors import DataError
 from mope.grid import Array

@@ -21,8 +21,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
+from mope.artifact import weight_files
 from mope.backends.network import MopeNetwork
-from mope.backends.torch_backend import weight_files
 from mope.console import console
 from mope.training.batches import BucketLoader, EncodedRows
 from mope.training.config import FitConfig, ModelConfig, TrainConfig

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from mope import artifact
-from mope.backends.torch_backend import TorchBackend, weight_files
+from mope.artifact import weight_files
+from mope.backends.torch_backend import TorchBackend
 from mope.card import render_card, snippet, write_card
 from mope.config import PredictorConfig
 from mope.console import console

@@ -5,7 +5,6 @@ Shape suffixes: B requests, K experts, N bins (the body's and one for the tail),
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ import numpy as np
 from mope.config import PredictorConfig, network_names
 from mope.features import EncodedRequests
 from mope.grid import Array
+from mope.rules import NO_HITS
+from mope.sealed import Sealed
 
 # (gate logits (B, K), embedding (B, H)) -> which experts each row needs, bool (B, K)
 ChooseExperts = Callable[[Array, Array], Array]
@@ -84,7 +85,25 @@ def run_networks(
 
 
 def copy_weights(artifact: Path, folder: Path, config: PredictorConfig) -> None:
-    """Copy an artifact's weight files into a folder, as far as it has any: one made for serving alone has none."""
-    for name in network_names(config):
-        if (weights := artifact / f"{name}.safetensors").exists():
-            shutil.copyfile(weights, folder / weights.name)
+    """Copy an artifact's weight files into a folder, as far as it has any: one made for serving alone has none.
+
+    Raises:
+        ArtifactError: a file is not the one that was saved.
+    """
+    saved = Sealed(artifact)
+    for name in map("{}.safetensors".format, network_names(config)):
+        if name in saved:
+            saved.verify(name, copy_to=folder / name)
+
+
+def widest_input(config: PredictorConfig) -> EncodedRequests:
+    """A request as wide as any, of the largest ids that a network of this config takes."""
+    vocab_size, context = config.encoder_config["vocab_size"], config.max_context_tokens
+    num_tokens = config.max_prompt_tokens + 2 + (context + 1 if context else 0)
+    cls, sep, _ = config.special_ids
+    return EncodedRequests(
+        token_ids=[[cls, *[vocab_size - 1] * (num_tokens - 2), sep]],
+        numbers_BF=np.array([config.number_mean], dtype=np.float32),
+        llm_B=np.array([len(config.target_llms)], dtype=np.int64),
+        rule_hits=[NO_HITS],
+    )

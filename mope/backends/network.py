@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from mope.backends.encoder_fields import allowed_fields
 from mope.backends.static_encoder import MODEL_TYPE, StaticConfig, StaticEncoder
 from mope.config import PredictorConfig
 
@@ -27,17 +28,35 @@ Encoder: TypeAlias = PreTrainedModel | StaticEncoder
 
 
 def build_encoder(encoder_config: dict[str, Any]) -> Encoder:
-    """An encoder of the given architecture with fresh weights, without a pooling layer."""
-    if encoder_config["model_type"] == MODEL_TYPE:
-        return StaticEncoder(StaticConfig(**encoder_config))
-    config: PretrainedConfig = AutoConfig.for_model(**encoder_config)
+    """An encoder of the given architecture with fresh weights, without a pooling layer.
+
+    Raises:
+        ArtifactError: an architecture that `allowed_fields` refuses.
+    """
+    fields = allowed_fields(encoder_config)
+    if fields["model_type"] == MODEL_TYPE:
+        return StaticEncoder(StaticConfig(**fields))
+    config: PretrainedConfig = AutoConfig.for_model(**fields)
     return _without_pooler(lambda **options: AutoModel.from_config(config, **options))  # type: ignore[no-untyped-call]
 
 
 def load_encoder(name_or_path: str, revision: str | None = None) -> PreTrainedModel:
-    """A pre-trained encoder from a folder or the Hugging Face Hub, without a pooling layer."""
+    """A pre-trained encoder from a folder or the Hugging Face Hub, without a pooling layer.
+
+    Of its config only what `allowed_fields` allows is used, and no code that comes with it.
+    """
+    written = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False).to_dict()
+    config: PretrainedConfig = AutoConfig.for_model(**allowed_fields(written))
     return _without_pooler(
-        lambda **options: AutoModel.from_pretrained(name_or_path, revision=revision, dtype=torch.float32, **options)
+        lambda **options: AutoModel.from_pretrained(
+            name_or_path,
+            revision=revision,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            weights_only=True,
+            **options,
+        )
     )
 
 

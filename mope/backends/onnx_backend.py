@@ -6,22 +6,28 @@ Knows the folder `onnx/` that `mope-export` wrote into an artifact; does not kno
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import logging
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
-from mope.artifact import read_json
+from mope.artifact import write_json
 from mope.backends import ChooseExperts, RawOutputs, RunNetwork, copy_weights, run_networks
+from mope.backends.onnx_scan import check_graph
 from mope.config import PredictorConfig, network_names
 from mope.errors import ArtifactError, ConfigError
 from mope.extras import require
 from mope.features import EncodedRequests
 from mope.forking import after_fork
 from mope.grid import Array
-from mope.provenance import file_sha256
+from mope.sealed import GIB, MOST_JSON, NETWORKS, Sealed, cleaned, parse_json, read_bytes, sha256_of, shown
 
 ONNX_FOLDER, MANIFEST, MANIFEST_VERSION = "onnx", "manifest.json", 2
 INPUTS = ("input_ids", "attention_mask", "numbers", "target_llm")
@@ -30,6 +36,52 @@ GATE, HEADS, EMBEDDING = "gate_logits", "head_logits", "text_embedding"
 Precision = Literal["fp32", "fp16", "int8", "qdq"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 FASTEST_ON_CPU: tuple[Precision, ...] = ("int8", "fp32", "fp16", "qdq")
+MOST_BYTES = 2 * GIB  # of a graph; a protocol buffer has no more
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+_logger = logging.getLogger("mope")
+
+
+class Graph(NamedTuple):
+    """A graph's file, and the SHA-256 that it has to have."""
+
+    path: Path
+    sha256: str
+
+    @classmethod
+    def made_here(cls, path: Path) -> Graph:
+        """A graph that this process wrote."""
+        return cls(path, sha256_of(path.parent, path.name, MOST_BYTES))
+
+    def read(self) -> bytes:
+        """The bytes of the file, once their hash and what they hold were checked.
+
+        Raises:
+            ArtifactError: it is missing, another file, or no graph that mope-export writes.
+        """
+        # the folder of the artifact, in which links may lead to the Hugging Face cache
+        path = self.path.absolute()
+        content = read_bytes(path.parent.parent, f"{path.parent.name}/{path.name}", MOST_BYTES)
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise ArtifactError(
+                f"{shown(self.path)} is not the file that was exported (SHA-256 differs); copy it again"
+            )
+        check_graph(content, shown(self.path))
+        return content
+
+
+class _GraphEntry(BaseModel):
+    network: str
+    precision: Precision
+    file: str
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """What is read of a manifest; more may stand there."""
+
+    exported_from: dict[str, str]
+    graphs: list[_GraphEntry]
+    quality: dict[str, dict[str, Any] | None]
 
 
 def graph_file(network: str, precision: str) -> str:
@@ -51,22 +103,59 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ArtifactError: nothing was exported, the manifest is of another version, or the weights changed since.
     """
     path = folder / ONNX_FOLDER / MANIFEST
-    advice = f"type: mope-export {folder} --to onnx" if has_weights(folder) else "copy the whole folder again"
+    at = shown(folder)
+    advice = f"type: mope-export {at} --to onnx" if has_weights(folder) else "copy the whole folder again"
     if not path.exists():
-        raise ArtifactError(f"{folder} has no ONNX export; {advice}")
-    manifest: dict[str, Any] = read_json(path)
-    if manifest.get("format_version") != MANIFEST_VERSION:
+        raise ArtifactError(f"{at} has no ONNX export; {advice}")
+    manifest: dict[str, Any] = parse_manifest(folder)
+    version = manifest.get("format_version")
+    if version != MANIFEST_VERSION:
         raise ArtifactError(
-            f"{path} has version {manifest.get('format_version')}; this mope reads {MANIFEST_VERSION}: {advice}"
+            f"{shown(path)} has version {cleaned(version, 40)}; this mope reads {MANIFEST_VERSION}: {advice}"
         )
+    read_graphs(folder, manifest)
     exported_from = manifest["exported_from"]
-    saved = {name: entry["sha256"] for name, entry in read_json(folder / "files.json").items()}
+    saved = {name: fingerprint.sha256 for name, fingerprint in Sealed(folder).files.items()}
     is_lean = not saved.keys() & exported_from.keys()
     stale = [name for name, sha256 in exported_from.items() if saved.get(name) != sha256]
     if stale and not is_lean:
         raise ArtifactError(
-            f"{folder}: {', '.join(stale)} changed after the ONNX export; type again: mope-export {folder} --to onnx"
+            f"{at}: {cleaned(', '.join(stale))} changed after the ONNX export; type again: mope-export {at} --to onnx"
         )
+    return manifest
+
+
+def read_graphs(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a manifest says of its graphs.
+
+    Raises:
+        ArtifactError: a value of another kind, or a name that mope-export does not give.
+    """
+    where = shown(folder / ONNX_FOLDER / MANIFEST)
+    try:
+        for graph in _Manifest.model_validate(manifest).graphs:
+            is_known = graph.network in NETWORKS and graph.file == graph_file(graph.network, graph.precision)
+            if not (is_known and _SHA256.match(graph.sha256)):
+                name = cleaned(repr(graph.file), 80)
+                raise ArtifactError(f"{where} names {name}, which is no file of mope-export; export again")
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = cleaned(".".join(map(str, first["loc"])), 80)
+        raise ArtifactError(f"{where}: {place}: {cleaned(first['msg'])}; export again") from error
+    found: list[dict[str, Any]] = manifest["graphs"]
+    return found
+
+
+def parse_manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest of an artifact's ONNX graphs says, unchecked.
+
+    Raises:
+        ArtifactError: it is no regular file, or no JSON object.
+    """
+    name = f"{ONNX_FOLDER}/{MANIFEST}"
+    manifest = parse_json(read_bytes(folder, name, MOST_JSON), folder / name)
+    if not isinstance(manifest, dict):
+        raise ArtifactError(f"{shown(folder / name)} is no manifest; copy the whole folder again")
     return manifest
 
 
@@ -96,8 +185,8 @@ def choose_precision(manifest: Mapping[str, Any]) -> Precision:
     return min(_precisions(manifest), key=rank)
 
 
-def graph_paths(folder: Path, config: PredictorConfig, precision: str | None = None) -> tuple[Precision, list[Path]]:
-    """The graphs of an artifact in one precision, in the order of `mope.config.network_names`, checked by their hash.
+def find_graphs(folder: Path, config: PredictorConfig, precision: str | None = None) -> tuple[Precision, list[Graph]]:
+    """The graphs of an artifact in one precision, in the order of `mope.config.network_names`; none is read yet.
 
     Args:
         folder: of the artifact.
@@ -106,7 +195,7 @@ def graph_paths(folder: Path, config: PredictorConfig, precision: str | None = N
 
     Raises:
         ConfigError: an unknown precision.
-        ArtifactError: see `read_manifest`; or the precision was not exported, or a graph is missing or changed.
+        ArtifactError: see `read_manifest`; or the precision was not exported.
     """
     if precision is not None and precision not in PRECISIONS:
         raise ConfigError(f"unknown precision {precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}")
@@ -115,18 +204,37 @@ def graph_paths(folder: Path, config: PredictorConfig, precision: str | None = N
     graphs = {graph["network"]: graph for graph in manifest["graphs"] if graph["precision"] == chosen}
     if missing := [name for name in network_names(config) if name not in graphs]:
         raise ArtifactError(
-            f"{folder} has no ONNX graph of {', '.join(missing)} in {chosen}, only {', '.join(_precisions(manifest))}; "
-            f"type: mope-export {folder} --to {export_target(chosen)}"
+            f"{shown(folder)} has no ONNX graph of {', '.join(missing)} in {chosen}, only "
+            f"{', '.join(_precisions(manifest))}; type: mope-export {shown(folder)} --to {export_target(chosen)}"
         )
-    paths = []
-    for name in network_names(config):
-        path = folder / ONNX_FOLDER / graphs[name]["file"]
-        if not path.exists():
-            raise ArtifactError(f"{folder} lacks {ONNX_FOLDER}/{path.name}; copy the whole folder again")
-        if file_sha256(path) != graphs[name]["sha256"]:
-            raise ArtifactError(f"{path} is not the file that was exported (SHA-256 differs); copy it again")
-        paths.append(path)
-    return chosen, paths
+    own = folder / ONNX_FOLDER
+    return chosen, [Graph(own / graph_file(name, chosen), graphs[name]["sha256"]) for name in network_names(config)]
+
+
+def copy_graphs(folder: Path, target: Path) -> None:
+    """Copy an artifact's ONNX graphs, checked by their hashes; graphs of other weights are left out.
+
+    Raises:
+        ArtifactError: a graph is missing, or is not the file that was exported.
+    """
+    if not os.path.lexists(folder / ONNX_FOLDER / MANIFEST):
+        return
+    try:
+        manifest = read_manifest(folder)
+    except ArtifactError as error:
+        _logger.warning("left out of the copy: %s", error)
+        return
+    (target / ONNX_FOLDER).mkdir()
+    for graph in manifest["graphs"]:
+        copy_graph(folder, graph, target / ONNX_FOLDER)
+    write_json(target / ONNX_FOLDER / MANIFEST, manifest)
+
+
+def copy_graph(folder: Path, graph: Mapping[str, Any], target: Path) -> None:
+    """Copy a graph that a manifest names into a folder, see `copy_graphs`."""
+    name = f"{ONNX_FOLDER}/{graph_file(graph['network'], graph['precision'])}"
+    if sha256_of(folder, name, MOST_BYTES, target / Path(name).name) != graph["sha256"]:
+        raise ArtifactError(f"{shown(folder / name)} is not the file that was exported (SHA-256 differs)")
 
 
 def export_target(precision: str) -> str:
@@ -143,7 +251,7 @@ class OnnxBackend:
     its own at its first `run`, which takes about as long as loading did.
 
     Args:
-        graphs: files of the graphs, in the order of `mope.config.network_names`.
+        graphs: in the order of `mope.config.network_names`.
         config: of the artifact.
         num_threads: threads of each call. One is best where several calls run side by side.
         precision: of the graphs.
@@ -154,7 +262,7 @@ class OnnxBackend:
 
     def __init__(
         self,
-        graphs: Sequence[Path],
+        graphs: Sequence[Graph],
         config: PredictorConfig,
         num_threads: int = 1,
         *,
@@ -165,14 +273,12 @@ class OnnxBackend:
             raise ConfigError(f"num_threads: got {num_threads}; expected at least 1")
         self.precision = precision
         self._folder, self._config, self._num_threads = folder, config, num_threads
-        self._graphs = [(path, _version(path)) for path in graphs]
+        self._graphs = list(graphs)
         self._opening = Lock()
-        self._sessions = self._open()
-        self._row_by_row = [_quantises_a_pass(path) for path in graphs]
-        self._runners = self._new_runners()
+        self._open()
         after_fork(self._leave_sessions)
 
-    def _open(self) -> list[Any]:
+    def _open(self) -> None:
         runtime = require("onnxruntime", "the onnx backend")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = self._num_threads
@@ -180,7 +286,14 @@ class OnnxBackend:
         options.add_session_config_entry(
             "session.intra_op.allow_spinning", "0"
         )  # a waiting thread must not burn a core
-        return [runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for path, _ in self._graphs]
+        self._sessions: list[Any] = []
+        runners: list[RunNetwork] = []
+        for graph in self._graphs:
+            content = graph.read()
+            session = open_session(runtime, content, ["CPUExecutionProvider"], options)
+            self._sessions.append(session)
+            runners.append(_runner(session, row_by_row=_quantises_a_pass(content)))
+        self._runners = runners
 
     def _leave_sessions(self) -> None:
         """In the child of a fork: leave the parent's sessions alone for good.
@@ -194,18 +307,14 @@ class OnnxBackend:
     def _reopen(self) -> list[RunNetwork]:
         with self._opening:
             if not self._runners:
-                for path, loaded in self._graphs:
-                    if not path.exists() or _version(path) != loaded:
-                        raise ArtifactError(
-                            f"{path} changed after it was loaded, so a forked process can't open it; restart the server"
-                        )
-                self._sessions = self._open()
-                self._runners = self._new_runners()
+                try:
+                    self._open()
+                except ArtifactError as error:
+                    raise ArtifactError(
+                        f"{error}; the graphs changed after they were loaded, so a forked process can't open them; "
+                        "restart the server"
+                    ) from error
             return self._runners
-
-    def _new_runners(self) -> list[RunNetwork]:
-        pairs = zip(self._sessions, self._row_by_row, strict=True)
-        return [_runner(session, row_by_row=row_by_row) for session, row_by_row in pairs]
 
     @classmethod
     def load(
@@ -220,12 +329,12 @@ class OnnxBackend:
             precision: one of `PRECISIONS`; None for `choose_precision`.
 
         Raises:
-            ArtifactError: see `graph_paths`.
+            ArtifactError: see `find_graphs` and `Graph.read`.
             ConfigError: an unknown precision, or no thread.
             MissingExtraError: ONNX Runtime is not installed.
         """
-        chosen, paths = graph_paths(folder, config, precision)
-        return cls(paths, config, num_threads, precision=chosen, folder=folder)
+        chosen, graphs = find_graphs(folder, config, precision)
+        return cls(graphs, config, num_threads, precision=chosen, folder=folder)
 
     def run(self, encoded: EncodedRequests, choose: ChooseExperts) -> RawOutputs:
         """Outputs for a batch, in float32."""
@@ -237,10 +346,13 @@ class OnnxBackend:
             copy_weights(self._folder, folder, self._config)
 
 
-def _version(path: Path) -> tuple[int, int]:
-    """Changes when a file is replaced."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+def open_session(runtime: Any, graph: bytes, providers: Sequence[Any], options: Any = None) -> Any:
+    """A session of a graph's bytes, which are freed: ONNX Runtime keeps what it needs of them."""
+    session = runtime.InferenceSession(graph, options, providers=providers)
+    session.disable_fallback()  # it would open the graph again; an error stays an error, too
+    if hasattr(session, "_model_bytes"):
+        session._model_bytes = None
+    return session
 
 
 def _runner(session: Any, *, row_by_row: bool) -> RunNetwork:
@@ -255,7 +367,12 @@ def _runner(session: Any, *, row_by_row: bool) -> RunNetwork:
         return found.get(GATE), found.get(HEADS), found[EMBEDDING]
 
     def ask(*inputs: Array) -> dict[str, Array]:
-        return dict(zip(outputs, session.run(None, dict(zip(INPUTS, inputs, strict=True))), strict=True))
+        try:
+            found = session.run(None, dict(zip(INPUTS, inputs, strict=True)))
+        except Exception as error:  # ONNX Runtime has a class of its own for each kind
+            reason = cleaned((str(error).splitlines() or [type(error).__name__])[0])
+            raise ArtifactError(f"the ONNX graph can't be run on a request: {reason}") from error
+        return dict(zip(outputs, found, strict=True))
 
     return run
 
@@ -267,10 +384,10 @@ def _alone(inputs: Sequence[Array], row: int) -> tuple[Array, ...]:
     return input_ids[:, :num_tokens], mask[:, :num_tokens], *others
 
 
-def _quantises_a_pass(graph: Path) -> bool:
+def _quantises_a_pass(graph: bytes) -> bool:
     """Whether a graph takes the range of its activations from all rows of a pass, so that they change each other.
 
     ONNX Runtime has one scale for a whole tensor. One row at a time a request is predicted the same alone and in a
     batch. On a CPU core that takes as long as a batch does, since a single request keeps the core busy.
     """
-    return b"DynamicQuantizeLinear" in graph.read_bytes()
+    return b"DynamicQuantizeLinear" in graph

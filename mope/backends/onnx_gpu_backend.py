@@ -18,7 +18,8 @@ import numpy as np
 from mope.backends import ChooseExperts, RawOutputs, RunNetwork, copy_weights, run_networks
 from mope.backends.buckets import BATCHES, Bucket, BucketRunner, grid, valid_inputs
 from mope.backends.cuda_runtime import DEFAULT_PRECISION, cuda_index
-from mope.backends.onnx_backend import EMBEDDING, GATE, HEADS, INPUTS, graph_paths
+from mope.backends.onnx_backend import EMBEDDING, GATE, HEADS, INPUTS, find_graphs
+from mope.backends.onnx_backend import open_session as open_any_session
 from mope.config import PredictorConfig
 from mope.errors import ConfigError, MissingExtraError
 from mope.extras import require
@@ -162,7 +163,7 @@ class OnnxGpuBackend:
             engine_cache: folder where TensorRT's engines are kept from one start to the next.
 
         Raises:
-            ArtifactError: see `mope.backends.onnx_backend.graph_paths`.
+            ArtifactError: see `mope.backends.onnx_backend.find_graphs` and `Graph.read` there.
             ConfigError: another device or provider, or one that ONNX Runtime cannot use here.
             MissingExtraError: onnxruntime-gpu is not installed.
         """
@@ -170,14 +171,14 @@ class OnnxGpuBackend:
             raise ConfigError(f"provider is 'cuda' or 'tensorrt'; got {provider!r}")
         index = cuda_index(device)
         runtime = gpu_runtime(provider)
-        precision, paths = graph_paths(folder, config, precision or DEFAULT_PRECISION)
+        precision, graphs = find_graphs(folder, config, precision or DEFAULT_PRECISION)
         providers = provider_options(
             provider, index, config, precision, cuda_graphs=cuda_graphs, engine_cache=engine_cache
         )
         buckets = grid(config.max_input_tokens)
         runners = []
-        for path in paths:
-            session = open_session(runtime, path, providers)
+        for graph in graphs:
+            session = open_session(runtime, graph.read(), providers)
             network = BoundNetwork(runtime, session, "cuda", index, len(config.number_mean))
             runner = BucketRunner(network.capture, buckets, config.special_ids[2])
             runner.warm_up(bucket for bucket in buckets if bucket.batch == 1)
@@ -211,19 +212,18 @@ def gpu_runtime(provider: Provider) -> Any:
     return runtime
 
 
-def open_session(runtime: Any, path: Path, providers: Sequence[tuple[str, dict[str, str]]]) -> Any:
-    """A session that really runs on the first of the providers.
+def open_session(runtime: Any, graph: bytes, providers: Sequence[tuple[str, dict[str, str]]]) -> Any:
+    """A session of a graph that really runs on the first of the providers.
 
     Raises:
         ConfigError: ONNX Runtime left it out, as it does where libraries or a GPU are missing.
     """
     wanted = providers[0][0]
-    session = runtime.InferenceSession(path, providers=list(providers))
+    session = open_any_session(runtime, graph, list(providers))
     if (used := session.get_providers()[0]) != wanted:
         provider: Provider = "cuda" if wanted == PROVIDERS["cuda"] else "tensorrt"
         raise ConfigError(
             f"ONNX Runtime {runtime.__version__} can't use {wanted} here and took {used}; {NEEDS[provider]}; what it "
             "misses is in its words above"
         )
-    session.disable_fallback()  # an error later stays an error, too
     return session

@@ -11,25 +11,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mope.artifact import read_json
 from mope.backends import ChooseExperts, RawOutputs, RunNetwork, copy_weights, run_networks
 from mope.backends.buckets import Bucket, BucketRunner
 from mope.backends.cuda_runtime import DEFAULT_PRECISION, Buffer, Cuda, Gpu
-from mope.backends.onnx_backend import EMBEDDING, GATE, HEADS, INPUTS, graph_paths
+from mope.backends.onnx_backend import EMBEDDING, GATE, HEADS, INPUTS, find_graphs
 from mope.config import PredictorConfig, network_names
 from mope.errors import ArtifactError, MopeError
 from mope.extras import require
 from mope.features import EncodedRequests
 from mope.grid import Array
-from mope.provenance import file_sha256
+from mope.sealed import GIB, MOST_JSON, cleaned, parse_json, read_bytes, shown
 
 TENSORRT_FOLDER, MANIFEST, MANIFEST_VERSION = "tensorrt", "manifest.json", 1
+MOST_BYTES = 8 * GIB  # of an engine
 BUILT_FOR = {"onnx_sha256": "the graph", "tensorrt": "TensorRT", "gpu": "the GPU"}
 
 
@@ -60,17 +61,33 @@ def engine_key(engine: Mapping[str, Any]) -> str:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of an artifact's engines, None if there are none that this mope can read."""
-    path = folder / TENSORRT_FOLDER / MANIFEST
-    if not path.exists():
+    name = f"{TENSORRT_FOLDER}/{MANIFEST}"
+    if not os.path.lexists(folder / name):
         return None
-    manifest: dict[str, Any] = read_json(path)
-    return manifest if manifest.get("format_version") == MANIFEST_VERSION else None
+    manifest: dict[str, Any] = parse_json(read_bytes(folder, name, MOST_JSON), folder / name)
+    return manifest if isinstance(manifest, dict) and manifest.get("format_version") == MANIFEST_VERSION else None
+
+
+def engine_file(network: str, precision: str) -> str:
+    """Name of an engine's file in `tensorrt/`."""
+    return f"{network}.{precision}.engine"
+
+
+class FittingEngine(NamedTuple):
+    """An engine that can be run here: its bytes, whose hash was checked, its profiles, and whether it brings code."""
+
+    plan: bytes
+    profiles: list[Bucket]
+    version_compatible: bool
 
 
 def fitting_engines(
     folder: Path, config: PredictorConfig, precision: str, version: str, gpu: Gpu
-) -> list[tuple[Path, list[Bucket]]]:
-    """Files and profiles of an artifact's engines, in the order of `mope.config.network_names`.
+) -> Iterator[FittingEngine]:
+    """An artifact's engines, in the order of `mope.config.network_names`.
+
+    An engine can bring code along, and TensorRT promises nothing for one that somebody made to do harm. So load engines
+    that were built here.
 
     Args:
         folder: of the artifact.
@@ -83,27 +100,31 @@ def fitting_engines(
         ArtifactError: there are none, or they were built from other graphs, for another TensorRT or another GPU.
     """
     option = "" if precision == DEFAULT_PRECISION else f" --precision {precision}"
-    type_this = f"type: mope-export {folder} --to tensorrt{option}"
-    _, graphs = graph_paths(folder, config, precision)
+    type_this = f"type: mope-export {shown(folder)} --to tensorrt{option}"
+    _, graphs = find_graphs(folder, config, precision)
     manifest = read_manifest(folder) or {"engines": []}
     engines = {engine["network"]: engine for engine in manifest["engines"] if engine["precision"] == precision}
-    found = []
     for name, graph in zip(network_names(config), graphs, strict=True):
         if name not in engines:
-            raise ArtifactError(f"{folder} has no TensorRT engine of {name} in {precision}; {type_this}")
+            raise ArtifactError(f"{shown(folder)} has no TensorRT engine of {name} in {precision}; {type_this}")
         engine = engines[name]
-        here = {"onnx_sha256": file_sha256(graph), **required(version, gpu, engine["flags"])}
+        here = {"onnx_sha256": graph.sha256, **required(version, gpu, engine["flags"])}
         if engine_key({**engine, **here}) != engine["key"]:
             changed = [key for key in here if engine[key] != here[key]]
-            was = "; ".join(f"{BUILT_FOR[key]} {engine[key]:.40}, here is {here[key]:.40}" for key in changed)
-            raise ArtifactError(
-                f"{folder}: the TensorRT engine of {name} was built for {was or 'other profiles'}; {type_this}"
+            was = "; ".join(
+                f"{BUILT_FOR[key]} {cleaned(str(engine[key])[:40])}, here is {here[key]:.40}" for key in changed
             )
-        path = folder / TENSORRT_FOLDER / engine["file"]
-        if not path.exists() or file_sha256(path) != engine["sha256"]:
-            raise ArtifactError(f"{path} is missing or not the file that was built; {type_this}")
-        found.append((path, [Bucket(*shape) for shape in engine["profiles"]]))
-    return found
+            raise ArtifactError(
+                f"{shown(folder)}: the TensorRT engine of {name} was built for {was or 'other profiles'}; {type_this}"
+            )
+        file = f"{TENSORRT_FOLDER}/{engine_file(name, precision)}"
+        if not (folder / file).exists():
+            raise ArtifactError(f"{shown(folder / file)} is missing or not the file that was built; {type_this}")
+        plan = read_bytes(folder, file, MOST_BYTES)
+        if hashlib.sha256(plan).hexdigest() != engine["sha256"]:
+            raise ArtifactError(f"{shown(folder / file)} is missing or not the file that was built; {type_this}")
+        profiles = [Bucket(*shape) for shape in engine["profiles"]]
+        yield FittingEngine(plan, profiles, engine["flags"]["version_compatible"] is True)
 
 
 class TensorrtNetwork:
@@ -118,18 +139,26 @@ class TensorrtNetwork:
         profiles: its optimisation profiles, in order.
         cuda: where to run it.
         cuda_graphs: record a graph per profile.
+        version_compatible: it brings a part of TensorRT along, which is code.
 
     Raises:
         ArtifactError: TensorRT does not take the engine.
     """
 
     def __init__(
-        self, trt: Any, plan: bytes, profiles: Sequence[Bucket], cuda: Cuda, *, cuda_graphs: bool = True
+        self,
+        trt: Any,
+        plan: bytes,
+        profiles: Sequence[Bucket],
+        cuda: Cuda,
+        *,
+        cuda_graphs: bool = True,
+        version_compatible: bool = False,
     ) -> None:
         self._trt, self._profiles, self._cuda, self._cuda_graphs = trt, list(profiles), cuda, cuda_graphs
         logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(logger)
-        self._runtime.engine_host_code_allowed = True  # version-compatible engines bring a part of TensorRT along
+        self._runtime.engine_host_code_allowed = version_compatible
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise ArtifactError(f"TensorRT {trt.__version__} does not take the engine; mope-export --to tensorrt again")
@@ -226,11 +255,17 @@ class TensorrtBackend:
         trt = require("tensorrt", "the tensorrt backend")
         gpu = Cuda(device).gpu()
         runners = []
-        for path, profiles in fitting_engines(folder, config, precision or DEFAULT_PRECISION, trt.__version__, gpu):
-            # a stream of its own for each network
-            network = TensorrtNetwork(trt, path.read_bytes(), profiles, Cuda(device), cuda_graphs=cuda_graphs)
-            runner = BucketRunner(network.capture, profiles, config.special_ids[2])
-            runner.warm_up(profiles)
+        for engine in fitting_engines(folder, config, precision or DEFAULT_PRECISION, trt.__version__, gpu):
+            network = TensorrtNetwork(
+                trt,
+                engine.plan,
+                engine.profiles,
+                Cuda(device),  # a stream of its own for each network
+                cuda_graphs=cuda_graphs,
+                version_compatible=engine.version_compatible,
+            )
+            runner = BucketRunner(network.capture, engine.profiles, config.special_ids[2])
+            runner.warm_up(engine.profiles)
             runners.append(runner)
         return cls(runners, config, folder)
 

@@ -10,24 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load, save_model
 
-from mope.artifact import check_weights
+from mope.artifact import check_weights, weight_files
 from mope.backends import ChooseExperts, RawOutputs, RunNetwork, copy_weights, run_networks
 from mope.backends.buckets import BucketRunner, grid
 from mope.backends.cuda_graphs import CudaGraphs
 from mope.backends.network import MopeNetwork, build_encoder
-from mope.config import PredictorConfig, network_names
-from mope.errors import ConfigError
+from mope.config import PredictorConfig
+from mope.errors import ArtifactError, ConfigError
 from mope.features import EncodedRequests
 from mope.grid import Array
+from mope.sealed import Sealed, cleaned, shown
 
 PRECISIONS = ("fp32", "fp16")
-
-
-def weight_files(config: PredictorConfig) -> list[str]:
-    """Names of an artifact's weight files, in the order of `mope.config.network_names`."""
-    return [f"{name}.safetensors" for name in network_names(config)]
 
 
 def empty_networks(config: PredictorConfig) -> list[MopeNetwork]:
@@ -43,6 +39,23 @@ def empty_networks(config: PredictorConfig) -> list[MopeNetwork]:
         network(gate=True, num_heads=0),
         *(network(gate=False, num_heads=1) for _ in range(config.num_experts)),
     ]
+
+
+def load_weights(network: MopeNetwork, content: bytes, where: str) -> None:
+    """Give a network the weights of a safetensors file.
+
+    Raises:
+        ArtifactError: they are those of another network.
+    """
+    tensors = load(content)
+    own = network.state_dict()
+    shared = {tensor.data_ptr() for name, tensor in own.items() if name in tensors}
+    missing = [name for name, tensor in own.items() if name not in tensors and tensor.data_ptr() not in shared]
+    others = [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]
+    if missing or others:
+        first = cleaned(repr((missing + others)[0]))
+        raise ArtifactError(f"{where} has not the weights that config.json describes ({first}); copy both again")
+    network.load_state_dict(tensors, strict=False)
 
 
 class TorchBackend:
@@ -78,7 +91,7 @@ class TorchBackend:
     def load(
         cls, folder: Path, config: PredictorConfig, device: str = "cpu", precision: str | None = None
     ) -> TorchBackend:
-        """Networks for serving, with the weights of an artifact folder, whose hashes the caller has checked.
+        """Networks for serving, with the weights of an artifact folder, checked by their hashes.
 
         On a GPU they are run as CUDA graphs: those for single requests are recorded now, others when first needed.
 
@@ -90,15 +103,16 @@ class TorchBackend:
                 over tokens, gate and heads stay float32. None for `"fp32"`.
 
         Raises:
-            ArtifactError: the folder has no weights; it was made for serving by other engines.
+            ArtifactError: the folder has no weights, since it was made for serving by other engines, or they are not
+                those that were saved, or not of the networks that the config describes.
             ConfigError: the device can't be used, or an unknown precision.
         """
         if precision not in (None, *PRECISIONS):
             raise ConfigError(f"the torch backend runs in {' or '.join(PRECISIONS)}; got precision {precision!r}")
         check_weights(folder, config, "the torch backend", "let the onnx backend run its graphs")
-        networks = empty_networks(config)
+        saved, networks = Sealed(folder), empty_networks(config)
         for network, name in zip(networks, weight_files(config), strict=True):
-            load_model(network, folder / name)
+            load_weights(network, saved.read(name), shown(folder / name))
             if precision == "fp16":
                 network.encoder.half()
         backend = cls(networks, config, device, folder=folder if precision == "fp16" else None)

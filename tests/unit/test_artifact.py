@@ -13,6 +13,7 @@ from mope import artifact
 from mope.config import FORMAT_VERSION
 from mope.errors import ArtifactError
 from mope.predictor import LengthPredictor
+from mope.sealed import Sealed
 
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "router.json", "lookup.safetensors", "calibration.json"}
 FOR_PEOPLE = {"files.json", "metrics.json", "README.md"}
@@ -29,6 +30,13 @@ def rewrite(folder, name, change):
     change(content)
     artifact.write_json(folder / name, content)
     artifact.seal(folder)
+
+
+def sealed(folder):
+    """What is in a folder, under a list of its hashes."""
+    (folder / "config.json").touch()
+    artifact.seal(folder)
+    return Sealed(folder)
 
 
 def test_the_committed_artifact_is_small_and_complete(tiny):
@@ -166,7 +174,7 @@ def test_saving_twice_gives_the_same_bytes(predictor, tmp_path):
 
 def test_router_and_calibration_are_read_as_they_were_written(predictor, tmp_path):
     artifact.write_router(tmp_path, predictor.router)
-    router = artifact.read_router(tmp_path)
+    router = artifact.read_router(sealed(tmp_path), 3)
     assert router.parts == predictor.router.parts
     assert router.rules == predictor.router.rules
     assert np.array_equal(router.lookup.embeddings_MH, predictor.router.lookup.embeddings_MH)
@@ -176,7 +184,7 @@ def test_router_and_calibration_are_read_as_they_were_written(predictor, tmp_pat
         assert np.array_equal(router.combiners[key][1], bias)
     fallback = np.array([0.0, 0.1, 1 / 3, 1.0])
     artifact.write_calibration(tmp_path, predictor.calibration, fallback)
-    calibration, restored = artifact.read_calibration(tmp_path)
+    calibration, restored = artifact.read_calibration(sealed(tmp_path), 4)
     assert np.array_equal(calibration.later_turn, predictor.calibration.later_turn)
     assert np.array_equal(restored, fallback)
 
@@ -186,7 +194,7 @@ def test_a_router_without_a_lookup_has_no_file_for_it(predictor, tmp_path):
 
     artifact.write_router(tmp_path, replace(predictor.router, lookup=None, parts=("gate",)))
     assert not (tmp_path / "lookup.safetensors").exists()
-    assert artifact.read_router(tmp_path).lookup is None
+    assert artifact.read_router(sealed(tmp_path), 3).lookup is None
 
 
 def test_a_folder_that_is_no_predictor_is_not_replaced(predictor, tmp_path):

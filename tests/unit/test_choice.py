@@ -27,7 +27,9 @@ def folder(tiny: Path, tmp_path: Path) -> Path:
 def export(folder: Path, *precisions: str, sha256: str | None = None) -> None:
     """The manifest of an export; the choice reads no graph."""
     saved = json.loads((folder / "files.json").read_text())["model.safetensors"]["sha256"]
-    graphs = [{"network": "model", "precision": one, "file": f"model.{one}.onnx"} for one in precisions]
+    graphs = [
+        {"network": "model", "precision": one, "file": f"model.{one}.onnx", "sha256": "0" * 64} for one in precisions
+    ]
     (folder / "onnx").mkdir(exist_ok=True)
     artifact.write_json(
         folder / "onnx" / "manifest.json",

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mope import LengthPredictor, Request
+from mope.artifact import weight_files
 from mope.backends.network import MopeNetwork, OrdinalHead, PiecewiseLinear, build_encoder, load_encoder
-from mope.backends.torch_backend import TorchBackend, empty_networks, weight_files
+from mope.backends.torch_backend import TorchBackend, empty_networks
 from mope.training.encoders import find_encoder
 
 BUCKETS, BINS = [50.5, 200.5], [10.5, 50.5, 200.5, 800.5]

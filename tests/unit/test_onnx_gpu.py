@@ -13,7 +13,7 @@ from encoded import random_requests
 
 from mope import artifact
 from mope.backends.buckets import BucketRunner, grid
-from mope.backends.onnx_backend import OnnxBackend, graph_paths
+from mope.backends.onnx_backend import OnnxBackend, find_graphs
 from mope.backends.onnx_gpu_backend import BoundNetwork, OnnxGpuBackend, gpu_runtime, open_session, provider_options
 from mope.errors import ArtifactError, ConfigError, MissingExtraError
 from mope.grid import Array
@@ -41,7 +41,7 @@ def runtime_that_falls_back(used: list[str]) -> Any:
     return SimpleNamespace(
         __version__="1.31.1",
         get_available_providers=lambda: ["TensorrtExecutionProvider", "CUDAExecutionProvider", CPU],
-        InferenceSession=lambda path, providers: SimpleNamespace(
+        InferenceSession=lambda graph, options, providers: SimpleNamespace(
             get_providers=lambda: used, disable_fallback=lambda: None
         ),
     )
@@ -61,9 +61,9 @@ def runtime_that_falls_back(used: list[str]) -> Any:
 def test_falling_back_is_an_error(tiny: Path, provider: Any, used: list[str], message: str) -> None:
     options = provider_options(provider, 0, artifact.check(tiny), "fp16")
     with pytest.raises(ConfigError, match=message) as caught:
-        open_session(runtime_that_falls_back(used), tiny / "model.onnx", options)
+        open_session(runtime_that_falls_back(used), b"graph", options)
     assert "\n" not in str(caught.value)
-    assert open_session(runtime_that_falls_back([options[0][0]]), tiny / "model.onnx", options)
+    assert open_session(runtime_that_falls_back([options[0][0]]), b"graph", options)
 
 
 def test_libraries_of_pip_are_loaded_where_the_runtime_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +97,8 @@ def test_options_of_the_providers(tiny: Path) -> None:
 
 def test_bound_buffers_say_what_the_plain_session_says(exported: dict[str, Path]) -> None:
     config = artifact.check(exported["shared"])
-    _, (path,) = graph_paths(exported["shared"], config, "fp32")
-    session = open_session(onnxruntime, path, [(CPU, {})])
+    _, (graph,) = find_graphs(exported["shared"], config, "fp32")
+    session = open_session(onnxruntime, graph.read(), [(CPU, {})])
     network = BoundNetwork(onnxruntime, session, "cpu", 0, len(config.number_mean))
     runner = BucketRunner(network.capture, grid(20, step=8), config.special_ids[2])
     backend = OnnxGpuBackend([runner], config, exported["shared"])

@@ -390,8 +390,9 @@ def test_push_to_hub_uploads_a_whole_predictor(predictor, monkeypatch):
 def test_a_hub_id_is_downloaded(tiny, monkeypatch):
     asked = []
 
-    def fake_download(name, *, revision):
+    def fake_download(name, *, revision, allow_patterns):
         asked.append((name, revision))
+        assert "config.json" in allow_patterns
         return str(tiny)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fake_download)

@@ -548,15 +548,23 @@ for _ in range(2):
 
 
 @needs_fork
-@pytest.mark.parametrize("change", [os.unlink, os.utime], ids=["removed", "replaced"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (os.unlink, "changed after they were loaded"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "changed after they were loaded"),
+        (os.utime, "source='model'"),  # the same bytes
+    ],
+    ids=["removed", "replaced", "touched"],
+)
 def test_a_child_never_opens_other_graphs_than_the_parent(
-    exported: dict[str, Path], tmp_path: Path, change: Callable[[Path], None]
+    exported: dict[str, Path], tmp_path: Path, change: Callable[[Path], object], said: str
 ) -> None:
     folder = shutil.copytree(exported["shared"], tmp_path / "copy")
     predictor = LengthPredictor.from_pretrained(folder, backend="onnx", cache_size=0)
     for graph in (folder / "onnx").glob("*.onnx"):
         change(graph)
-    assert "changed after it was loaded" in in_child(lambda: predictor.predict("hello"))
+    assert said in in_child(lambda: predictor.predict("hello"))
     assert predictor.predict("hello").source == "model"
 
 

@@ -23,7 +23,7 @@ from stand_ins import CudaRuntime, TensorRT
 from mope import artifact
 from mope.backends.buckets import Bucket
 from mope.backends.cuda_runtime import Cuda, Gpu
-from mope.backends.onnx_backend import OnnxBackend, graph_paths
+from mope.backends.onnx_backend import Graph, OnnxBackend, find_graphs
 from mope.backends.tensorrt_backend import TensorrtBackend, required
 from mope.backends.torch_backend import TorchBackend
 from mope.errors import ArtifactError, ConfigError, DataError, ExportError, MissingExtraError
@@ -118,7 +118,7 @@ def rtx_builder(**options: Any) -> EngineBuilder:
 @pytest.mark.parametrize(("design", "graph"), [("shared", 0), ("separate", 0), ("separate", 1)])
 def test_every_graph_becomes_an_engine(exported: dict[str, Path], design: str, graph: int) -> None:
     config = artifact.check(exported[design])
-    _, paths = graph_paths(exported[design], config, "fp32")
+    _, paths = find_graphs(exported[design], config, "fp32")
     shapes = profiles(LENGTHS, config.max_input_tokens, (1, 32))
     assert len(shapes) > 2
     built = rtx_builder(hardware_compatibility="ampere_plus").build(paths[graph], shapes, precision="fp32")
@@ -143,32 +143,31 @@ def test_every_graph_of_less_precision_becomes_an_engine(
         own = TorchBackend.load(exported[design], config).networks[network]
         precisions.write_fp16(own, path, config.max_input_tokens)
     else:
-        _, paths = graph_paths(exported[design], config, "fp32")
-        precisions.write_qdq(paths[network], path, [random_inputs(config, LENGTHS)])
+        _, paths = find_graphs(exported[design], config, "fp32")
+        precisions.write_qdq(paths[network].path, path, [random_inputs(config, LENGTHS)])
     shapes = profiles(LENGTHS, config.max_input_tokens, (1, 8))
-    assert len(rtx_builder().build(path, shapes, precision=precision).plan) > 10_000
+    assert len(rtx_builder().build(Graph.made_here(path), shapes, precision=precision).plan) > 10_000
 
 
 @needs_rtx
 def test_an_operator_that_tensorrt_does_not_know_is_refused(exported: dict[str, Path], tmp_path: Path) -> None:
     config = artifact.check(exported["shared"])
-    _, (path,) = graph_paths(exported["shared"], config, "fp32")
-    model = onnx.load(path)
+    _, (graph,) = find_graphs(exported["shared"], config, "fp32")
+    model = onnx.load(graph.path)
     node = next(node for node in model.graph.node if node.op_type in ("Erf", "Gelu"))
-    node.op_type, node.domain = "SecretGelu", "com.example"
-    model.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
+    node.op_type = "SecretGelu"
     onnx.save(model, tmp_path / "foreign.onnx")
     with pytest.raises(ExportError, match=r"TensorRT .* can't read foreign\.onnx: .*SecretGelu"):
-        rtx_builder().build(tmp_path / "foreign.onnx", [Bucket(1, 8)], precision="fp32")
+        rtx_builder().build(Graph.made_here(tmp_path / "foreign.onnx"), [Bucket(1, 8)], precision="fp32")
 
 
 @needs_rtx
 def test_shapes_that_the_graph_cannot_have_are_refused(exported: dict[str, Path]) -> None:
     config = artifact.check(exported["shared"])
-    _, (path,) = graph_paths(exported["shared"], config, "fp32")
+    _, (graph,) = find_graphs(exported["shared"], config, "fp32")
     too_wide = config.encoder_config["max_position_embeddings"] * 2
     with pytest.raises(ExportError, match=r"can't build model"):
-        rtx_builder().build(path, [Bucket(1, too_wide)], precision="fp32")
+        rtx_builder().build(graph, [Bucket(1, too_wide)], precision="fp32")
 
 
 @pytest.mark.parametrize(
@@ -309,7 +308,7 @@ def test_an_engine_of_another_graph_or_a_changed_one_is_refused(copy: Path, mach
     engine.write_bytes(engine.read_bytes() + b"\0")
     with pytest.raises(ArtifactError, match=r"model\.fp32\.engine is missing or not the file that was built"):
         TensorrtBackend.load(copy, config, precision="fp32")
-    _, (graph,) = graph_paths(copy, config, "fp32")
+    graph = copy / "onnx" / "model.fp32.onnx"
     model = onnx.load(graph)
     model.doc_string = "trained again"
     onnx.save(model, graph)
