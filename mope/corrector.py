@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HIGH = 0.9  # the level of `Expected.high`
 MAX_TARGETS = 4096  # ways of asking LLMs that are remembered
+MOST_DIGITS = 18  # of a thinking budget that is read
 SMALL, LARGE = 15.0, 60.0  # billions of parameters: borders of the size classes
 
 
@@ -62,7 +63,11 @@ class Answering(NamedTuple):
         if len(parts) != len(cls._fields):
             return None
         llm, family, kind, mode, known, budget, fallback = parts
-        if known not in ("0", "1") or fallback not in ("0", "1") or not (budget == "" or budget.isdecimal()):
+        if (
+            known not in ("0", "1")
+            or fallback not in ("0", "1")
+            or not (budget == "" or (budget.isdecimal() and len(budget) <= MOST_DIGITS))
+        ):
             return None
         return cls(llm, family, kind, mode, known == "1", int(budget) if budget else None, fallback == "1")
 

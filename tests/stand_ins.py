@@ -130,6 +130,7 @@ class TensorRT:
         self.cuda, self.__version__ = cuda, version
         self.scale = scale  # of outputs: anything but one is an engine that does not say what its graph says
         self.num_built = 0
+        self.runtimes: list[Any] = []
 
     def nptype(self, dtype: Any) -> Any:
         return dtype
@@ -162,7 +163,8 @@ class TensorRT:
         return SimpleNamespace(parse=parse)
 
     def Runtime(self, logger: Any) -> Any:
-        return SimpleNamespace(deserialize_cuda_engine=lambda plan: Engine(self, plan))
+        self.runtimes.append(SimpleNamespace(deserialize_cuda_engine=lambda plan: Engine(self, plan)))
+        return self.runtimes[-1]
 
 
 class Profile:

@@ -65,7 +65,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not os.path.lexists(folder / name):
         return None
     manifest: dict[str, Any] = parse_json(read_bytes(folder, name, MOST_JSON), folder / name)
-    return manifest if isinstance(manifest, dict) and manifest.get("format_version") == MANIFEST_VERSION else None
+    if not isinstance(manifest, dict) or manifest.get("format_version") != MANIFEST_VERSION:
+        return None
+    needed = {"network", "precision", "onnx_sha256", "tensorrt", "gpu", "profiles", "flags", "key", "sha256"}
+    engines = manifest.get("engines")
+    if not isinstance(engines, list) or not all(isinstance(one, dict) and needed <= one.keys() for one in engines):
+        raise ArtifactError(
+            f"{shown(folder / name)} is no manifest of mope-export; remove the folder {TENSORRT_FOLDER}"
+        )
+    return manifest
 
 
 def engine_file(network: str, precision: str) -> str:

@@ -322,6 +322,33 @@ def test_an_engine_of_another_graph_or_a_changed_one_is_refused(copy: Path, mach
         TensorrtBackend.load(copy, config, precision="fp32")
 
 
+@pytest.mark.parametrize("version_compatible", [False, True])
+def test_code_of_an_engine_runs_only_where_it_was_built_with_some(
+    copy: Path, machine: Machine, version_compatible: bool
+) -> None:
+    options = {"input_lengths": LENGTHS, "batch_sizes": (1,), "version_compatible": version_compatible}
+    export_tensorrt(copy, precision="fp32", **options)
+    TensorrtBackend.load(copy, artifact.check(copy), precision="fp32")
+    assert machine.tensorrt.runtimes
+    assert {runtime.engine_host_code_allowed for runtime in machine.tensorrt.runtimes} == {version_compatible}
+
+
+def test_a_damaged_manifest_of_engines_is_one_line(copy: Path, machine: Machine) -> None:
+    export_tensorrt(copy, precision="fp32", input_lengths=LENGTHS, batch_sizes=(1,))
+    path = copy / "tensorrt" / "manifest.json"
+    saved = json.loads(path.read_text())
+    for engines in (None, [3], [{}], [{"network": "../../x", "precision": "fp32"}]):
+        path.write_text(json.dumps({**saved, "engines": engines}))
+        with pytest.raises(ArtifactError, match="is no manifest of mope-export"):
+            TensorrtBackend.load(copy, artifact.check(copy), precision="fp32")
+    saved["engines"].append({**saved["engines"][0], "network": "../../x"})
+    path.write_text(json.dumps(saved))
+    (copy.parent / "x.fp32.engine").write_text("not of this folder")
+    export_tensorrt(copy, precision="fp32", batch_sizes=(1,))
+    assert [one["network"] for one in json.loads(path.read_text())["engines"]] == ["model"]
+    assert {one.name for one in (copy / "tensorrt").iterdir()} >= {"manifest.json", "model.fp32.engine"}
+
+
 def test_an_engine_that_does_not_say_what_its_graph_says_never_appears(copy: Path, machine: Machine) -> None:
     machine.tensorrt.scale = 1.5
     with pytest.raises(ExportError, match=r"as an engine: .* differs from ONNX Runtime by .* at 1x"):
