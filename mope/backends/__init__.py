@@ -96,13 +96,13 @@ def copy_weights(artifact: Path, folder: Path, config: PredictorConfig) -> None:
             saved.verify(name, copy_to=folder / name)
 
 
-def widest_input(config: PredictorConfig) -> EncodedRequests:
-    """A request as wide as any, of the largest ids that a network of this config takes."""
+def largest_input(config: PredictorConfig, *, short: bool) -> EncodedRequests:
+    """A request of the largest ids that a network of this config takes, as wide as any unless it is to be short."""
     vocab_size, context = config.encoder_config["vocab_size"], config.max_context_tokens
-    num_tokens = config.max_prompt_tokens + 2 + (context + 1 if context else 0)
+    num_between = 1 if short else config.max_prompt_tokens + (context + 1 if context else 0)
     cls, sep, _ = config.special_ids
     return EncodedRequests(
-        token_ids=[[cls, *[vocab_size - 1] * (num_tokens - 2), sep]],
+        token_ids=[[cls, *[vocab_size - 1] * num_between, sep]],
         numbers_BF=np.array([config.number_mean], dtype=np.float32),
         llm_B=np.array([len(config.target_llms)], dtype=np.int64),
         rule_hits=[NO_HITS],
