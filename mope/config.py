@@ -87,7 +87,7 @@ class PredictorConfig(Frozen):
         vocab_size = self.encoder_config.get("vocab_size")
         if type(vocab_size) is not int or not 0 < vocab_size <= 10_000_000:
             raise ValueError("encoder_config: expected a vocab_size from 1 to 10,000,000")
-        weights = [[weight for _, weight in pairs] for pairs in self.unknown_llms.values()]
+        pairs = [pair for pairs in self.unknown_llms.values() for pair in pairs or [(0.0, 0.0)]]
         for name, is_right in {
             "boundaries": len(self.boundaries) == self.num_experts - 1 and _rises(self.boundaries),
             "edges": len(self.edges) == self.num_body_bins + len(self.tail_shares) + 1 and _rises(self.edges),
@@ -99,8 +99,7 @@ class PredictorConfig(Frozen):
             "number_scale": len(self.number_scale) == num_numbers and _is_small(self.number_scale),
             "number_edges": len(self.number_edges) in (0, num_numbers)
             and all(_is_small(own) and all(a < b for a, b in pairwise(own)) for own in self.number_edges),
-            "unknown_llms": all(0 < factor <= LARGEST for pairs in self.unknown_llms.values() for factor, _ in pairs)
-            and all(not own or (min(own) >= 0 and 0 < sum(own) <= LARGEST) for own in weights),
+            "unknown_llms": all(0 < number <= LARGEST for pair in pairs for number in pair),
         }.items():
             if not is_right:
                 raise ValueError(f"{name}: no predictor has such numbers")

@@ -123,6 +123,14 @@ def test_another_format_version_says_what_to_do(copy, version, advice):
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
         ({"num_experts": 9}, "num_experts: Input should be less than or equal to 8"),
         ({"design": "both"}, "design: Input should be 'shared' or 'separate'"),
+        ({"special_ids": [2, 3, 10**6]}, "special_ids: no predictor has such numbers"),
+        ({"boundaries": [250.5, 45.5]}, "boundaries: no predictor has such numbers"),
+        ({"boundaries": [45.5]}, "boundaries: no predictor has such numbers"),
+        ({"tail_shares": [0.5, 0.4, 0.3, 0.2]}, "tail_shares: no predictor has such numbers"),
+        ({"unknown_llms": {"": []}}, "unknown_llms: no predictor has such numbers"),
+        ({"number_mean": [1e300] * 3}, "number_mean: no predictor has such numbers"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens: Input should be greater than or equal to 1"),
+        ({"encoder_config": {"model_type": "bert"}}, "encoder_config: expected a vocab_size"),
     ],
 )
 def test_a_config_that_does_not_fit_is_named(copy, change, message):
