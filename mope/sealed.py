@@ -76,7 +76,7 @@ def plain_file(folder: Path, name: str, most_bytes: int) -> Iterator[tuple[Binar
             raise ArtifactError(f"{shown(path)} is no regular file; copy the whole folder again")
         file = os.fdopen(os.open(found, _FLAGS), "rb")
     except FileNotFoundError as error:
-        raise ArtifactError(f"{shown(folder)} lacks {name}; copy the whole folder again") from error
+        raise ArtifactError(f"{shown(folder)} lacks {cleaned(name)}; copy the whole folder again") from error
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise ArtifactError(f"{shown(path)} can't be read: {getattr(error, 'strerror', None) or error}") from error
     with file:
