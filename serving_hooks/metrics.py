@@ -218,11 +218,16 @@ class StewardCollector:
         yield CounterMetricFamily(
             "mope_learned", "Finished requests that were learned from.", value=lengths.num_observed
         )
-        yield CounterMetricFamily(
+        skipped = CounterMetricFamily(
             "mope_not_learned",
-            "Finished requests that were not learned from, because learning was behind.",
-            value=lengths.num_dropped,
+            "Finished requests that were not learned from: learning was `behind`, the client has taught its `share`, "
+            "or it `forced` the length.",
+            labels=["reason"],
         )
+        skipped.add_metric(["behind"], lengths.num_dropped)
+        skipped.add_metric(["share"], lengths.num_refused)
+        skipped.add_metric(["forced"], lengths.num_forced)
+        yield skipped
         yield GaugeMetricFamily(
             "mope_learning", "1 while predictions are recalibrated.", value=float(lengths.corrector is not None)
         )

@@ -191,6 +191,7 @@ class Steward:
         aborted: bool,
         capped: bool = False,
         computed: int | None = None,
+        forced: bool = False,
         at_s: float | None = None,
     ) -> None:
         """It is over, waiting or running.
@@ -201,6 +202,7 @@ class Steward:
             aborted: it was given up.
             capped: it ended because it reached its cap.
             computed: tokens of its prompt that were read, if it was aborted before all were.
+            forced: its client forced the length, see `mope.reader.is_forced`.
             at_s: when, by the clock; None for now.
         """
         held = self.held.pop(request_id, None)
@@ -220,7 +222,8 @@ class Steward:
             tally.prompt_tokens += held.prompt_tokens if computed is None else min(computed, held.prompt_tokens)
             tally.response_tokens += generated
             if held.teaches:
-                self.lengths.observe(held.carried, held.client, generated, censored=aborted or capped)
+                censored = aborted or capped
+                self.lengths.observe(held.carried, held.client, generated, censored=censored, forced=forced)
 
     @staticmethod
     def _count_finished(tally: Tally, held: Held, generated: int, now: float) -> None:

@@ -169,16 +169,15 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
         )
     if ours and "--kv-transfer-config" in typed:
         tell(
-            "warning",
+            "note",
             "--kv-transfer-config: requests whose KV cache is loaded in the background (the decode side of "
-            "disaggregated prefill) wait in a queue of vLLM's own, first come, first served: no client is put first "
-            "there",
+            "disaggregated prefill) are ordered by client, too; no more loads begin than fill a batch",
         )
     if ours and (few := _few_adapters(typed)) is not None:
         tell(
-            "warning",
-            f"--max-loras {few}: requests of other LoRA adapters wait until one of {few} is free, whoever's turn it "
-            "is, so a flood on one adapter holds up the clients of all others: raise it to the adapters in use",
+            "note",
+            f"--max-loras {few}: LoRA adapters take turns. A client on another adapter waits for `lora_patience_s` and "
+            "until the requests of one adapter have ended; raise --max-loras to the adapters in use to avoid that",
         )
     if "--max-num-queued-reqs" in typed:
         tell("warning", "--max-num-queued-reqs turns the newcomer away: a flood then locks the others out")

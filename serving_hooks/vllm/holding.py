@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mope.serving_hooks.vllm.queue import FairQueue
 
 _STEPS_CLOSED = 8  # in which no load begins after one found no room
-_READY = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
 class HoldingQueue(RequestQueue):
@@ -190,7 +189,8 @@ class Annex(RequestQueue):
 
     def __iter__(self) -> Iterator[Request]:
         """Requests that cannot run: vLLM looks here for KV cache that could not be loaded."""
-        return iter([request for request in self._queue if request.status not in _READY])
+        ready = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        return iter([request for request in self._queue if request.status not in ready])
 
     def __reversed__(self) -> Iterator[Request]:
         return iter(list(self)[::-1])

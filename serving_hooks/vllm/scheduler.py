@@ -381,6 +381,7 @@ class FairMixin(_Base):
                     aborted=request.status == RequestStatus.FINISHED_ABORTED,
                     capped=request.status == RequestStatus.FINISHED_LENGTH_CAPPED,
                     computed=computed if not generated else None,
+                    forced=_is_forced(request, generated),
                     at_s=at_s,
                 )
         self._earlier.pop(request_id, None)
@@ -427,6 +428,12 @@ class FairMixin(_Base):
         if self.mope is not None and self.mope_guard.ok:
             atexit.unregister(self._close)
             self.mope_guard.run(self.mope.close, None, "keeping the state")
+
+
+def _is_forced(request: Request, generated: int) -> bool:
+    """Whether a client forced the length of an answer."""
+    given = request.sampling_params
+    return given is not None and (given.ignore_eos or 2 * given.min_tokens > generated)
 
 
 class FairScheduler(FairMixin, Scheduler):

@@ -269,11 +269,6 @@ def test_common_mistakes_fail(words: list[str], told: str) -> None:
         ([*BOTH, "--max-num-queued-reqs", "100"], "turns the newcomer away"),
         ([*BOTH, "--runner", "pooling"], "no answer to predict"),
         ([*BOTH, "--runner=pooling"], "no answer to predict"),
-        ([*BOTH, "--kv-transfer-config", "{}"], "a queue of vLLM's own"),
-        ([*BOTH, "--kv_transfer_config={}"], "a queue of vLLM's own"),
-        ([*BOTH, "--max-loras", "1"], "whoever's turn it is"),
-        ([*BOTH, "--enable-lora"], "--max-loras 1: "),
-        ([*BOTH, "--enable-lora", "--max-loras", "2", "--lora-modules", "a=x", "b=y", "c=z"], "--max-loras 2: "),
     ],
 )
 def test_what_works_otherwise_than_one_thinks_is_a_warning(
@@ -283,6 +278,20 @@ def test_what_works_otherwise_than_one_thinks_is_a_warning(
     found = judged(words)
     assert told in texts(found, "warning")
     assert not texts(found, "failed")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([*BOTH, "--kv-transfer-config", "{}"], "no more loads begin than fill a batch"),
+        ([*BOTH, "--kv_transfer_config={}"], "no more loads begin than fill a batch"),
+        ([*BOTH, "--max-loras", "1"], "LoRA adapters take turns"),
+        ([*BOTH, "--enable-lora"], "--max-loras 1: "),
+        ([*BOTH, "--enable-lora", "--max-loras", "2", "--lora-modules", "a=x", "b=y", "c=z"], "--max-loras 2: "),
+    ],
+)
+def test_what_the_hook_looks_after_in_its_own_way_is_a_note(words: list[str], told: str) -> None:
+    assert told in texts(judged(words), "note")
 
 
 def test_a_rust_front_end_of_the_environment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
