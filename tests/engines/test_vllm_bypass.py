@@ -5,6 +5,7 @@ The first part has no model and runs on many releases, see `releases.py`. Costs 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_requests_that_cannot_run_cost_a_step_the_same_however_many_they_are(kin
     stock.count_pops()
     waiting_on(stock, kind, 300)
     stock.step(4)
-    if stock.num_popped:  # where vLLM has a queue for those that wait for a grammar, it is another
+    if not hasattr(stock.scheduler, "skipped_waiting"):  # another queue, whose pops are not counted here
         assert stock.num_popped / 4 >= 300
 
 
@@ -206,8 +207,8 @@ def test_a_request_without_an_adapter_does_not_wait_for_one() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if tiny_vllm.MISSING is not None:
-        pytest.skip(str(tiny_vllm.MISSING))
+    if tiny_vllm.MISSING is not None or "MOPE_EXPECT_VLLM" in os.environ:
+        pytest.skip(str(tiny_vllm.MISSING or "releases are run without their compiled part"))
     return tiny_vllm.make_model(tmp_path_factory.mktemp("tiny"))
 
 
