@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows import learnable
 
+from mope import artifact
 from mope.backends.network import OrdinalHead
 from mope.backends.torch_backend import TorchBackend, empty_networks
 from mope.errors import DataError
@@ -77,8 +78,11 @@ def test_trained_networks_fit_into_the_artifact(tiny_encoder, tmp_path, fits, de
     rows, source = prepared(tiny_encoder, design=design, num_experts=num_experts)
     networks, results = train_mope(rows, source, SETTINGS, tmp_path, resume=False)
     assert len(networks) == len(results) == len(fits)
-    TorchBackend(networks, rows.config).save(tmp_path)
-    loaded = TorchBackend.load(tmp_path, rows.config)
+    saved = tmp_path / "saved"
+    with artifact.writing(saved) as folder:
+        TorchBackend(networks, rows.config).save(folder)
+        artifact.write_json(folder / "config.json", {})
+    loaded = TorchBackend.load(saved, rows.config)
     for trained, again in zip(networks, loaded.networks, strict=True):
         for name, tensor in trained.state_dict().items():
             assert torch.equal(tensor, again.state_dict()[name])
