@@ -141,7 +141,7 @@ def hook_after(num_answers: int, answering: Answering, factor: float, seed: int,
         tokens = max(1, round(median * factor * np.exp(rng.normal(0, deviation))))
         said = Carried("a", median, 3 * median, pack(lognormal(median, deviation)), answering.write())
         lengths.observe(said, "a", tokens, censored=False)
-    lengths.close()
+    lengths.close(timeout_s=60)
     lengths.corrector.recalibrator.to_json()
     said = Carried("a", 200.0, 600.0, pack(lognormal(200, deviation)), answering.write())
     expected = lengths.expected(said, "a").tokens
