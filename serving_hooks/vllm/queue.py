@@ -116,9 +116,9 @@ class FairQueue(RequestQueue):
     def peek_request(self) -> Request:
         """Who is next; the same until it is popped or something changes."""
         if self._plain is None:
-            ticket = self._guard.run(self._peek, None, "choosing a request")
-            if ticket is not None:
-                return self.requests[ticket.request_id]
+            found = self._guard.run(lambda: self.requests[self._peek().request_id], None, "choosing a request")
+            if found is not None:
+                return found
         if not self._plain:
             raise IndexError("peek from an empty queue")
         return self._plain[0]

@@ -79,8 +79,8 @@ class FairMixin(_Base):
         except Exception as error:
             self.mope_guard.fail(error, "starting")
             return
-        self._lora = getattr(self, "lora_config", None)
-        adapters = AdapterTurns(self._lora.max_loras, options.lora_patience_s) if self._lora else None
+        lora = getattr(self, "lora_config", None)
+        adapters = AdapterTurns(lora.max_loras, options.lora_patience_s) if lora else None
         self._queue = self.waiting = FairQueue(
             self.mope,
             self.mope_guard,
@@ -368,7 +368,11 @@ class FairMixin(_Base):
 
     def _book_end(self, steward: Steward, request_id: str, at_s: float) -> None:
         """A request ended by itself, or was given up."""
-        request = self._begun.pop(request_id, None)
+        request = self._begun.get(request_id)
+        named_so = request if request is not None else self.requests.get(request_id)
+        if named_so is not None and not named_so.is_finished():
+            return  # vLLM lists what ended until its next step; the name may be another request's by now
+        self._begun.pop(request_id, None)
         if request_id in steward.held:
             if request is None:  # it never ran
                 steward.ended(request_id, 0, aborted=True, computed=0, at_s=at_s)

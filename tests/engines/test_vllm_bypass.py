@@ -202,6 +202,21 @@ def test_a_request_without_an_adapter_does_not_wait_for_one() -> None:
     served.finish(3000)
 
 
+def test_a_name_that_is_used_again_at_once_is_another_request() -> None:
+    """vLLM lists what was given up until its next step, and the books must not end the newcomer with it."""
+    from vllm.v1.request import RequestStatus
+
+    served = Served()
+    served.send("x-30", "a")
+    served.step(2)
+    served.scheduler.finish_requests("x-30", RequestStatus.FINISHED_ABORTED)
+    served.send("x-30", "a")
+    served.send("y-5", "b")
+    served.scheduler.finish_requests("y-5", RequestStatus.FINISHED_ABORTED)
+    served.finish(100)
+    assert "x-30" in served.ended
+
+
 # -- with the model
 
 
