@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 MISSING = (
     "no redis-server on this machine: apt-get install redis-server"
@@ -19,13 +20,6 @@ MISSING = (
     else ""
 )
 needs_redis = pytest.mark.skipif(bool(MISSING), reason=MISSING)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
 
 
 class RealRedis:

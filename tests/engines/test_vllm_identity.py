@@ -16,6 +16,8 @@ import pytest
 import tiny_vllm
 from tiny_vllm import NAME, Server, serve
 
+from tests.ports import free_port
+
 pytestmark = pytest.mark.skipif(tiny_vllm.MISSING is not None, reason=str(tiny_vllm.MISSING))
 
 ALICE, BOB = "sk-alice-000111222", "sk-bob-333444555"
@@ -55,9 +57,7 @@ class Counted:
 
 
 def counted(folder: Path, options: list[str], mope: dict[str, Any]) -> Iterator[Counted]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     additional = json.dumps({"mope": {"metrics_port": port, "deadline_ms": 20_000, **mope}})
     scheduler = ["--scheduler-cls", f"{HOOK}.make_scheduler", "--additional-config", additional]
     with serve(folder, [*scheduler, *options], cli=True) as server:

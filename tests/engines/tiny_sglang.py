@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,9 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
+from tests.ports import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
 SHIMS = Path(__file__).parent / "sglang_shims"
 VOCABULARY = 512
 READY_S = 1800.0
@@ -155,8 +157,9 @@ def serve(
     """
     model = folder / "model"
     if not model.exists():  # where the stand-ins are, without which transformers cannot be imported here
-        subprocess.run([sys.executable, __file__, str(model)], env=environment(), check=True)
-    port = _free_port()
+        maker = [sys.executable, "-m", "tests.engines.tiny_sglang", str(model)]
+        subprocess.run(maker, env=environment(), cwd=ROOT, check=True)
+    port = free_port()
     log = folder / f"server-{port}.log"
     command = [
         *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--served-model-name", "tiny"),
@@ -182,16 +185,6 @@ def serve(
         yield server
     finally:
         _end(process)
-
-
-def _free_port() -> int:
-    """One to which SGLang can add 10,000 for its own use."""
-    while True:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = int(free.getsockname()[1])
-        if port < 55_000:
-            return port
 
 
 def _wait(server: Server, ready_s: float) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_port
 
 MISSING = None if find_spec("vllm") else "vllm is not installed"  # the reason to skip, or None
 NAME = "tiny"
@@ -209,9 +210,7 @@ def serve(
         RuntimeError: it ended, or did not answer in time; the message holds the end of its log.
     """
     model = make_model(folder / NAME)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = folder / "server.log"
     variables = {
         **os.environ,

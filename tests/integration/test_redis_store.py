@@ -17,7 +17,8 @@ from pathlib import Path as Folder
 from typing import Any
 
 import pytest
-from real_redis import RealRedis, free_port, needs_redis
+from ports import free_port
+from real_redis import RealRedis, needs_redis
 
 from mope.errors import StoreError
 from mope.fairness.charges import Charge

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ports import free_port
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from stewards import busy_steward, guard, make_steward, samples, scraped, serve, shown
@@ -235,12 +236,6 @@ def test_scrapes_while_the_scheduler_works_raise_nothing_and_no_counter_falls() 
 
 
 # -- the port
-
-
-def free_port() -> int:
-    with socket.socket() as tried:
-        tried.bind(("127.0.0.1", 0))
-        return int(tried.getsockname()[1])
 
 
 def fetched(url: str) -> dict[Any, float]:
