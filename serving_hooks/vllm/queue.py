@@ -176,7 +176,7 @@ class FairQueue(RequestQueue):
     # -- what may go wrong
 
     def hold_with(self, holding: HoldingQueue) -> None:
-        """Requests whose KV cache is being loaded wait in another queue from now on."""
+        """Requests whose KV cache is loaded from elsewhere wait in another queue from now on."""
         self.holding, self._chooses = holding, True
         self._run.add(RequestStatus.WAITING_FOR_REMOTE_KVS)
 

@@ -95,7 +95,8 @@ class FairMixin(_Base):
             self._holding = self.kv_holding_waiting = HoldingQueue(
                 self.mope_guard, self._queue, self._standing, self._is_open, self.scheduler_config.max_num_seqs
             )
-            self._queue.hold_with(self._holding)
+            if getattr(self, "connector", None) is not None:
+                self._queue.hold_with(self._holding)
         elif hasattr(self, "skipped_waiting"):
             self.skipped_waiting = Annex(self._queue)
         self._step = self._looked = self._caught_up = 0
