@@ -2,16 +2,17 @@
 
     python tests/bench/vllm_overhead.py --output model_cards/results/DATE-vllm-overhead.json
 
-where vLLM is installed. The real scheduler with a fake model, twice beside each other in one process: vLLM's own, and
-ours over it. 256 requests run; as one ends, the next of those that wait is admitted, and a new one arrives: what the
-hook does, it does for each request, so its share of a step depends on how long answers are. Counted is the CPU time of
-the whole process, the thread that learns included, in add_request(), schedule() and update_from_output(), after the
-first lessons (of each of the first 1,000 answers, then of one in eight). Both take turns, a stretch of steps each, so
-that whatever the machine does beside hits both; the ratio of the two is the median over stretches. Where things come
-to lie in memory moves it by some percent from process to process, so each line is the median over several fresh
-processes, with the least and the most of them. The second figure is the time in the hook's own code alone, over the
-rest of the same steps: it leaves out what the hook costs vLLM by taking its place in the processor's caches, and is
-less disturbed. As a server does at its start, what lives by then is taken out of the garbage collector's sight.
+where vLLM is installed. The real scheduler with a fake model, several beside each other in one process: vLLM's own, the
+same with arrivals shuffled, and ours over it. 256 requests run; as one ends, the next of those that wait is admitted,
+and a new one arrives: what the hook does, it does for each request, so its share of a step depends on how long answers
+are. Counted is the CPU time of the whole process, the thread that learns included, in add_request(), schedule() and
+update_from_output(), after the first lessons (of each of the first 1,000 answers, then of one in eight). They take
+turns, a stretch of steps each, so that whatever the machine does beside hits all; the ratio to vLLM's own is the median
+over stretches. Where things come to lie in memory moves it by some percent from process to process, so each line is the
+median over several fresh processes, with the least and the most of them. The second figure is the time in the hook's
+own code alone, over the rest of the same steps: it leaves out what the hook costs vLLM by taking its place in the
+processor's caches, and is less disturbed. As a server does at its start, what lives by then is taken out of the garbage
+collector's sight.
 
 `stock-shuffled` in place of a policy is vLLM's scheduler as it is, but each arrival changes places with a random one of
 those that wait: what it costs vLLM alone that requests run in another order than they came.
@@ -28,6 +29,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
@@ -151,45 +153,55 @@ def shuffled_queue() -> Any:
     return Shuffled()
 
 
-def measure(num_waiting: int, num_clients: int, policy: str, mean_answer: int) -> dict[str, float]:
-    """Median CPU time of a step of both, and of their ratio, in this process."""
-    pair = tuple(Loaded(num_waiting, num_clients, which, mean_answer) for which in (None, policy))
-    times: tuple[list[float], list[float]] = ([], [])
-    own: list[float] = []
-    num_sent = pair[1].num_sent
+def measure(
+    num_waiting: int, num_clients: int, policies: Sequence[str], mean_answer: int
+) -> dict[str, dict[str, float]]:
+    """Medians by policy: CPU time of a step, its ratio to vLLM's own, and the hook's own part, in this process."""
+    engines = [Loaded(num_waiting, num_clients, policy, mean_answer) for policy in (None, *policies)]
+    times: list[list[float]] = [[] for _ in engines]
+    own: list[list[float]] = [[] for _ in engines]
+    num_sent = [engine.num_sent for engine in engines]
     gc.collect()
     gc.freeze()
     for stretch in range(STRETCHES):
-        for which in (0, 1) if stretch % 2 else (1, 0):
-            pair[which].cpu_s = pair[which].own_s = 0.0
+        for turn in range(len(engines)):
+            which = (stretch + turn) % len(engines)
+            engine = engines[which]
+            engine.cpu_s = engine.own_s = 0.0
             for _ in range(STRETCH):
-                pair[which].step()
-            times[which].append(pair[which].cpu_s / STRETCH)
-            if which:
-                own.append(pair[1].own_s / (pair[1].cpu_s - pair[1].own_s))
-    ratios = [ours / stock for stock, ours in zip(*times, strict=True)]
-    guard = getattr(pair[1].engine.scheduler, "mope_guard", None)
-    if guard is not None and guard.failure is not None:
-        raise RuntimeError(guard.failure)
-    return {
-        "requests_per_step": (pair[1].num_sent - num_sent) / (STRETCH * STRETCHES),
-        "stock_us": 1e6 * statistics.median(times[0]),
-        "ours_us": 1e6 * statistics.median(times[1]),
-        "added_percent": 100 * (statistics.median(ratios) - 1),
-        "own_code_percent": 100 * statistics.median(own),
-    }
+                engine.step()
+            times[which].append(engine.cpu_s / STRETCH)
+            own[which].append(engine.own_s / (engine.cpu_s - engine.own_s))
+    found = {}
+    for which, policy in enumerate(policies, 1):
+        guard = getattr(engines[which].engine.scheduler, "mope_guard", None)
+        if guard is not None and guard.failure is not None:
+            raise RuntimeError(guard.failure)
+        ratios = [ours / stock for stock, ours in zip(times[0], times[which], strict=True)]
+        found[policy] = {
+            "requests_per_step": (engines[which].num_sent - num_sent[which]) / (STRETCH * STRETCHES),
+            "stock_us": 1e6 * statistics.median(times[0]),
+            "ours_us": 1e6 * statistics.median(times[which]),
+            "added_percent": 100 * (statistics.median(ratios) - 1),
+            "own_code_percent": 100 * statistics.median(own[which]),
+        }
+    return found
 
 
-def over_processes(num_processes: int, *settings: Any) -> dict[str, Any]:
+def over_processes(num_processes: int, *settings: Any) -> dict[str, dict[str, Any]]:
     """Medians of `measure` over fresh processes, one after another, and how far apart they are."""
     context = multiprocessing.get_context("spawn")
     found = []
     for _ in range(num_processes):
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
             found.append(pool.submit(measure, *settings).result())
-    medians = {key: round(statistics.median(one[key] for one in found), 2) for key in found[0]}
-    added = sorted(one["added_percent"] for one in found)
-    return {**medians, "added_least_and_most": (round(added[0], 2), round(added[-1], 2))}
+    medians: dict[str, dict[str, Any]] = {}
+    for policy, figures in found[0].items():
+        medians[policy] = {key: round(statistics.median(one[policy][key] for one in found), 2) for key in figures}
+        for name in ("added", "own_code"):
+            each = sorted(one[policy][f"{name}_percent"] for one in found)
+            medians[policy][f"{name}_least_and_most"] = (round(each[0], 2), round(each[-1], 2))
+    return medians
 
 
 def main() -> None:
@@ -202,12 +214,15 @@ def main() -> None:
     chosen = parser.parse_args()
     figures: dict[str, Any] = {}
     table = Table(
-        "policy", "answer", "waiting", "ends/step", "vLLM µs", "with mope µs", "added %", "own code %", "least and most"
+        *("policy", "answer", "waiting", "ends/step", "vLLM µs", "with mope µs"),
+        *("added %", "own code %", "added, least and most", "own code, least and most"),
     )
-    for policy in chosen.policies.split(","):
-        for mean_answer in map(int, chosen.answers.split(",")):
-            for num_waiting, num_clients in SETTINGS:
-                found = over_processes(chosen.processes, num_waiting, num_clients, policy, mean_answer)
+    for mean_answer in map(int, chosen.answers.split(",")):
+        for num_waiting, num_clients in SETTINGS:
+            policies = tuple(chosen.policies.split(","))
+            for policy, found in over_processes(
+                chosen.processes, num_waiting, num_clients, policies, mean_answer
+            ).items():
                 name = f"{policy}, answers of {mean_answer}, {num_waiting} waiting of {num_clients} clients"
                 figures[name] = found
                 table.add_row(policy, str(mean_answer), f"{num_waiting:,}", *map(str, found.values()))
