@@ -185,7 +185,7 @@ class FairMixin(_Base):
         if steward is None:
             return
         self._step += 1
-        if self._step % _STEPS_LATE == 0:
+        if self._step % _STEPS_LATE == 1:  # from the first on: a server may be killed after one short answer
             steward.between_steps()
         if steward.options.victims != "engine" and len(self.running) > 1:
             self._order_victims(steward)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import random
+import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -371,6 +373,20 @@ def test_books_and_lessons_survive_a_restart(model, tmp_path):
     assert again.scheduler.mope.lengths.to_json()["means"].keys() == {"flood", "light"}
     again.run(requests)
     assert services(again.scheduler) == {client: 2 * amount for client, amount in served(requests).items()}
+
+
+def test_one_short_answer_is_kept_though_the_server_is_killed(model, tmp_path):
+    state = tmp_path / "mope.json"
+    running = EngineInProcess(model, {"policy": "equinox", "state": str(state)})
+    requests = flood_and_light(num_flood=1, num_light=0)
+    short = [replace(requests[0], length=3)]
+    running.run(short)
+    end = time.monotonic() + 60
+    while not state.exists() and time.monotonic() < end:  # nothing calls the hook any more
+        time.sleep(0.1)
+    ledger = json.loads(state.read_text())["ledger"]
+    assert ledger["open"] == []
+    assert [account["name"] for account in ledger["accounts"]] == ["", "flood"]
 
 
 def test_a_damaged_state_is_told_and_left(model, tmp_path, caplog):
