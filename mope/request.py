@@ -21,7 +21,7 @@ ROLES = {
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
     "system": "system", "developer": "system",
-    "tool": "tool", "function": "tool",
+    "tool": "tool", "function": "tool", "observation": "tool",
 }  # fmt: skip
 
 
@@ -114,8 +114,12 @@ class Request:
 
 
 def role_of(message: Mapping[str, Any]) -> Any:
-    """Who speaks, as it is written."""
-    return message.get("role", message.get("from"))
+    """Who speaks, as it is written; a tool where a user's message is nothing but results, as Anthropic has them."""
+    role = message.get("role", message.get("from"))
+    if role == "user" and isinstance(content := message.get("content"), list) and content:
+        is_result = all(isinstance(part, Mapping) and part.get("type") == "tool_result" for part in content)
+        return "tool" if is_result else role
+    return role
 
 
 def content_of(message: Mapping[str, Any]) -> Any:

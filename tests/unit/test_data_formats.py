@@ -220,7 +220,7 @@ def test_measured_length_goes_to_the_answer_it_belongs_to() -> None:
     assert [turn.response_tokens for turn in chat.turns] == [None, 99]
     tool = {"role": "tool", "content": "42"}
     chat = read({"messages": [ASK, REPLY, tool, REPLY], "usage": {"completion_tokens": 99}}, "messages")
-    assert [turn.response_tokens for turn in chat.turns] == [None]  # it answers the tool, not the prompt
+    assert [turn.response_tokens for turn in chat.turns] == [None, 99]  # the second answers the tool
 
 
 def test_log_under_request_and_response() -> None:
@@ -316,7 +316,7 @@ def test_lengths_that_are_no_lengths(length: Any) -> None:
         ({"messages": [{"content": "x"}]}, "messages", reasons.WRONG_COLUMNS),
         ({"messages": [{"role": "user", "content": 5}]}, "messages", reasons.WRONG_COLUMNS),
         ({"messages": [REPLY]}, "messages", reasons.NO_ANSWER),
-        ({"prompt": ["a", "b"], "response": "x"}, "pairs", reasons.WRONG_COLUMNS),
+        ({"prompt": ["a", "b"], "response": "x"}, "pairs", reasons.MANY_PROMPTS),
         ({"prompt": "a"}, "pairs", reasons.WRONG_COLUMNS),
         ({"prompt": "a"}, "lengths", reasons.WRONG_COLUMNS),
         ({"prompt": "a"}, "logs", reasons.WRONG_COLUMNS),

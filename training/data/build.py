@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from mope.console import console as shared_console
 from mope.console import progress
 from mope.errors import ConfigError, DataError
 from mope.training.data import problems as reasons
+from mope.training.data.batches import opened
 from mope.training.data.config import DataConfig
 from mope.training.data.formats import Chat, Unusable, detect_format, normaliser, unknown_format
 from mope.training.data.problems import DataReport, Problems
@@ -32,8 +34,8 @@ from mope.training.data.staging import Staging
 from mope.training.data.table import RowTable
 from mope.training.data.tokens import TokenCounter, load_counter
 
-ROWS_VERSION = 6  # part of the fingerprint: raise it whenever the same source would give other rows
-DETECTION_RECORDS = 20
+ROWS_VERSION = 7  # part of the fingerprint: raise it whenever the same source would give other rows
+DETECTION_RECORDS = 50
 ADVANCE_RECORDS = 256  # between two updates of the progress bar
 BATCH_CHARS = 4_000_000  # answer text that is counted at once
 NOT_IN_FINGERPRINT = {"source", "label_tokenizer", "min_rows", "num_workers", "cache_dir"}
@@ -166,6 +168,8 @@ def _build(config: DataConfig, source: Source, counter: TokenCounter, folder: Pa
             counts={reason: count for reason, count in problems.counts.items() if count},
             examples={reason: tuple(places) for reason, places in problems.examples.items()},
             warnings=tuple(problems.warnings),
+            families=dict(records.families),
+            labels=dict(staging.labels),
         )
         (partial / "report.json").write_text(json.dumps(report.to_json(), indent=1) + "\n", "utf-8")
         (partial / "staged.arrow").unlink()
@@ -186,7 +190,8 @@ class _Records:
         self._config = config
         self._problems = problems
         self._others: dict[str | None, tuple[int, str]] = {}  # other formats that records look like, count and first
-        self._records = source.records(problems, moderation=config.moderation == "drop")
+        self.families: Counter[str] = Counter()  # forms of logs among the chats
+        self._records = opened(source.records(problems, moderation=config.moderation == "drop"), problems)
         self._head: list[Located] = list(islice(self._records, DETECTION_RECORDS))
         self.data_format = self._format()
 
@@ -224,6 +229,8 @@ class _Records:
             if languages and (chat.language or "").lower() not in languages:
                 self._problems.add(reasons.OTHER_LANGUAGE, location)
             elif staging.is_new(chat):
+                if chat.family:
+                    self.families[chat.family] += 1
                 yield chat
         for other, (count, first) in self._others.items():
             self._problems.warn(
@@ -250,7 +257,7 @@ def _counted(chats: Iterable[Chat], counter: TokenCounter) -> Iterator[tuple[Cha
     with ThreadPoolExecutor(1) as pool:
         waiting: tuple[list[Chat], Future[dict[str, int]]] | None = None
         for batch in _batches(chats):
-            texts = list(dict.fromkeys(answer for chat in batch for answer in chat.answers))
+            texts = list(dict.fromkeys(text for chat in batch for text in chat.texts()))
             last, waiting = waiting, (batch, pool.submit(count, texts))
             if last:
                 num_tokens = last[1].result()
@@ -265,7 +272,7 @@ def _batches(chats: Iterable[Chat]) -> Iterator[list[Chat]]:
     num_chars = 0
     for chat in chats:
         batch.append(chat)
-        num_chars += 1000 + sum(map(len, chat.answers))
+        num_chars += 1000 + sum(map(len, chat.texts()))
         if num_chars >= BATCH_CHARS:
             yield batch
             batch, num_chars = [], 0

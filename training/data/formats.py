@@ -1,138 +1,201 @@
-"""From a record of any known format to a chat: answers, and the turns that become rows.
+"""Which reader turns the records of a source into chats: the table of formats, and how the format is found.
 
-Knows the columns and nesting of each format; does not know files, tokenizers or splits. A record that cannot be
-used raises `Unusable` with the reason under which it is counted.
+What the readers do is in `conversations` and `exchanges`. A record that cannot be used raises `Unusable` with the
+reason under which it is counted.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 from mope.errors import DataError
-from mope.reader import TOP_NAMES, is_forced, number, parsed, read_flags, read_messages
-from mope.request import MAX_EARLIER_ANSWERS, ROLES, clean, content_of, message_text, role_of
+from mope.log_answers import ASSISTANT
+from mope.log_records import NAMES, NO_PROMPT, PROMPTS, PYTHON_REPR, logged, python_repr
+from mope.reader import is_forced, parsed, true_or_false
+from mope.request import role_of
 from mope.token_estimate import estimate_tokens
+from mope.training.data import conversations
 from mope.training.data import problems as reasons
+from mope.training.data.chats import GROUP_COLUMNS, ID_COLUMNS, Chat, Record, Turn, Unusable, tidy
+from mope.training.data.exchanges import exchange, has_prompt_column
 from mope.training.data.problems import Problems
 
-Record = Mapping[str, Any]
+__all__ = ["COLUMNS", "KNOWN_FORMATS", "MODERATION_COLUMN", "Chat", "Turn", "Unusable", "detect_format", "normaliser"]
+__all__ += ["tidy", "unknown_format"]
 
-PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "input")
+PROMPT_COLUMNS = PROMPTS
 ANSWER_COLUMNS = ("response", "output", "answer", "completion", "reply")
 LENGTH_COLUMNS = ("response_tokens", "output_tokens", "completion_tokens")
-GROUP_COLUMNS = ("conversation_id", "conversation_hash", "conv_id", "session_id")
-ID_COLUMNS = ("id", "request_id", *GROUP_COLUMNS)
-OF_LLM = ("target_llm", "llm_family", "llm_size", "llm_reasoning", "llm_year")
+LLM_FLAG = "--llm-field"
 
 # what a reader of columns may load; everything else is left on disk
-COLUMNS = TOP_NAMES.union(
-    (*PROMPT_COLUMNS, *ANSWER_COLUMNS, *LENGTH_COLUMNS, *ID_COLUMNS, *GROUP_COLUMNS),
-    ("conversation", "conversations", "messages", "request", "response", "usage", "choices", "finish_reason"),
-    ("language", "dataset", "redacted", "censored"),
+COLUMNS = NAMES.union(
+    (*ANSWER_COLUMNS, *LENGTH_COLUMNS, *ID_COLUMNS, *GROUP_COLUMNS),
+    ("language", "dataset", "redacted", "rid", "spanId", "span_id", "sessionId", "metadata"),
 )
 MODERATION_COLUMN = "openai_moderation"
-
-_MAX_DIGITS = 9  # of the number of a piece of a conversation
-
-KNOWN_FORMATS = {
-    "lmsys": "conversation [{role, content}]",
-    "sharegpt": "conversations [{from, value}]",
-    "messages": "messages [{role, content}]",
-    "pairs": "prompt and response (or instruction, question, query, input and output, answer, completion, reply)",
-    "lengths": "prompt and response_tokens (or output_tokens, completion_tokens)",
-    "logs": "prompt or messages and usage.completion_tokens, flat or under request and response",
-}
-
-
-class Unusable(Exception):
-    """A record that gives no rows, and the reason it is counted under."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-@dataclass(slots=True, kw_only=True)
-class Turn:
-    """One answer that becomes a row.
-
-    Attributes:
-        position: of the user's message in the record.
-        turn_index: of the turn in the whole conversation, 0 for its first.
-        num_earlier_turns: answers before this one, known or not.
-        num_known: how many of `Chat.answers` came before.
-        response_tokens: length as the server recorded it; None: count `Chat.answers[num_known]`.
-        censored: the record says that the answer was cut off.
-    """
-
-    position: int
-    prompt: str
-    previous_prompt: str
-    turn_index: int
-    num_earlier_turns: int
-    num_known: int
-    response_tokens: int | None = None
-    censored: bool = False
-
-
-@dataclass(slots=True, kw_only=True)
-class Chat:
-    """A conversation, or a piece of one: all answers whose text is known, and the turns to predict.
-
-    `chat_id` and `group` (the conversation it is a piece of) are empty where the record has none; `first_prompt` is
-    empty if the piece does not begin the conversation.
-    """
-
-    chat_id: str
-    group: str
-    location: str
-    answers: list[str]
-    turns: list[Turn]
-    first_prompt: str = ""
-    system: str = ""
-    language: str | None = None
-    dataset: str | None = None
-    flags: dict[str, Any] = field(default_factory=dict)  # of `Request`, as `mope.reader` read them
-
-    def content_hash(self) -> int:
-        """What makes two chats the same: prompts, answers, lengths and the LLM."""
-        digest = hashlib.blake2b(digest_size=8)
-        for part in (self.flags.get("target_llm", ""), self.system, *self.answers):
-            digest.update(part.encode() + b"\0")
-        for turn in self.turns:
-            digest.update(f"{turn.position} {turn.response_tokens} {turn.prompt}\0".encode())
-        return int.from_bytes(digest.digest(), "big")
-
-
-@dataclass(slots=True)
-class History:
-    """What was said before a piece of a conversation begins."""
-
-    answers: list[str] = field(default_factory=list)  # the newest ones that are known, oldest first
-    num_answers: int = 0
-    num_prompts: int = 0
-    last_prompt: str = ""
-    system: str = ""
-
 
 Normaliser = Callable[[Record, str], Chat]
 
 
+class Format(NamedTuple):
+    """A form of records.
+
+    Attributes:
+        columns: what its records hold, for people.
+        fits: whether a record looks like it: detection counts rows of such records alone.
+        parts: what a record has to have: what it is called, the names it may stand under, the flag that names it.
+    """
+
+    columns: str
+    fits: Callable[[Record], bool]
+    parts: tuple[tuple[str, tuple[str, ...], str], ...]
+
+
+def _has_list(column: str) -> Callable[[Record], bool]:
+    return lambda record: isinstance(parsed(record.get(column)), list) and record.get("request") is None
+
+
+def _ends_with_answer(record: Record) -> bool:
+    """Whether a record is a conversation that ends with its answer, and not a request with a response beside it."""
+    given, num_asked = conversations.listed(record, "messages")
+    if not isinstance(given, Sequence) or not given or record.get("request") is not None:
+        return False
+    found = logged(record) if not num_asked else None
+    if found is not None and found.family not in ("conversation", "flat"):
+        return False
+    last = given[-1]
+    if not (isinstance(last, Mapping) and role_of(last) in ASSISTANT):
+        return found is not None and not found.answers and found.usage.tokens is None and any(
+            isinstance(one, Mapping) and role_of(one) in ASSISTANT for one in given
+        )  # fmt: skip
+    return not any(record.get(name) not in (None, "") for name in ("choices", "response", "candidates"))
+
+
+def _is_log(record: Record) -> bool:
+    found = logged(record)
+    if found is None or _is_plain(record):
+        return False
+    known = bool(found.answers) or found.usage.tokens is not None or bool(found.usage.unreadable)
+    return bool(found.lacking) or (known and found.family != "conversation")
+
+
+def _is_plain(record: Record) -> bool:
+    """Whether a record is a prompt in one column and an answer or its length in another."""
+    if not has_prompt_column(record) or any(
+        parsed(record.get(name)) not in (None, "") for name in ("usage", "choices", "messages", "conversations")
+    ):
+        return False
+    found = logged(record)
+    return found is not None and found.family == "flat" and (bool(found.answers) or found.usage.tokens is not None)
+
+
+def _has_length(record: Record) -> bool:
+    return _is_plain(record) and any(record.get(name) is not None for name in LENGTH_COLUMNS)
+
+
+_PROMPT = ("a prompt", PROMPT_COLUMNS, "--prompt-field")
+_MESSAGES = ("messages", ("messages",), "--messages-field")
+_ANSWER = ("an answer", ANSWER_COLUMNS, "--response-field")
+_LENGTH = ("a length", LENGTH_COLUMNS, "--length-field")
+
+# from the most to the least specific: of formats that yield as many rows, the first is taken
+FORMATS: dict[str, Format] = {
+    "lmsys": Format(
+        "conversation [{role, content}]",
+        _has_list("conversation"),
+        (("a conversation", ("conversation",), "--messages-field"),),
+    ),
+    "sharegpt": Format(
+        "conversations [{from, value}]",
+        _has_list("conversations"),
+        (("conversations", ("conversations",), "--messages-field"),),
+    ),
+    "messages": Format("messages [{role, content}] that end with an answer", _ends_with_answer, (_MESSAGES,)),
+    "lengths": Format(
+        "prompt and response_tokens (or output_tokens, completion_tokens)", _has_length, (_PROMPT, _LENGTH)
+    ),
+    "pairs": Format(
+        "prompt and response (or instruction, question, query, input and output, answer, completion, reply)",
+        _is_plain,
+        (_PROMPT, _ANSWER),
+    ),
+    "logs": Format(
+        "prompt or messages with usage, tokens or a response, flat or under request and response, or as LiteLLM, "
+        "Langfuse, Helicone, OpenTelemetry, batches, vLLM and SGLang write them",
+        _is_log,
+        (_MESSAGES, _LENGTH),
+    ),
+}
+KNOWN_FORMATS = {name: form.columns for name, form in FORMATS.items()}
+
+
 def detect_format(records: Iterable[Record]) -> str | None:
-    """The format of the first record that looks like any; None if none does."""
-    return next((name for name in map(_looks_like, records) if name), None)
+    """The format that yields most rows of some records; None if none fits any of them.
+
+    Every reader is tried on every record that looks like its own. Of equals the more specific one is taken; if no
+    reader yields a row, the one that most records look like.
+    """
+    rows: Counter[str] = Counter()
+    fitting: Counter[str] = Counter()
+    for record in records:
+        for name, form in FORMATS.items():
+            if not form.fits(record):
+                continue
+            fitting[name] += 1
+            try:
+                chat = normaliser(name, Problems(), drop_redacted=False, drop_flagged=False)(record, "")
+            except Unusable:
+                continue
+            rows[name] += len(chat.turns)
+    order = list(FORMATS)
+    for counts in (rows, fitting):
+        if counts:
+            return max(counts, key=lambda name: (counts[name], -order.index(name)))
+    return None
 
 
 def unknown_format(source: str, records: Sequence[Record], asked: str) -> DataError:
-    """The error that names the columns found and the formats known; `asked` is the format asked for, or auto."""
+    """The error that names the columns found, the nearest format and what it misses.
+
+    Args:
+        source: where the records are from.
+        records: the first of them.
+        asked: the format asked for, or auto.
+    """
+    if any(python_repr(record) for record in records):
+        return DataError(f"{source}: {PYTHON_REPR}")
     columns = sorted({str(name) for record in records for name in record})
     found = ", ".join(columns[:20]) + (", ..." if len(columns) > 20 else "")
-    known = "; ".join(f"{name}: {columns}" for name, columns in KNOWN_FORMATS.items())
     misfit = "fit no known format" if asked == "auto" else f"do not hold what the format {asked!r} needs"
-    return DataError(f"{source}: columns {found or '(none)'} {misfit}; expected one of {known}")
+    begin = f"{source}: columns {found or '(none)'} {misfit}"
+    other = detect_format(records) if asked != "auto" else None
+    if other is not None and other != asked:
+        return DataError(f"{begin}; they look like {other}: type --data-format {other}")
+    known = "; ".join(f"{name}: {columns}" for name, columns in KNOWN_FORMATS.items())
+    near = _nearest(set(columns), asked)
+    return DataError(f"{begin}; {near}" if near else f"{begin}; expected one of {known}")
+
+
+def _nearest(columns: set[str], asked: str) -> str:
+    """What the nearest format misses and what to type; empty if no format is near."""
+    best: tuple[int, str, list[str]] | None = None
+    for name, form in FORMATS.items():
+        has = [part for part in form.parts if columns.intersection(part[1])]
+        if (not has and name != asked) or (asked not in ("auto", name)):
+            continue
+        misses = [
+            f"{what} ({', '.join(names)}; if another column holds it, type {flag} COLUMN)"
+            for what, names, flag in form.parts
+            if not columns.intersection(names)
+        ]
+        if misses and (best is None or len(misses) < best[0]):
+            best = len(misses), name, misses
+    if best is None:
+        return ""
+    return f"the nearest format is {best[1]} (--data-format {best[1]}), which misses {' and '.join(best[2])}"
 
 
 def normaliser(data_format: str, problems: Problems, *, drop_redacted: bool, drop_flagged: bool) -> Normaliser:
@@ -142,28 +205,40 @@ def normaliser(data_format: str, problems: Problems, *, drop_redacted: bool, dro
     the order of the file, and each source needs its own.
     """
     normalisers: dict[str, Normaliser] = {
-        "lmsys": lambda record, location: _messages(record, "conversation", location, problems),
-        "sharegpt": ShareGPT(problems),
-        "messages": lambda record, location: _messages(record, "messages", location, problems),
-        "pairs": lambda record, location: _pair(record, location, problems),
-        "lengths": lambda record, location: _lengths(record, location, problems),
-        "logs": lambda record, location: _log(record, location, problems),
+        "lmsys": lambda record, location: conversations.messages(record, "conversation", location, problems),
+        "sharegpt": conversations.ShareGPT(problems),
+        "messages": lambda record, location: conversations.messages(record, "messages", location, problems),
+        "pairs": lambda record, location: _plain(record, location, problems, ANSWER_COLUMNS),
+        "lengths": lambda record, location: _plain(record, location, problems, LENGTH_COLUMNS),
+        "logs": lambda record, location: exchange(record, location, problems),
     }
     read = normalisers[data_format]
 
     def checked(record: Record, location: str) -> Chat:
-        if drop_redacted and _is_true(record.get("redacted")):
+        if drop_redacted and true_or_false(record.get("redacted")):
             raise Unusable(reasons.REDACTED)
         if drop_flagged and _is_flagged(record.get(MODERATION_COLUMN)):
             raise Unusable(reasons.FLAGGED)
+        if python_repr(record):
+            raise Unusable(reasons.PYTHON_REPR)
         chat = read(record, location)
-        request = parsed(record.get("request"))
-        said = request if isinstance(request, Mapping) else record
-        if is_forced(said, 0) and is_forced(said, _measured(chat)):  # few need their length looked at
+        if is_forced(record, 0) and is_forced(record, _measured(chat)):  # few need their length looked at
             raise Unusable(reasons.FORCED)
         return chat
 
     return checked
+
+
+def _plain(record: Record, location: str, problems: Problems, columns: Sequence[str]) -> Chat:
+    """A prompt with its answer or its length; other fields of a log are read, too."""
+    if not any(record.get(name) is not None for name in columns):
+        found = logged(record)
+        if found is None or not found.lacking:
+            raise Unusable(reasons.WRONG_COLUMNS)
+    chat = exchange(record, location, problems)
+    if len(chat.turns) == 1 and chat.turns[0].answer is not None:
+        chat.answers = [*chat.answers, chat.turns[0].answer]  # known, too: it finds re-shared answers
+    return chat
 
 
 def _measured(chat: Chat) -> float:
@@ -171,319 +246,16 @@ def _measured(chat: Chat) -> float:
     turn = chat.turns[-1]
     if turn.response_tokens is not None:
         return turn.response_tokens
-    return estimate_tokens(chat.answers[turn.num_known])
+    return sum(map(estimate_tokens, turn.texts()))
 
 
-class ShareGPT:
-    """ShareGPT records; long conversations come as pieces `base_N`, N the position of their first message.
-
-    A piece that follows the one before it directly, or repeats its last message, carries its history on. A piece
-    whose predecessor is missing keeps a turn index from N, so that none of its rows passes for a first turn.
-    """
-
-    def __init__(self, problems: Problems) -> None:
-        self._problems = problems
-        self._base = ""
-        self._end = 0  # position after the last message of the piece before
-        self._last_message: tuple[str, str] | None = None
-        self._history = History()
-
-    def __call__(self, record: Record, location: str) -> Chat:
-        """Read one piece."""
-        messages = _role_texts(record.get("conversations"), location, self._problems)
-        chat_id = _first_text(record, ID_COLUMNS)
-        base, start = _base_and_start(chat_id)
-        follows = start > 0 and base == self._base
-        if follows and start == self._end:
-            before = self._history
-        elif follows and start == self._end - 1 and messages[0] == self._last_message:
-            before = self._history
-            if messages[0][0] == "assistant":  # said again as the first message of this piece
-                before = History(
-                    before.answers[:-1], before.num_answers - 1, before.num_prompts, before.last_prompt, before.system
-                )
-        else:
-            before = History(num_answers=start // 2, num_prompts=(start + 1) // 2)  # who speaks alternates
-        before.system = before.system or _text_or_none(record, "system") or ""
-        chat = _pair_up(messages, location, before)
-        _fill(chat, record)
-        chat.group = base
-        self._base, self._end, self._last_message = base, start + len(messages), messages[-1]
-        num_new_answers = len(chat.answers) - len(before.answers)
-        num_new_prompts = sum(role == "user" for role, _ in messages)
-        prompts = [text for role, text in messages if role == "user"]
-        self._history = History(
-            chat.answers[-MAX_EARLIER_ANSWERS - 1 :],  # one more: the next piece may repeat the last
-            before.num_answers + num_new_answers,
-            before.num_prompts + num_new_prompts,
-            prompts[-1] if prompts else before.last_prompt,
-            chat.system,
-        )
-        return _with_turns(chat)
-
-
-def _base_and_start(chat_id: str) -> tuple[str, int]:
-    base, _, suffix = chat_id.rpartition("_")
-    number = suffix.isascii() and suffix.isdigit() and len(suffix) <= _MAX_DIGITS
-    return (base, int(suffix)) if base and number else (chat_id, 0)
-
-
-def _messages(record: Record, column: str, location: str, problems: Problems) -> Chat:
-    messages = _role_texts(record.get(column), location, problems)
-    chat = _pair_up(messages, location, History(system=_text_or_none(record, "system") or ""))
-    _fill(chat, record)
-    measured = _usage_tokens(record)
-    if measured is not None and (messages[-1][0] != "assistant" or _ends_with_turn(chat, messages)):
-        _set_last(chat, messages, measured, _is_cut_off(record))
-    elif _is_cut_off(record) and _ends_with_turn(chat, messages):
-        chat.turns[-1].censored = True
-    return _with_turns(chat)
-
-
-def _log(record: Record, location: str, problems: Problems) -> Chat:
-    request, response = parsed(record.get("request")), parsed(record.get("response"))
-    request = request if isinstance(request, Mapping) else record
-    response = response if isinstance(response, Mapping) else record
-    messages = _asked(request, location, problems)
-    if messages[-1][0] == "assistant" and len(messages) > 1:
-        messages = messages[:-1]  # the answer was logged with the request; its length is what the server counted
-    chat = _pair_up(messages, location, History())
-    _fill(chat, request)
-    chat.chat_id = _first_text(record, ID_COLUMNS) or _first_text(response, ID_COLUMNS)
-    chat.group = _first_text(record, GROUP_COLUMNS) or _first_text(request, GROUP_COLUMNS) or chat.chat_id
-    for said in (response, record):  # of the LLM; the request's own words go first
-        chat.flags = {**{name: flag for name, flag in read_flags(said).items() if name in OF_LLM}, **chat.flags}
-    measured = _usage_tokens(response)
-    if measured is None:
-        measured = _usage_tokens(record)
-    if measured is None:
-        raise Unusable(reasons.WRONG_COLUMNS)
-    _set_last(chat, messages, measured, _is_cut_off(response) or _is_cut_off(record))
-    turn = chat.turns[-1]
-    chat.turns = [turn]  # earlier answers were requests of their own
-    first = max(0, turn.num_known - MAX_EARLIER_ANSWERS)
-    chat.answers, turn.num_known = chat.answers[first : turn.num_known], turn.num_known - first
-    return chat
-
-
-def _asked(request: Record, location: str, problems: Problems) -> list[tuple[str, str]]:
-    """(role, text) of what was sent: as `mope.reader.read_messages` has it, or the text of a prompt column."""
-    try:
-        messages = [(message["role"], message_text(message["content"])) for message in read_messages(request)]
-    except DataError as error:
-        raise Unusable(reasons.WRONG_COLUMNS) from error
-    if not any(ROLES[role] == "user" for role, _ in messages):
-        if parsed(request.get("messages")):
-            raise Unusable(reasons.WRONG_COLUMNS if not messages else reasons.NO_ANSWER)
-        return [*_tidied(messages, location, problems), ("user", _text(request, PROMPT_COLUMNS, location, problems))]
-    return _tidied(messages, location, problems)
-
-
-def _tidied(messages: Iterable[tuple[str, str]], location: str, problems: Problems) -> list[tuple[str, str]]:
-    return [(ROLES[role], tidy(text, location, problems)) for role, text in messages]
-
-
-def _pair(record: Record, location: str, problems: Problems) -> Chat:
-    prompt = _text(record, PROMPT_COLUMNS, location, problems)
-    if record.get("prompt") is None and record.get("instruction") and (extra := _text_or_none(record, "input")):
-        prompt = f"{prompt}\n\n{extra}"
-    answer = _text(record, ANSWER_COLUMNS, location, problems)
-    chat = _pair_up([("user", prompt), ("assistant", answer)], location, History())
-    _fill(chat, record)
-    chat.system = _text_or_none(record, "system") or ""
-    chat.turns[0].censored = _is_cut_off(record)
-    return chat
-
-
-def _lengths(record: Record, location: str, problems: Problems) -> Chat:
-    messages = [("user", _text(record, PROMPT_COLUMNS, location, problems))]
-    column = next((name for name in LENGTH_COLUMNS if record.get(name) is not None), None)
-    if column is None:
-        raise Unusable(reasons.WRONG_COLUMNS)
-    if any(isinstance(record.get(name), str) for name in ANSWER_COLUMNS):  # known, too: it finds re-shared answers
-        messages.append(("assistant", _text(record, ANSWER_COLUMNS, location, problems)))
-    chat = _pair_up(messages, location, History())
-    _fill(chat, record)
-    chat.system = _text_or_none(record, "system") or ""
-    _set_last(chat, messages, _whole_number(record[column]), _is_cut_off(record))
-    return chat
-
-
-def _pair_up(messages: Sequence[tuple[str, str]], location: str, before: History) -> Chat:
-    """Find the turns: a user's message with the assistant's right after it."""
-    answers = list(before.answers)
-    turns, first_prompt = [], ""
-    systems = [before.system] if before.system else []
-    num_prompts, previous_prompt = before.num_prompts, before.last_prompt
-    for position, (role, text) in enumerate(messages):
-        if role == "system":
-            systems.append(text)
-        elif role == "assistant":
-            answers.append(text)
-        elif role == "user":
-            if num_prompts == 0 and not answers:
-                first_prompt = text
-            if position + 1 < len(messages) and messages[position + 1][0] == "assistant":
-                num_earlier = before.num_answers + len(answers) - len(before.answers)
-                turns.append(
-                    Turn(
-                        position=position,
-                        prompt=text,
-                        previous_prompt=previous_prompt,
-                        turn_index=max(num_prompts, num_earlier),
-                        num_earlier_turns=num_earlier,
-                        num_known=len(answers),
-                    )
-                )
-            num_prompts, previous_prompt = num_prompts + 1, text
-    system = "\n".join(systems)
-    return Chat(
-        chat_id="", group="", location=location, answers=answers, turns=turns, first_prompt=first_prompt, system=system
-    )
-
-
-def _ends_with_turn(chat: Chat, messages: Sequence[tuple[str, str]]) -> bool:
-    return bool(chat.turns) and chat.turns[-1].position == len(messages) - 2
-
-
-def _set_last(chat: Chat, messages: Sequence[tuple[str, str]], response_tokens: int, censored: bool) -> None:
-    """Give the last answer its measured length; a new turn if the messages end before that answer."""
-    if messages[-1][0] != "assistant":
-        prompts = [text for role, text in messages if role == "user"]
-        if not prompts:
-            raise Unusable(reasons.NO_ANSWER)
-        chat.turns.append(
-            Turn(
-                position=len(messages) - 1,
-                prompt=prompts[-1],
-                previous_prompt=prompts[-2] if len(prompts) > 1 else "",
-                turn_index=max(len(prompts) - 1, len(chat.answers)),
-                num_earlier_turns=len(chat.answers),
-                num_known=len(chat.answers),
-            )
-        )
-    _with_turns(chat).turns[-1].response_tokens = response_tokens
-    chat.turns[-1].censored = censored
-
-
-def _with_turns(chat: Chat) -> Chat:
-    if not chat.turns:
-        raise Unusable(reasons.NO_ANSWER)
-    return chat
-
-
-def _fill(chat: Chat, record: Record) -> None:
-    """What a record says about the conversation as a whole."""
-    chat.chat_id = _first_text(record, ID_COLUMNS)
-    chat.group = _first_text(record, GROUP_COLUMNS) or chat.chat_id
-    chat.language = _text_or_none(record, "language")
-    chat.dataset = _text_or_none(record, "dataset")
-    chat.flags = read_flags(record)
-
-
-def _usage_tokens(record: Record) -> int | None:
-    usage = parsed(record.get("usage"))
-    tokens = usage.get("completion_tokens") if isinstance(usage, Mapping) else None
-    return _whole_number(tokens) if tokens is not None else None
-
-
-def _is_cut_off(record: Record) -> bool:
-    choices = parsed(record.get("choices"))
-    choice = choices[0] if isinstance(choices, Sequence) and choices and isinstance(choices[0], Mapping) else {}
-    return _is_true(record.get("censored")) or "length" in (record.get("finish_reason"), choice.get("finish_reason"))
-
-
-def _role_texts(value: Any, location: str, problems: Problems) -> list[tuple[str, str]]:
-    """(role, text) of each message, roles in OpenAI's words; ShareGPT's `from`/`value` are read, too."""
-    value = parsed(value)
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise Unusable(reasons.WRONG_COLUMNS)
-    if not value:
-        raise Unusable(reasons.NO_MESSAGES)
-    messages = []
-    for message in value:
-        if not isinstance(message, Mapping):
-            raise Unusable(reasons.WRONG_COLUMNS)
-        role = role_of(message)
-        try:
-            text = message_text(content_of(message))
-        except DataError as error:
-            raise Unusable(reasons.WRONG_COLUMNS) from error
-        if not isinstance(role, str):
-            raise Unusable(reasons.WRONG_COLUMNS)
-        messages.append((ROLES.get(role, role), tidy(text, location, problems)))
-    return messages
-
-
-def tidy(text: str, location: str, problems: Problems) -> str:
-    """The text without NULs and lone surrogates, which neither Arrow nor tokenizers take; both are counted."""
-    cleaned = clean(text)
-    if cleaned is not text:
-        if "\0" in text:
-            problems.add(reasons.NUL_REMOVED, location)
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            problems.add(reasons.BROKEN_TEXT, location)
-    return cleaned
-
-
-def _text(record: Record, columns: Sequence[str], location: str, problems: Problems) -> str:
-    value = next((record[name] for name in columns if record.get(name) is not None), None)
-    if not isinstance(value, str):
-        raise Unusable(reasons.WRONG_COLUMNS)
-    return tidy(value, location, problems)
-
-
-def _text_or_none(record: Record, column: str) -> str | None:
-    value = record.get(column)
-    return _plain(value) if isinstance(value, str) and value else None
-
-
-def _first_text(record: Record, columns: Sequence[str]) -> str:
-    value = next((record[name] for name in columns if record.get(name) not in (None, "")), "")
-    return _plain(str(value))
-
-
-def _plain(text: str) -> str:
-    """A name without NULs and lone surrogates."""
-    return text.replace("\0", "").encode("utf-8", "replace").decode()
-
-
-def _whole_number(value: Any) -> int:
-    count = number(value)
-    if count is None or not count.is_integer() or not 0 <= count < 2**31:
-        raise Unusable(reasons.BAD_LENGTH)
-    return int(count)
-
-
-def _is_true(value: Any) -> bool:
-    return value is True or (isinstance(value, (int, float)) and value == 1) or str(value).lower() in ("true", "1")
-
-
-def _is_flagged(moderation: Any) -> bool:
+def _is_flagged(moderation: object) -> bool:
     moderation = parsed(moderation)
     if not isinstance(moderation, Sequence) or isinstance(moderation, str):
         return False
-    return any(isinstance(verdict, Mapping) and _is_true(verdict.get("flagged")) for verdict in moderation)
+    return any(isinstance(verdict, Mapping) and bool(true_or_false(verdict.get("flagged"))) for verdict in moderation)
 
 
-def _looks_like(record: Record) -> str | None:
-    has = {name for name, value in record.items() if value is not None}
-    request = parsed(record.get("request"))
-    if isinstance(request, Mapping):
-        return "logs" if {"prompt", "messages", "input"} & set(request) else None
-    if "conversation" in has:
-        return "lmsys"
-    if "conversations" in has:
-        return "sharegpt"
-    if "messages" in has:
-        messages = parsed(record["messages"])
-        last = messages[-1] if isinstance(messages, Sequence) and messages else {}
-        answered = isinstance(last, Mapping) and last.get("role", last.get("from")) in ("assistant", "gpt")
-        return "messages" if answered or "usage" not in has else "logs"
-    if not has & set(PROMPT_COLUMNS):
-        return None
-    if "usage" in has:
-        return "logs"
-    if has & set(LENGTH_COLUMNS):
-        return "lengths"
-    return "pairs" if has & set(ANSWER_COLUMNS) else None
+def lacks_prompt(reason: str) -> bool:
+    """Whether a reason is that records of a family hold no prompts."""
+    return any(reason == reasons.no_prompt(why) for why in NO_PROMPT.values())

@@ -7,6 +7,7 @@ columns and which rows to drop; does not know files, formats or tokenizers.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +21,8 @@ from mope.request import MAX_EARLIER_ANSWERS
 from mope.token_estimate import estimate_tokens
 from mope.training.data import problems as reasons
 from mope.training.data import splits
+from mope.training.data.chats import Chat, Turn
 from mope.training.data.config import DataConfig
-from mope.training.data.formats import Chat, Turn
 from mope.training.data.problems import MAX_EXAMPLES, Problems
 from mope.training.data.table import NO_FLAGS, SCHEMA
 
@@ -47,7 +48,7 @@ class Staging:
     ) -> None:
         self.num_rows = 0
         self.num_chats = 0
-        self._num_recorded = 0
+        self.labels: Counter[str] = Counter()  # rows by where their length is from
         self._config = config
         self._problems = problems
         self._path = path
@@ -102,6 +103,7 @@ class Staging:
     def add(self, chat: Chat, num_tokens: Mapping[str, int]) -> None:
         """Stage the rows of a chat; `num_tokens` has the label tokens of each of its answers."""
         tokens = [num_tokens[answer] for answer in chat.answers]
+        has_system = bool(chat.system.strip())
         estimates = [estimate_tokens(answer) for answer in chat.answers]
         group = self._group_of.setdefault(chat.group, len(self._group_of))
         num_rows_before = self.num_rows
@@ -109,13 +111,23 @@ class Staging:
         if len(first_prompt) >= splits.MIN_PROMPT_CHARS:
             self._join(group, splits.key("prompt", first_prompt))
         for turn in chat.turns:
-            answer = chat.answers[turn.num_known] if turn.num_known < len(chat.answers) else None
-            length = tokens[turn.num_known] if turn.response_tokens is None else turn.response_tokens
-            if not self._is_usable(chat, length, answer if turn.response_tokens is None else None):
+            if turn.response_tokens is None and turn.answer is None:
+                self._problems.add(reasons.HIDDEN_THOUGHTS, chat.location)
+                continue
+            if not has_system and not turn.prompt.strip() and not turn.previous_prompt.strip():  # as `inputs.has_text`
+                self._problems.add(reasons.NO_TEXT, chat.location)
+                continue
+            texts = turn.texts()
+            length = turn.response_tokens
+            if length is None:
+                length = sum(num_tokens[text] for text in texts)
+            if not self._is_usable(chat, length, "".join(texts) if turn.response_tokens is None else None):
                 continue
             earlier = slice(max(0, turn.num_known - MAX_EARLIER_ANSWERS), turn.num_known)
+            row_id = f"{chat.chat_id}/{turn.position}" + (f".{turn.choice}" if turn.choice else "")
+            label_from = "counted" if turn.response_tokens is None else "recorded"
             row = {
-                "row_id": f"{chat.chat_id}/{turn.position}",
+                "row_id": row_id,
                 "turn_index": turn.turn_index,
                 "prompt": turn.prompt,
                 "system": chat.system,
@@ -127,24 +139,28 @@ class Staging:
                 "dataset": chat.dataset,
                 **{name: chat.flags.get(name, default) for name, default in NO_FLAGS.items()},
                 "response_tokens": length,
+                "thought_tokens": self._thought_tokens(chat, turn, length, num_tokens),
+                "label_from": label_from,
                 "censored": turn.censored or self._is_capped(chat, length),
             }
             row["target_llm"] = row["target_llm"] or self._config.target_llm
             for name, values in self._columns.items():
                 values.append(row[name])
-            self._add_keys(chat, turn, group, answer, length, f"{chat.chat_id}/{turn.position}")
+            self._add_keys(chat, turn, group, length, row_id)
             self.num_rows += 1
-            self._num_recorded += turn.response_tokens is not None
+            self.labels[label_from] += 1
+            if label_from == "counted" and turn.calls:
+                self._problems.add(reasons.COUNTED_CALLS, chat.location)
             if len(self._columns["row_id"]) == BATCH_ROWS:
                 self._flush()
         self.num_chats += self.num_rows > num_rows_before
 
     def label_tokenizer(self, counted_with: str) -> str:
         """What the lengths are counted in: a tokenizer, or `"recorded"` where the source gives all of them."""
-        num_counted = self.num_rows - self._num_recorded
-        if self._num_recorded and num_counted:
+        num_recorded, num_counted = self.labels["recorded"], self.labels["counted"]
+        if num_recorded and num_counted:
             self._problems.warn(
-                f"{self._num_recorded:,} lengths are as the source recorded them, {num_counted:,} "
+                f"{num_recorded:,} lengths are as the source recorded them, {num_counted:,} "
                 f"were counted with {counted_with}: the two may not be in the same tokens"
             )
         return counted_with if num_counted else "recorded"
@@ -206,11 +222,23 @@ class Staging:
         caps = [cap for cap in (self._config.response_cap, chat.flags.get("max_tokens")) if cap is not None]
         return bool(caps) and length >= min(caps)
 
-    def _add_keys(self, chat: Chat, turn: Turn, group: int, answer: str | None, length: int, row_id: str) -> None:
+    def _thought_tokens(self, chat: Chat, turn: Turn, length: int, num_tokens: Mapping[str, int]) -> int | None:
+        """How many tokens of an answer are thoughts; None if the record does not tell."""
+        if turn.thought_tokens is not None:
+            return min(turn.thought_tokens, length)
+        thoughts = turn.thoughts or turn.thoughts_inside()
+        if not thoughts:
+            return None
+        if turn.response_tokens is not None:
+            self._problems.add(reasons.COUNTED_THOUGHTS, chat.location)
+        return min(num_tokens[thoughts], length)
+
+    def _add_keys(self, chat: Chat, turn: Turn, group: int, length: int, row_id: str) -> None:
         """Hashes that join this row's conversation to others, and those that may drop the row."""
         prompt = splits.norm(turn.prompt)
         row_hash = 0
-        if answer is not None:
+        answer = "\n".join(turn.texts())
+        if answer:
             start = splits.norm_prefix(answer, splits.JOIN_ANSWER_CHARS)
             if length >= splits.MIN_ANSWER_TOKENS:
                 self._join(group, splits.key("answer", prompt, start))

@@ -44,7 +44,9 @@ SCHEMA = pa.schema(
         pa.field("llm_size", pa.float64()),  # billions of parameters
         pa.field("llm_reasoning", pa.bool_()),
         pa.field("llm_year", pa.int32()),
-        pa.field("response_tokens", pa.int32(), nullable=False),  # the label
+        pa.field("response_tokens", pa.int32(), nullable=False),  # the label: all that was generated
+        pa.field("thought_tokens", pa.int32()),  # how many of them are thoughts, null if not known
+        pa.field("label_from", pa.string()),  # recorded (by the server), counted (from the text)
         pa.field("censored", pa.bool_(), nullable=False),  # the answer hit a cap: it would have been longer
     ]
 )
