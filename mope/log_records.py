@@ -45,7 +45,8 @@ NO_PROMPT = {
     "custom_id",
     "litellm": "a spend log without texts; set store_prompts_in_spend_logs: true in LiteLLM's general_settings",
     "vllm bench": "results of vllm bench have lengths but no prompts; add the prompts, or log requests on the server",
-    "trace": "a trace of lengths without prompts; a predictor reads prompts, replay such a trace with mope replay",
+    "trace": "a trace of lengths has no prompts to learn from; as JSON Lines of arrival_s, client, prompt_tokens and "
+    "response_tokens it can be replayed: mope replay --workloads trace --trace FILE",
     "opentelemetry": "a span without messages; switch on the capture of message content in the instrumentation",
 }
 
@@ -123,7 +124,10 @@ _TRACE = frozenset(
     {"generatedtokens", "responsetokens", "outputtokens", "completiontokens", "outputlength", "numoutputtokens",
      "numgeneratedtokens", "outputlen"}
 )  # fmt: skip
-_BENCH = ("input_lens", "output_lens")
+_BENCH = (
+    "input_lens", "output_lens", "generated_texts", "prompts", "input_texts", "errors", "ttfts", "itls", "tpots",
+    "e2els", "start_times", "model_id",
+)  # fmt: skip
 _SPANS = ("resourceSpans", "scopeSpans", "spans")
 _FAILURES = ("error", "errors", "exception", "error_information")
 _FAMILIES_OF_FIELDS = {
@@ -139,9 +143,10 @@ NAMES: frozenset[str] = TOP_NAMES.union(
     (name for envelope in ENVELOPES for names in envelope.marks for name in names),
     (path.partition(".")[0] for e in ENVELOPES for path in (*e.request, *e.response, *e.flags) if path != "."),
     ("contents", "systemInstruction", "system_instruction", "attributes", "modelVersion", "status", "done", "censored"),
-    ("response_status", "resource", "generated_texts", "prompts", "model_id", "event", "n", "best_of", "object"),
+    ("response_status", "resource", "events", "event", "n", "best_of", "object"),
     ("choices", "content", "stop_sequence", "role", "type", "name"),
-    ("tokens_predicted", "stop_type", "ignore_eos"),
+    ("id", "request_id", "conversation_id", "conversation_hash", "conv_id", "session_id", "rid", "spanId", "span_id"),
+    ("language", "dataset", "redacted", "sessionId"),
 )  # fmt: skip
 _FOLDED: dict[str, str] = {name.lower(): name for name in sorted(NAMES, reverse=True)}
 

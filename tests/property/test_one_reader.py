@@ -1,9 +1,10 @@
-"""A request is read the same way from Python, from an HTTP body and from a log."""
+"""A request is read the same way from Python, from an HTTP body and from a log of any tool."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from mope import Request
 from mope.inputs import as_request
+from mope.log_records import logged
 from mope.serving_hooks.bodies import Kind, read
 from mope.training.data import splits
 from mope.training.data.build import build_rows
@@ -130,6 +132,68 @@ def by_http(kind: Kind, body: Body) -> Request:
     return request
 
 
+Wrap = Callable[[str, Body, int], list[Body]]
+
+
+def _chat(tokens: int) -> Body:
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "text"}}
+    return {"object": "chat.completion", "choices": [choice], "usage": {"completion_tokens": tokens}}
+
+
+def _anthropic(tokens: int) -> Body:
+    content = [{"type": "thinking", "thinking": "hm", "signature": "x"}, {"type": "text", "text": "text"}]
+    message = {"type": "message", "role": "assistant", "content": content, "stop_reason": "end_turn"}
+    return {**message, "usage": {"input_tokens": 9, "output_tokens": tokens}}
+
+
+def _responses(tokens: int) -> Body:
+    item = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "text"}]}
+    usage = {"input_tokens": 9, "output_tokens": tokens, "output_tokens_details": {"reasoning_tokens": 3}}
+    return {"object": "response", "status": "completed", "output": [{"type": "reasoning"}, item], "usage": usage}
+
+
+def _langfuse(name: str, body: Body, tokens: int) -> list[Body]:
+    asked = body.get("messages", body.get("input", body.get("prompt")))
+    asked = asked[0] if "prompt" in body and isinstance(asked, list) else asked
+    flags = {key: value for key, value in body.items() if key not in ("messages", "input", "prompt", "model")}
+    observation = {"id": name, "type": "GENERATION", "model": body["model"], "modelParameters": flags, "input": asked}
+    return [{**observation, "output": {"role": "assistant", "content": "text"}, "usageDetails": {"output": tokens}}]
+
+
+def _batch(name: str, body: Body, tokens: int) -> Body:
+    response = {"status_code": 200, "request_id": "r", "body": _chat(tokens)}
+    return {"id": name, "custom_id": name, "url": "/v1/chat/completions", "body": body, "response": response}
+
+
+# what tools make of a body and its answer
+ENVELOPES: dict[str, Wrap] = {
+    "flat": lambda name, body, tokens: [{"id": name, **body, "usage": {"completion_tokens": tokens}}],
+    "flat tokens": lambda name, body, tokens: [{"id": name, **body, "completion_tokens": str(tokens)}],
+    "request and usage": lambda name, body, tokens: [
+        {"id": name, "request": body, "response": {"usage": {"completion_tokens": tokens}}}
+    ],
+    "request and response": lambda name, body, tokens: [{"id": name, "request": body, "response": _chat(tokens)}],
+    "Anthropic": lambda name, body, tokens: [{"id": name, "request": body, "response": _anthropic(tokens)}],
+    "Responses": lambda name, body, tokens: [{"id": name, "request": body, "response": _responses(tokens)}],
+    "cells of a CSV file": lambda name, body, tokens: [
+        {"Id": name, "Request": json.dumps(body), "Response": json.dumps(_chat(tokens))}
+    ],
+    "batch": lambda name, body, tokens: [_batch(name, body, tokens)],
+    "batch, its halves": lambda name, body, tokens: [
+        {"id": name, "custom_id": name, "body": body},
+        {key: value for key, value in _batch(name, body, tokens).items() if key not in ("url", "body")},
+    ],
+    "Helicone": lambda name, body, tokens: [
+        {"request_id": name, "request_body": body, "response_body": _chat(tokens), "completion_tokens": 7}
+    ],
+    "LiteLLM": lambda name, body, tokens: [
+        {"request_id": name, "call_type": "acompletion", "completion_tokens": tokens, "messages": {}, "spend": 0.1,
+         "proxy_server_request": body, "response": _chat(tokens)}
+    ],
+    "Langfuse": _langfuse,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def by_logs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Requests of the rows that training makes of logs with these bodies."""
@@ -138,15 +202,12 @@ def by_logs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
     tokenizer.save(str(folder / "tokenizer.json"))
 
-    def call(bodies: dict[str, Body], *, flat: bool) -> dict[str, Request]:
-        records = []
-        for name, body in bodies.items():
-            usage = {"usage": {"completion_tokens": recorded(name), "prompt_tokens": 9}}
-            records.append({"id": name, **({**body, **usage} if flat else {"request": body, "response": usage})})
+    def call(bodies: dict[str, Body], wrap: Wrap) -> dict[str, Request]:
+        records = [record for name, body in bodies.items() for record in wrap(name, body, recorded(name))]
         path = folder / "logs.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
         config = DataConfig(
-            source=str(path), data_format="logs", label_tokenizer=str(folder / "tokenizer.json"), min_rows=0,
+            source=str(path), label_tokenizer=str(folder / "tokenizer.json"), min_rows=0,
             num_workers=1, cache_dir=folder / "cache",
         )  # fmt: skip
         rows = build_rows(config).rows
@@ -168,31 +229,47 @@ def not_reserved(count: int, start: int = 0) -> list[int]:
     return [number for number, _ in zip(numbers, range(count), strict=False)]
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_sixteen_probes(by_logs: Any, flat: bool) -> None:
+@pytest.mark.parametrize("envelope", ENVELOPES)
+def test_sixteen_probes(by_logs: Any, envelope: str) -> None:
     numbers = not_reserved(len(PROBES))
     bodies = {
         f"r{number}": {"model": "gpt-4o", "messages": [{"role": "user", "content": f"question {number}"}], **flags}
         for number, (flags, _) in zip(numbers, PROBES.values(), strict=True)
     }
-    logged = by_logs(bodies, flat=flat)
+    read_from = by_logs(bodies, ENVELOPES[envelope])
     for (name, body), (_, expected) in zip(bodies.items(), PROBES.values(), strict=True):
         prompt = body["messages"][0]["content"]
         request = Request(prompt=prompt, target_llm="gpt-4o", **expected)
         assert as_request(body) == request
         assert by_http("chat", body) == request
-        assert logged[name] == request
+        assert read_from[name] == request
 
 
 def test_two_thousand_generated_bodies(by_logs: Any) -> None:
     rng = random.Random(16)
     made = {f"r{number}": generated(rng, number) for number in not_reserved(2000)}
-    logged = by_logs({name: body for name, (_, body) in made.items()}, flat=False)
-    assert len(logged) == len(made)
+    read_from = by_logs({name: body for name, (_, body) in made.items()}, ENVELOPES["request and usage"])
+    assert len(read_from) == len(made)
     for name, (kind, body) in made.items():
         in_python, in_http = as_request(body), by_http(kind, body)
-        assert in_python == in_http == logged[name], (kind, body)
-    assert len({request.mode for request in map(_Shape, logged.values())}) > 100  # they are not all alike
+        assert in_python == in_http == read_from[name], (kind, body)
+    assert len({request.mode for request in map(_Shape, read_from.values())}) > 100  # they are not all alike
+
+
+@pytest.mark.parametrize("envelope", ENVELOPES)
+def test_any_body_in_any_envelope_is_the_servers_request_with_the_recorded_tokens(by_logs: Any, envelope: str) -> None:
+    rng = random.Random(envelope)
+    made = {f"r{number}": generated(rng, number) for number in not_reserved(300, start=10**6)}
+    read_from = by_logs({name: body for name, (_, body) in made.items()}, ENVELOPES[envelope])
+    assert len(read_from) == len(made)
+    for name, (kind, body) in made.items():
+        expected = by_http(kind, body)
+        assert read_from[name] == expected, (kind, body)
+        if envelope != "batch, its halves":
+            (record,) = ENVELOPES[envelope](name, body, recorded(name))
+            found = logged(record)
+            assert found is not None
+            assert as_request(found.request) == expected, (kind, body)
 
 
 class _Shape:

@@ -77,6 +77,8 @@ def exchange(record: Record, location: str, problems: Problems) -> Chat:
 def _check(found: Logged) -> None:
     """Refuse what gives no row whatever its request is."""
     is_flat = found.family == "flat"
+    if found.family == "conversation":  # whose earlier answers would be lost
+        raise Unusable(reasons.WRONG_COLUMNS)
     if found.failed:
         raise Unusable(reasons.FAILED)
     if found.lacking:

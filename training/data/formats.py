@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from mope.errors import DataError
 from mope.log_answers import ASSISTANT
-from mope.log_records import NAMES, NO_PROMPT, PROMPTS, PYTHON_REPR, logged, python_repr
+from mope.log_records import NAMES, PROMPTS, PYTHON_REPR, logged, python_repr
 from mope.reader import is_forced, parsed, true_or_false
 from mope.request import role_of
 from mope.token_estimate import estimate_tokens
@@ -28,13 +28,9 @@ __all__ += ["tidy", "unknown_format"]
 PROMPT_COLUMNS = PROMPTS
 ANSWER_COLUMNS = ("response", "output", "answer", "completion", "reply")
 LENGTH_COLUMNS = ("response_tokens", "output_tokens", "completion_tokens")
-LLM_FLAG = "--llm-field"
 
 # what a reader of columns may load; everything else is left on disk
-COLUMNS = NAMES.union(
-    (*ANSWER_COLUMNS, *LENGTH_COLUMNS, *ID_COLUMNS, *GROUP_COLUMNS),
-    ("language", "dataset", "redacted", "rid", "spanId", "span_id", "sessionId", "metadata"),
-)
+COLUMNS = NAMES.union(ANSWER_COLUMNS, LENGTH_COLUMNS, ID_COLUMNS, GROUP_COLUMNS)
 MODERATION_COLUMN = "openai_moderation"
 
 Normaliser = Callable[[Record, str], Chat]
@@ -96,10 +92,16 @@ def _has_length(record: Record) -> bool:
     return _is_plain(record) and any(record.get(name) is not None for name in LENGTH_COLUMNS)
 
 
-_PROMPT = ("a prompt", PROMPT_COLUMNS, "--prompt-field")
+_CONVERSATION = ("conversation", "conversations", "messages")
+_PROMPT = ("a prompt", (*PROMPT_COLUMNS, *_CONVERSATION), "--prompt-field")
 _MESSAGES = ("messages", ("messages",), "--messages-field")
 _ANSWER = ("an answer", ANSWER_COLUMNS, "--response-field")
 _LENGTH = ("a length", LENGTH_COLUMNS, "--length-field")
+_EITHER = (
+    "an answer or its length",
+    (*ANSWER_COLUMNS, *LENGTH_COLUMNS),
+    "--response-field or --length-field",
+)
 
 # from the most to the least specific: of formats that yield as many rows, the first is taken
 FORMATS: dict[str, Format] = {
@@ -181,21 +183,18 @@ def unknown_format(source: str, records: Sequence[Record], asked: str) -> DataEr
 
 def _nearest(columns: set[str], asked: str) -> str:
     """What the nearest format misses and what to type; empty if no format is near."""
-    best: tuple[int, str, list[str]] | None = None
-    for name, form in FORMATS.items():
-        has = [part for part in form.parts if columns.intersection(part[1])]
-        if (not has and name != asked) or (asked not in ("auto", name)):
-            continue
-        misses = [
-            f"{what} ({', '.join(names)}; if another column holds it, type {flag} COLUMN)"
-            for what, names, flag in form.parts
-            if not columns.intersection(names)
-        ]
-        if misses and (best is None or len(misses) < best[0]):
-            best = len(misses), name, misses
-    if best is None:
-        return ""
-    return f"the nearest format is {best[1]} (--data-format {best[1]}), which misses {' and '.join(best[2])}"
+    if asked == "auto":
+        name, parts = "pairs", (_PROMPT, _EITHER)
+        if not any(columns.intersection(names) for _, names, _ in parts):
+            return ""
+    else:
+        name, parts = asked, FORMATS[asked].parts
+    misses = [
+        f"{what} ({', '.join(names)}; if another column holds it, type {flag} COLUMN)"
+        for what, names, flag in parts
+        if not columns.intersection(names)
+    ]
+    return f"the nearest format is {name} (--data-format {name}), which misses {' and '.join(misses)}" if misses else ""
 
 
 def normaliser(data_format: str, problems: Problems, *, drop_redacted: bool, drop_flagged: bool) -> Normaliser:
@@ -254,8 +253,3 @@ def _is_flagged(moderation: object) -> bool:
     if not isinstance(moderation, Sequence) or isinstance(moderation, str):
         return False
     return any(isinstance(verdict, Mapping) and bool(true_or_false(verdict.get("flagged"))) for verdict in moderation)
-
-
-def lacks_prompt(reason: str) -> bool:
-    """Whether a reason is that records of a family hold no prompts."""
-    return any(reason == reasons.no_prompt(why) for why in NO_PROMPT.values())
