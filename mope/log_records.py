@@ -135,6 +135,25 @@ _FAMILIES_OF_FIELDS = {
     "generated_text": "text generation inference", "meta_info": "sglang",
 }  # fmt: skip
 
+# attributes of spans
+_GEN_AI = "gen_ai."
+# attribute -> name of the flag in a body
+_SPAN_FLAGS = {
+    "request.model": "model",
+    "request.max_tokens": "max_tokens",
+    "request.temperature": "temperature",
+    "request.choice.count": "n",
+    "tool.definitions": "tools",
+    "request.tools": "tools",
+}
+_SPAN_TOKENS = ("usage.output_tokens", "usage.completion_tokens")
+_SPAN_THOUGHTS = ("usage.reasoning.output_tokens", "usage.reasoning_tokens", "usage.output_tokens.reasoning")
+_SPAN_NAMES = (
+    *_SPAN_FLAGS, *_SPAN_TOKENS, *_SPAN_THOUGHTS, "input.messages", "output.messages", "system_instructions", "prompt",
+    "completion", "response.model", "response.finish_reasons", "conversation.id",
+    "output.type",
+)  # fmt: skip
+
 # names that a record may have at its top, as they are written here
 NAMES: frozenset[str] = TOP_NAMES.union(
     TEXTS, CONVERSATIONS, PROMPTS, MORE, RESPONSES, THOUGHTS, CALLS, TOKEN_LISTS, OF_LLM, _BENCH, _SPANS, _FAILURES,
@@ -147,6 +166,7 @@ NAMES: frozenset[str] = TOP_NAMES.union(
     ("choices", "content", "stop_sequence", "role", "type", "name"),
     ("id", "request_id", "conversation_id", "conversation_hash", "conv_id", "session_id", "rid", "spanId", "span_id"),
     ("language", "dataset", "redacted", "sessionId"),
+    (f"{place}gen_ai.{name}" for place in ("", "attributes.") for name in _SPAN_NAMES),
 )  # fmt: skip
 _FOLDED: dict[str, str] = {name.lower(): name for name in sorted(NAMES, reverse=True)}
 
@@ -434,20 +454,6 @@ def _is_bench(record: Record) -> bool:
 
 # --- spans of OpenTelemetry ---
 
-_GEN_AI = "gen_ai."
-# attribute -> name of the flag in a body
-_SPAN_FLAGS = {
-    "request.model": "model",
-    "request.max_tokens": "max_tokens",
-    "request.temperature": "temperature",
-    "request.choice.count": "n",
-    "output.type": "",
-    "tool.definitions": "tools",
-    "request.tools": "tools",
-}
-_SPAN_TOKENS = ("usage.output_tokens", "usage.completion_tokens")
-_SPAN_THOUGHTS = ("usage.reasoning.output_tokens", "usage.reasoning_tokens", "usage.output_tokens.reasoning")
-
 
 def _attributes(record: Record) -> dict[str, Any] | None:
     """The `gen_ai.*` attributes of a span without that prefix; None if it has none."""
@@ -495,9 +501,7 @@ def _span(record: Record, attributes: Mapping[str, Any]) -> Logged | None:
     thoughts = next((attributes[name] for name in _SPAN_THOUGHTS if attributes.get(name) is not None), None)
     if asked is None and said is None and tokens is None:
         return None
-    request = {
-        flag: attributes[name] for name, flag in _SPAN_FLAGS.items() if flag and attributes.get(name) is not None
-    }
+    request = {flag: attributes[name] for name, flag in _SPAN_FLAGS.items() if attributes.get(name) is not None}
     if "model" not in request and isinstance(attributes.get("response.model"), str):
         request["model"] = attributes["response.model"]
     if attributes.get("output.type") == "json":

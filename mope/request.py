@@ -116,7 +116,7 @@ class Request:
 def role_of(message: Mapping[str, Any]) -> Any:
     """Who speaks, as it is written; a tool where a user's message is nothing but results, as Anthropic has them."""
     role = message.get("role", message.get("from"))
-    if role == "user" and isinstance(content := message.get("content"), list) and content:
+    if isinstance(role, str) and role == "user" and isinstance(content := message.get("content"), list) and content:
         is_result = all(isinstance(part, Mapping) and part.get("type") == "tool_result" for part in content)
         return "tool" if is_result else role
     return role
