@@ -384,8 +384,8 @@ def _put_together(family: str, record: Record, request: Record, response: Any) -
     if request:
         request = _with_facts(request, record, response)
     lacking = "" if request else NO_PROMPT.get(family, "")
-    if not request and family == "flat" and _is_bench(record):
-        family, lacking = "vllm bench", NO_PROMPT["vllm bench"]
+    if family == "flat" and _is_bench(record):
+        family, lacking = "vllm bench", "" if request else NO_PROMPT["vllm bench"]
     elif not request and _is_trace(record) and not answers:
         family, lacking = ("trace", NO_PROMPT["trace"]) if family == "flat" else (family, lacking)
     if family == "request and response" and isinstance(response, Mapping):

@@ -183,12 +183,11 @@ def unknown_format(source: str, records: Sequence[Record], asked: str) -> DataEr
 
 def _nearest(columns: set[str], asked: str) -> str:
     """What the nearest format misses and what to type; empty if no format is near."""
+    name, parts = asked, FORMATS[asked].parts if asked in FORMATS else ()
     if asked == "auto":
         name, parts = "pairs", (_PROMPT, _EITHER)
         if not any(columns.intersection(names) for _, names, _ in parts):
             return ""
-    else:
-        name, parts = asked, FORMATS[asked].parts
     misses = [
         f"{what} ({', '.join(names)}; if another column holds it, type {flag} COLUMN)"
         for what, names, flag in parts
