@@ -316,7 +316,7 @@ def _flat_request(record: Record) -> Record:
         parts = [record[column]]
         if column != "input":
             parts += [said for more in MORE if isinstance(said := record.get(more), str) and said]
-        return {**flags, "prompt": "\n\n".join(parts)}
+        return {**flags, "prompt": "\n\n".join(part for part in parts if part)}
     for name in ("text", "inputs"):
         if isinstance(record.get(name), str):
             return {**flags, name: record[name]}
