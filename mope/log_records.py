@@ -469,7 +469,8 @@ def _attributes(record: Record) -> dict[str, Any] | None:
         if isinstance(name, str) and _GEN_AI in name:
             found[name[name.index(_GEN_AI) :]] = value
     named = {name[len(_GEN_AI) :]: parsed(value) for name, value in found.items() if str(name).startswith(_GEN_AI)}
-    for event in parsed(record.get("events")) or ():
+    events = parsed(record.get("events"))
+    for event in events if isinstance(events, list) else ():
         if isinstance(event, Mapping) and (inner := _attributes({"attributes": event.get("attributes")})):
             named = {**inner, **named}
     return named or None
