@@ -51,7 +51,7 @@ class FairQueue(RequestQueue):
         load: Callable[[], Load],
         room: Callable[[Ticket], bool],
         generated: Callable[[Request], int],
-        settle: Callable[[], None],
+        settle: Callable[[str], None],
         adapters: AdapterTurns | None = None,
     ) -> None:
         """An empty queue.
@@ -62,7 +62,7 @@ class FairQueue(RequestQueue):
             load: what the engine is doing now.
             room: whether there is room for a request by what is predicted of all.
             generated: tokens that a request was given.
-            settle: books requests that are over and not booked yet.
+            settle: books the earlier request of a name, if it is over and not booked yet.
             adapters: which LoRA adapters may be admitted; None where there is no cap.
         """
         self._steward, self._guard, self._load, self._room, self._generated = steward, guard, load, room, generated
@@ -244,8 +244,7 @@ class FairQueue(RequestQueue):
         return carried, self._steward.lengths.expected(carried, client, getattr(request, "max_tokens", None))
 
     def _add(self, request: Request) -> None:
-        if request.request_id in self._steward.held:
-            self._settle()  # one of that name may be over, and not booked
+        self._settle(request.request_id)
         if request.request_id in self._steward.held:  # a session goes on, before all who have not begun
             self._forget_next()
             self._steward.policy.preempt(request.request_id, self._generated(request))
@@ -329,6 +328,7 @@ class FairQueue(RequestQueue):
 
     def _return(self, request: Request) -> None:
         self.catch_up()
+        self._settle(request.request_id)  # what it was given before it lost its place
         self._forget_next()
         request_id = request.request_id
         ticket = self._steward.policy.find(request_id)
@@ -342,6 +342,7 @@ class FairQueue(RequestQueue):
 
     def _drop(self, request: Request) -> None:
         self.catch_up()
+        self._settle(request.request_id)  # it may have begun, and not be booked
         self._forget_next()
         ticket = self._steward.policy.find(request.request_id)
         if ticket is not None:

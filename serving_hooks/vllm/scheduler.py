@@ -87,7 +87,7 @@ class FairMixin(_Base):
             self._load,
             self._has_room,
             self.generated,
-            self._catch_up,
+            self._settle,
             adapters,
         )
         self._holding: HoldingQueue | None = None
@@ -312,6 +312,11 @@ class FairMixin(_Base):
             over, self._over = self._over, []
             for request_id, at_s in over:
                 self._book_end(steward, request_id, at_s)
+
+    def _settle(self, request_id: str) -> None:
+        """Before a name is used: an earlier request of that name may be over and not booked."""
+        if self.mope is not None and (request_id in self.mope.held or request_id in self._begun):
+            self._catch_up()
 
     def _book_start(self, steward: Steward, request: Request, cached_tokens: int, at_s: float) -> None:
         request_id = request.request_id
