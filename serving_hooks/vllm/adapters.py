@@ -9,6 +9,10 @@ has begun. Knows adapters by number, and clients by how much they have had; not 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 Standing = list[float]  # what a client and its groups have had, the outermost first: the less, the sooner its turn
 
@@ -78,6 +82,10 @@ class AdapterTurns:
             return adapter != self.draining
         return len(self.running) < self._max and self._next in (None, adapter)
 
+    def fits(self, adapter: int) -> bool:
+        """Whether a batch has room for an adapter, whosever turn it is."""
+        return adapter in self.running or len(self.running) < self._max
+
     def admitted(self, adapter: int) -> None:
         """A request of an adapter begins to run."""
         self.running.add(adapter)
@@ -85,3 +93,9 @@ class AdapterTurns:
     def ask(self, adapter: int, now_s: float) -> None:
         """A request would be next, but its adapter may not be admitted."""
         self._asked_s.setdefault(adapter, now_s)
+
+
+def adapter_of(request: Request) -> int:
+    """The number of a request's LoRA adapter; 0 without one."""
+    adapter = getattr(request, "lora_request", None)
+    return int(adapter.lora_int_id) if adapter is not None else 0

@@ -15,12 +15,12 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import RequestStatus
 
 from mope.serving_hooks.guard import Guard
+from mope.serving_hooks.vllm.adapters import AdapterTurns, Standing, adapter_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from mope.fairness import Ticket
-    from mope.serving_hooks.vllm.adapters import Standing
     from mope.serving_hooks.vllm.queue import FairQueue
 
 _STEPS_CLOSED = 8  # in which no load begins after one found no room
@@ -44,6 +44,7 @@ class HoldingQueue(RequestQueue):
         standing: Callable[[Request], Standing],
         is_open: Callable[[], bool],
         max_loads: int,
+        adapters: AdapterTurns | None = None,
     ) -> None:
         """An empty queue.
 
@@ -53,9 +54,10 @@ class HoldingQueue(RequestQueue):
             standing: what a request's client has had: the less, the sooner its turn.
             is_open: whether new requests are admitted: a paused engine only drains this queue.
             max_loads: requests here at which no further load begins, but for a client that comes before all of them.
+            adapters: LoRA adapters that run; None where there is no cap.
         """
         self._guard, self._queue, self._standing, self._is_open = guard, queue, standing, is_open
-        self._max_loads = max_loads
+        self._max_loads, self._adapters = max_loads, adapters
         self._requests: dict[str, Request] = {}
         self._order: deque[Request] | None = None  # None while it has to be worked out
         self._least: Standing | None = None  # standing of the first that was here in this step
@@ -89,6 +91,7 @@ class HoldingQueue(RequestQueue):
                 requests = self._guard.run(
                     lambda: sorted(requests, key=self._standing), requests, "ordering requests that hold KV cache"
                 )
+                requests.sort(key=lambda request: not self._fits(request))
             self._order = deque(requests)
             if requests and self._least is None:
                 self._least = self._standing(requests[0])
@@ -103,7 +106,20 @@ class HoldingQueue(RequestQueue):
         """Takes the request that `peek_request` shows."""
         request = self._ordered().popleft()
         del self._requests[request.request_id]
+        adapter = adapter_of(request)
+        if self._adapters is not None and adapter and request.status != RequestStatus.WAITING_FOR_REMOTE_KVS:
+            self._adapters.admitted(adapter)
+            self._order = None  # there may be no room for others' adapters now
         return request
+
+    def _fits(self, request: Request) -> bool:
+        """Whether its LoRA adapter fits into the batch.
+
+        vLLM counts adapters of requests that it scheduled in this step. Where KV cache is full and cannot be freed yet
+        it schedules only some of those that run, and one adapter too many fails an assertion in the next step.
+        """
+        adapter = adapter_of(request)
+        return self._adapters is None or not adapter or self._adapters.fits(adapter)
 
     def peek_request(self) -> Request:
         """Who is next."""
@@ -132,7 +148,10 @@ class HoldingQueue(RequestQueue):
         """Whether vLLM should look here before it looks at the fair queue."""
         if not self._requests:
             return False
-        return not self._guard.run(lambda: self._gives_way(self._queue.offer()), False, "choosing between queues")
+        return not self._guard.run(self._is_passed, False, "choosing between queues")
+
+    def _is_passed(self) -> bool:
+        return not self._fits(self._ordered()[0]) or self._gives_way(self._queue.offer())
 
     def __len__(self) -> int:
         return len(self._requests)

@@ -25,7 +25,7 @@ from mope.serving_hooks.carried import CLIENT, Carried
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.lengths import Expected
 from mope.serving_hooks.steward import ANYBODY, Steward
-from mope.serving_hooks.vllm.adapters import AdapterTurns, Standing
+from mope.serving_hooks.vllm.adapters import AdapterTurns, Standing, adapter_of
 from mope.serving_hooks.vllm.aside import Aside
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ class FairQueue(RequestQueue):
             ticket = self._steward.policy.peek()
             if ticket is None:
                 break
-            adapter = _adapter(self.requests[ticket.request_id]) if self.adapters is not None else 0
+            adapter = adapter_of(self.requests[ticket.request_id]) if self.adapters is not None else 0
             if not adapter or self.adapters is None or self.adapters.admits(adapter):
                 self._next = ticket
                 break
@@ -318,7 +318,7 @@ class FairQueue(RequestQueue):
             self.aside.skip(ticket)
             self._may_skip -= 1
         else:
-            if self.adapters is not None and (adapter := _adapter(request)):
+            if self.adapters is not None and (adapter := adapter_of(request)):
                 self.adapters.admitted(adapter)
             if self.holding is not None and request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
                 self.holding.num_begun += 1
@@ -365,12 +365,6 @@ class FairQueue(RequestQueue):
     def _anyone(self) -> bool:
         ticket = self.offer()
         return ticket is not None and (self.holding is None or self.holding.lets_in(ticket))
-
-
-def _adapter(request: Request) -> int:
-    """The number of a request's LoRA adapter; 0 without one."""
-    adapter = getattr(request, "lora_request", None)
-    return int(adapter.lora_int_id) if adapter is not None else 0
 
 
 def _always(_: int) -> bool:

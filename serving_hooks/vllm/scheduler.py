@@ -93,7 +93,12 @@ class FairMixin(_Base):
         self._holding: HoldingQueue | None = None
         if hasattr(self, "kv_holding_waiting"):
             self._holding = self.kv_holding_waiting = HoldingQueue(
-                self.mope_guard, self._queue, self._standing, self._is_open, self.scheduler_config.max_num_seqs
+                self.mope_guard,
+                self._queue,
+                self._standing,
+                self._is_open,
+                self.scheduler_config.max_num_seqs,
+                adapters,
             )
             if getattr(self, "connector", None) is not None:
                 self._queue.hold_with(self._holding)

@@ -5,6 +5,7 @@ The first part has no model and runs on many releases, see `releases.py`. Costs 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from importlib.util import find_spec
@@ -215,6 +216,67 @@ def test_a_name_that_is_used_again_at_once_is_another_request() -> None:
     served.scheduler.finish_requests("y-5", RequestStatus.FINISHED_ABORTED)
     served.finish(100)
     assert "x-30" in served.ended
+
+
+def test_what_is_given_up_right_after_a_preemption_is_charged_once_and_its_name_is_free() -> None:
+    """It began some steps ago, which the books do not know yet; then its name is another request's."""
+    from vllm.v1.request import RequestStatus
+
+    for again in (False, True):
+        served = Served(slots=1)
+        served.send("x-30", "a")
+        served.step(2)
+        served.scheduler.reset_prefix_cache(reset_running_requests=True)
+        assert served.scheduler.requests["x-30"].status == RequestStatus.PREEMPTED
+        generated = served.scheduler.requests["x-30"].num_output_tokens
+        served.scheduler.finish_requests("x-30", RequestStatus.FINISHED_ABORTED)
+        if again:
+            served.send("x-30", "a")
+        served.step()
+        served.send("y-40", "b")
+        served.finish(120)
+        tally = dict(served.scheduler.mope.tallies.items())["a"]
+        assert (tally.num_arrived, tally.num_finished, tally.num_aborted) == (1 + again, again, 1)
+        assert tally.charged.service == (20 + 2 * generated + again * (20 + 2 * 30)) * 1_000_000
+
+
+def test_what_was_computed_before_is_refunded_though_a_preemption_follows_at_once() -> None:
+    served = Served()
+    served.send("x-30", "a")
+    batch = served.engine.schedule()
+    request = served.scheduler.requests["x-30"]
+    served.scheduler._started = [(request, 16, 0.0)]  # as if KV cache for 16 of its tokens had been there
+    served.engine.deliver(batch, lambda *_: False)
+    served.scheduler.reset_prefix_cache(reset_running_requests=True)
+    served.finish(60)
+    tally = dict(served.scheduler.mope.tallies.items())["a"]
+    assert tally.charged.service == (20 - 16 + 2 * 30) * 1_000_000
+
+
+def test_a_loaded_request_waits_while_its_adapter_would_be_one_too_many() -> None:
+    """vLLM counts the adapters of what a step schedules: without KV cache to free that is less than what runs."""
+    from types import SimpleNamespace
+
+    from vllm.v1.request import RequestStatus
+
+    from mope.serving_hooks.guard import Guard
+    from mope.serving_hooks.vllm.adapters import AdapterTurns
+    from mope.serving_hooks.vllm.holding import HoldingQueue
+
+    turns = AdapterTurns(1, 1.0)
+    turns.begin([1], 0.0, lambda _: None, lambda _: [0.0])
+    nobody = SimpleNamespace(offer=lambda: None)
+    queue = HoldingQueue(Guard(logging.getLogger("test")), nobody, lambda _: [0.0], lambda: True, 8, turns)
+    for number in (2, 1, 0):
+        adapter = SimpleNamespace(lora_int_id=number) if number else None
+        queue.add_request(SimpleNamespace(request_id=f"r{number}", lora_request=adapter, status=RequestStatus.WAITING))
+    assert [queue.pop_request().request_id for _ in range(2)] == ["r1", "r0"]
+    assert not queue  # r2 is here, and is not offered
+    assert len(queue) == 1
+    turns.begin([], 0.0, lambda _: None, lambda _: [0.0])
+    queue.refresh()
+    assert queue
+    assert queue.pop_request().request_id == "r2"
 
 
 # -- with the model

@@ -2,7 +2,7 @@
 
 No model and no GPU; runs on many releases, see `releases.py`. Each case draws its engine and its traffic from a seed:
 
-    MOPE_FUZZ_REQUESTS=50000 python -m pytest tests/engines/test_vllm_fuzz.py -s    # so many in all, some 100 by default
+    MOPE_FUZZ_REQUESTS=50000 python -m pytest tests/engines/test_vllm_fuzz.py -s  # in all; else 150 a case
     MOPE_FUZZ_SEED=7 python -m pytest tests/engines/test_vllm_fuzz.py               # other draws
 
 `python tests/engines/test_vllm_fuzz.py POLICY BASE SEED` repeats a case; with `stock` as policy, without the hook.
@@ -16,6 +16,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -317,10 +318,8 @@ class Fuzz:
         if draw.random() < 0.003:
             self.abort(None)
         if draw.random() < 0.01:
-            try:
+            with suppress(RuntimeError, TypeError):  # KV cache is being loaded; or a release that cannot
                 self.scheduler.reset_prefix_cache(reset_running_requests=True)
-            except (RuntimeError, TypeError):
-                pass  # KV cache is being loaded; or a release that cannot
         if draw.random() < 0.02 and hasattr(self.scheduler, "set_pause_state"):
             state = draw.choice(("PAUSED_NEW", "PAUSED_ALL", "UNPAUSED", "UNPAUSED"))
             self.scheduler.set_pause_state(type(self.scheduler.pause_state)[state])
@@ -353,13 +352,17 @@ class Fuzz:
             for name in arrived:
                 del self.loading[name]
         batch = self.in_flight.pop(0)
-        for one in self.engine.deliver(batch, lambda name, tokens: tokens >= self.now[name].length):
+        for one in self.engine.deliver(batch, self._is_last):
             life = self.now[one.request_id]
             life.delivered += one.num_tokens
             if one.finished and not (life.session and not life.request.is_finished()):  # a session's turn ended
                 life.ends.append("finished")
                 del self.now[one.request_id]
         self._look_who_is_gone()
+
+    def _is_last(self, name: str, tokens: int) -> bool:
+        life = self.now.get(name)  # vLLM remembers what was given up while its KV cache is loaded
+        return life is not None and tokens >= life.length
 
     def run(self) -> None:
         """All traffic, then the end of all that is left."""
@@ -414,8 +417,9 @@ class Fuzz:
         assert ledger.open_requests == ()
         assert (len(policy), policy.num_blocked, policy.num_aside, policy.num_front) == (0, 0, 0, 0)
         assert not steward.held
-        assert not (queue.requests or queue._later or len(queue.aside))
-        assert not (scheduler._begun or scheduler._earlier or scheduler._fresh or scheduler._started)
+        assert [*queue.requests, *queue._later] == []
+        assert len(queue.aside) == 0
+        assert [*scheduler._begun, *scheduler._earlier, *scheduler._fresh, *scheduler._started] == []
         assert not any(account.num_waiting or account.num_open for account in ledger.clients())
         tallies = dict(steward.tallies.items())
         assert sum(tally.num_arrived for tally in tallies.values()) == len(self.lives)
