@@ -82,6 +82,12 @@ def _train(argv: list[str]) -> int:
     return train(argv, prog="mope train")
 
 
+def _data(argv: list[str]) -> int:
+    from mope.training.data.cli import main as data
+
+    return data(argv)
+
+
 def _predict(argv: list[str]) -> int:
     from mope.backends.choice import BACKENDS
 
@@ -356,6 +362,7 @@ def _doctor(argv: list[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "data": (_data, "show what a data set holds and what looks wrong in it, before training"),
     "train": (_train, "train a predictor on chats or logs, evaluate and save it"),
     "predict": (_predict, "predict the response tokens of prompts or of a file of requests"),
     "evaluate": (_evaluate, "evaluate a saved predictor on a data set"),

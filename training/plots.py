@@ -25,6 +25,7 @@ FloatArray = npt.NDArray[np.float64]
 ORANGE = "#d9772b"
 GREY = "#8a8f98"
 MAX_RIVALS = 4  # lines beside MoPE's that can still be told apart
+MAX_STRIPS = 8  # LLMs in one picture
 
 
 def predicted_vs_true(
@@ -253,6 +254,45 @@ def baselines_bar(results: Mapping[str, Mapping[str, Any]], path: Path, *, title
         axes.margins(x=0.08)
         axes.set(xlabel="MAE (tokens), with 95 % bootstrap interval", xlim=(0, None))
         axes.set_title(f"Mean absolute error, {title}")
+
+
+def response_tokens_by_llm(
+    names: Sequence[str], llm_R: npt.NDArray[np.int64], tokens_R: npt.ArrayLike, cut_R: npt.ArrayLike, path: Path
+) -> None:
+    """Distribution of response tokens, one strip for all rows and one for each of the largest LLMs, log axis.
+
+    Args:
+        names: LLMs by number of rows, most first.
+        llm_R: position of each row's LLM in `names`.
+        tokens_R: response tokens.
+        cut_R: True where the answer was cut off; drawn on top of the whole answers.
+        path: PNG to write.
+    """
+    tokens, cut = np.maximum(np.asarray(tokens_R, np.float64), 1.0), np.asarray(cut_R, bool)
+    _some_rows(tokens)
+    strips: list[tuple[str, npt.NDArray[np.bool_]]] = [("all rows", np.ones(len(tokens), bool))]
+    if len(names) > 1:
+        strips += [(name, llm_R == number) for number, name in enumerate(names[:MAX_STRIPS])]
+    limits = _log_limits(tokens)
+    edges = np.geomspace(*limits, 61)
+    with figure_to(path, 7.0, 1.2 + 0.85 * len(strips)) as figure:
+        all_axes = np.atleast_1d(figure.subplots(len(strips), 1, sharex=True))
+        for axes, (name, here_R) in zip(all_axes, strips, strict=True):
+            whole, cut_off = (np.histogram(tokens[here_R & mask], edges)[0] / here_R.sum() for mask in (~cut, cut))
+            axes.stairs(whole, edges, fill=True, color=MOPE_BLUE, label="whole answers")
+            axes.stairs(whole + cut_off, edges, baseline=whole, fill=True, color=ORANGE, label="cut off")
+            axes.axvline(float(np.median(tokens[here_R])), color="#333333", linewidth=1.0, label="median")
+            axes.set(xscale="log", xlim=limits, yticks=[])
+            axes.spines["left"].set_visible(False)
+            axes.text(
+                0.0, 1.0, f"{_shown(name)}: {here_R.sum():,} rows, median {np.median(tokens[here_R]):,.0f}, "
+                f"{cut[here_R].mean():.0%} cut off",
+                transform=axes.transAxes, fontsize=8, va="bottom",
+            )  # fmt: skip
+        _token_ticks(all_axes[-1].xaxis)
+        all_axes[-1].set_xlabel("response tokens")
+        all_axes[0].legend(loc="upper left")
+        figure.suptitle(f"Response tokens of {len(tokens):,} rows", x=0.01, ha="left", fontsize=10, fontweight="bold")
 
 
 def _some_rows(values: FloatArray) -> None:

@@ -66,12 +66,16 @@ def resolve_label_tokenizer(data: DataConfig, tokenizer_json: str, folder: Path)
     return data.model_copy(update={"label_tokenizer": str(path)})
 
 
-def build_rows(config: DataConfig, *, console: Console | None = None) -> DataSet:
+def build_rows(
+    config: DataConfig, *, console: Console | None = None, source: Source | None = None, learnable: bool = True
+) -> DataSet:
     """Read a source into leak-safe rows, or take them from the cache.
 
     Args:
         config: source, filters, tokenizer and limits.
         console: where to say that the cache was used; stderr if not given.
+        source: what to read in place of `config.source`, such as a sample of it.
+        learnable: refuse too few training rows, and rows that all have one length.
 
     Returns:
         The rows, memory-mapped from the cache folder, with their report.
@@ -85,14 +89,14 @@ def build_rows(config: DataConfig, *, console: Console | None = None) -> DataSet
     if config.label_tokenizer == "encoder":
         raise ConfigError("label_tokenizer 'encoder' names no file here; give the path of the encoder's tokenizer.json")
     counter = load_counter(config.label_tokenizer, num_workers=config.num_workers, cache_dir=config.cache_dir)
-    source = open_source(config)
+    source = source or open_source(config)
     if source.recorded_in not in (None, config.label_tokenizer):
         raise ConfigError(
             f"the lengths of {config.source} are counted in {source.recorded_in} tokens, not in "
             f"{config.label_tokenizer}; type --label-tokenizer {source.recorded_in}"
         )
     fingerprint = _fingerprint(config, source, counter)
-    folder = config.cache_dir / "rows" / fingerprint[:32]
+    folder = _folder(config, fingerprint)
     from_cache = folder.is_dir()
     if from_cache:
         out.print(f"rows of {config.source} taken from the cache {folder}", highlight=False, soft_wrap=True)
@@ -103,8 +107,25 @@ def build_rows(config: DataConfig, *, console: Console | None = None) -> DataSet
     )
     with pa.memory_map(str(folder / "rows.arrow")) as file:
         rows = RowTable(pa.ipc.open_file(file).read_all())
-    _check_learnable(config, rows, report)
+    if learnable:
+        _check_learnable(config, rows, report)
     return DataSet(rows, report, fingerprint)
+
+
+def is_cached(config: DataConfig) -> bool:
+    """Whether `build_rows` would take the rows from the cache. Reads files once, for their hash.
+
+    Raises:
+        DataError: a source that can't be read.
+        ConfigError: a tokenizer that is not known.
+        MissingExtraError: a package that the source needs is not installed.
+    """
+    counter = load_counter(config.label_tokenizer, num_workers=config.num_workers, cache_dir=config.cache_dir)
+    return _folder(config, _fingerprint(config, open_source(config), counter)).is_dir()
+
+
+def _folder(config: DataConfig, fingerprint: str) -> Path:
+    return config.cache_dir / "rows" / fingerprint[:32]
 
 
 def _fingerprint(config: DataConfig, source: Source, counter: TokenCounter) -> str:
