@@ -285,7 +285,7 @@ def response_tokens_by_llm(
             axes.set(xscale="log", xlim=limits, yticks=[])
             axes.spines["left"].set_visible(False)
             axes.text(
-                0.0, 1.0, f"{_shown(name)}: {here_R.sum():,} rows, median {np.median(tokens[here_R]):,.0f}, "
+                0.0, 1.0, f"{_one_line(name)}: {here_R.sum():,} rows, median {np.median(tokens[here_R]):,.0f}, "
                 f"{cut[here_R].mean():.0%} cut off",
                 transform=axes.transAxes, fontsize=8, va="bottom",
             )  # fmt: skip
@@ -298,6 +298,11 @@ def response_tokens_by_llm(
 def _some_rows(values: FloatArray) -> None:
     if not values.size:
         raise DataError("got no rows to draw; expected at least one")
+
+
+def _one_line(name: str) -> str:
+    """A name that users gave, cut to the width of a picture; a dollar would begin a formula."""
+    return (name if len(name) <= 40 else name[:37] + "...").replace("$", r"\$")
 
 
 def _shown(name: str) -> str:

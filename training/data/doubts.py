@@ -148,8 +148,8 @@ def _prompts(summary: Summary) -> Found:
     if empty > EMPTY_SHARE:
         yield (
             "empty_prompts",
-            f"{empty:.0%} of the prompts have no text ({dropped:,} rows were dropped for it): is the prompt where it was "
-            "looked for?",
+            f"{empty:.0%} of the prompts have no text ({dropped:,} rows were dropped for it): is the prompt where it "
+            "was looked for?",
         )
     if summary.num_texts < MIN_ROWS:
         return
@@ -165,8 +165,8 @@ def _parts(summary: Summary) -> Found:
     if summary.top_group > TOP_GROUP_SHARE:
         yield (
             "one_group",
-            f"{summary.top_group:.0%} of the rows belong together (one conversation, or shared prompts and answers) and "
-            "lie in one split: is the conversation id the client's?",
+            f"{summary.top_group:.0%} of the rows belong together (one conversation, or shared prompts and answers) "
+            "and lie in one split: is the conversation id the client's?",
         )
     first = summary.llms[0]
     share = first.response_tokens.num_rows / summary.num_rows

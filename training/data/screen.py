@@ -53,10 +53,11 @@ def _say(console: Console, line: str | Text) -> None:
 def _head(summary: Summary) -> list[str]:
     report = summary.report
     forms = ", ".join(f"{name} {count:,}" for name, count in report.families.items())
+    forms = f" ({forms})" if forms else ""
     kept = ", ".join(f"{name} {count:,}" for name, count in report.num_rows.items())
     first = summary.shares["first_turn"]
     lines = [
-        f"{report.source}: {report.num_records:,} records read as {report.data_format}{f' ({forms})' if forms else ''}, "
+        f"{report.source}: {report.num_records:,} records read as {report.data_format}{forms}, "
         f"{report.num_chats:,} conversations, lengths in "
         + ("tokens as recorded" if report.label_tokenizer == "recorded" else f"{report.label_tokenizer} tokens")
         + (" (from the cache)" if report.from_cache else ""),

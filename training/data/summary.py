@@ -246,8 +246,8 @@ def summarise(data: DataSet, columns: Columns, *, sample: str | None = None) -> 
     rows, report = data.rows, data.report
     if not len(rows):
         raise DataError(
-            f"{report.source}: {report.num_rows.get('reserved', 0):,} rows, all of them in reserve, which is not shown: "
-            "give more data"
+            f"{report.source}: {report.num_rows.get('reserved', 0):,} rows, all of them in reserve, which is not "
+            "shown: give more data"
         )
     num_rows = len(rows)
     texts = rows.take(np.linspace(0, num_rows - 1, min(num_rows, MAX_TEXTS)).astype(np.int64))
