@@ -57,7 +57,10 @@ def parser(prog: str) -> Parser:
     made.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the config as YAML, then data counts, time and memory; train nothing",
+        help="show the data as mope data does, the config as YAML, then steps and parameters; train nothing",
+    )
+    made.add_argument(
+        "--measure-speed", action="store_true", help="with --dry-run: try some steps, and say how long a run takes"
     )
     made.add_argument("--list-recipes", action="store_true", help="list the built-in recipes and what each needs")
     made.add_argument(
@@ -90,11 +93,11 @@ def _train(argv: list[str], prog: str) -> int:
         overrides["also"] = [{"source": name} for name in arguments.also.split(",") if name not in ("", "none")]
     if arguments.recipe is None and arguments.data is None:
         raise ConfigError(f"got neither data nor a recipe; type for example: {prog} {EXAMPLES[0]}")
+    if arguments.measure_speed and not arguments.dry_run:
+        raise ConfigError("--measure-speed goes with --dry-run; a run itself says how long it takes")
     config = load_recipe(arguments.recipe, overrides)
     named_teachers(config.model)  # those that can't teach are told before anything is printed or read
-    if arguments.dry_run:
-        print(dump(config), end="", flush=True)
-    elif arguments.output is None:
+    if not arguments.dry_run and arguments.output is None:
         raise ConfigError(
             f"--output is missing: where to save the predictor, for example --output runs/{_label(config.data.source)}"
         )
@@ -107,10 +110,13 @@ def _train(argv: list[str], prog: str) -> int:
 
     from mope.training.quiet import quiet
 
+    if arguments.dry_run:
+        _show_data(config)
+        print(dump(config), end="", flush=True)
     quiet()
     _check_hardware(config.fit)
     if arguments.dry_run:
-        return _show_plan(config)
+        return _show_plan(config, measure_speed=arguments.measure_speed)
 
     from mope.training.fit import TrainingInterruptedError
     from mope.training.run import train
@@ -125,10 +131,30 @@ def _train(argv: list[str], prog: str) -> int:
     return 0
 
 
-def _show_plan(config: TrainConfig) -> int:
-    from mope.training.plan import make_plan
+def _show_data(config: TrainConfig) -> None:
+    """The screen of `mope data` for the main data set. Without the encoder's tokenizer, it needs no torch."""
+    from mope.training.data.cli import summed_up
+    from mope.training.data.screen import show
 
-    for line in make_plan(config).lines():
+    if config.data.label_tokenizer == "encoder":
+        from mope.training.plan import main_rows
+        from mope.training.quiet import quiet
+
+        quiet()
+        data = main_rows(config)
+    else:
+        from mope.training.data.build import build_rows
+
+        data = build_rows(config.data, learnable=False)
+    summary, _ = summed_up(data, config.data.min_rows)
+    show(summary, terminal.console())
+    _say("")
+
+
+def _show_plan(config: TrainConfig, *, measure_speed: bool) -> int:
+    from mope.training.plan import MEASURE_S, make_plan
+
+    for line in make_plan(config, measure_s=MEASURE_S if measure_speed else None).lines():
         _say(line)
     return 0
 

@@ -1,11 +1,12 @@
 """`mope-train --dry-run`: what a run would read, how long it would take and how much memory it would need.
 
-Takes a few real optimiser steps on real rows and extrapolates; says which number is which. Writes nothing but the
-cache of rows, which the run itself then takes.
+Counts rows, steps and parameters. Where it is asked to, it takes a few real optimiser steps on real rows, extrapolates
+from them, and says which number is which. Writes nothing but the cache of rows, which the run itself then takes.
 """
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from mope.backends.network import MopeNetwork
 from mope.console import console
 from mope.training.batches import BucketLoader, EncodedRows
 from mope.training.config import FitConfig, ModelConfig, TrainConfig
-from mope.training.data.build import build_rows, resolve_label_tokenizer
+from mope.training.data.build import DataSet, build_rows, resolve_label_tokenizer
 from mope.training.data.table import RowTable
 from mope.training.encoders import Trunk
 from mope.training.experts import expert_rows, new_network
@@ -78,16 +79,18 @@ class Plan:
 
     Attributes:
         teachers: a line about each predictor that teaches.
-        reports: lines about the data as it was read.
+        reports: lines about further data sets as they were read; `mope data` shows the main one.
         num_rows: split -> rows that would be used.
         input_tokens: median and 90 % quantile of a row's input tokens.
         padded_tokens: mean input tokens of a training row, padding included.
         num_parameters: of one network.
         num_trained: those among them that training changes.
-        measured: the trial steps.
-        stages: what takes long, with its seconds.
-        memory_bytes: estimate of the run's peak memory.
+        measured: the trial steps; None: none were taken.
+        stages: what takes long, with its seconds; empty without trial steps.
+        memory_bytes: estimate of the run's peak memory; 0 without trial steps.
         batch_size: rows per step.
+        epochs: passes over the training rows.
+        num_steps: optimiser steps of one network that sees all training rows, on one device.
     """
 
     teachers: tuple[str, ...]
@@ -97,10 +100,12 @@ class Plan:
     padded_tokens: float
     num_parameters: int
     num_trained: int
-    measured: Measured
+    measured: Measured | None
     stages: tuple[tuple[str, float], ...]
     memory_bytes: float
     batch_size: int
+    epochs: float
+    num_steps: int
 
     @property
     def seconds(self) -> float:
@@ -109,11 +114,7 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan for a terminal."""
-        measured = self.measured
         median, high = self.input_tokens
-        speed = measured.tokens_per_s / self.padded_tokens
-        gpu = f", {measured.gpu_bytes / GIB:.1f} GiB on the GPU" if measured.gpu_bytes else ""
-        width = max(len(name) for name, _ in self.stages)
         return [
             *self.teachers,
             *self.reports,
@@ -121,6 +122,20 @@ class Plan:
             f"rows used: {', '.join(f'{name} {count:,}' for name, count in self.num_rows.items())}",
             f"input tokens of a row: median {median:.0f}, 90% have at most {high:.0f} (measured on a sample)",
             f"a network: {self.num_parameters / 1e6:.1f} M parameters, {self.num_trained / 1e6:.1f} M of them trained",
+            f"steps of a network: {self.num_steps:,} of {self.batch_size} rows ({self.epochs:g} epochs) on one device, "
+            "if it does not stop early",
+            *(self._no_time() if self.measured is None else self._times(self.measured)),
+        ]
+
+    @staticmethod
+    def _no_time() -> list[str]:
+        return ["time and memory: not measured; add --measure-speed to try some steps (half a minute)"]
+
+    def _times(self, measured: Measured) -> list[str]:
+        speed = measured.tokens_per_s / self.padded_tokens
+        gpu = f", {measured.gpu_bytes / GIB:.1f} GiB on the GPU" if measured.gpu_bytes else ""
+        width = max(len(name) for name, _ in self.stages)
+        return [
             f"training speed: {speed:,.0f} rows/s on one device (measured: {measured.steps} steps of "
             f"{self.batch_size} rows in {measured.seconds:.1f} s, {measured.hardware})",
             "",
@@ -134,12 +149,24 @@ class Plan:
         ]
 
 
-def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
-    """Read the data, try some steps and estimate the run.
+def main_rows(config: TrainConfig) -> DataSet:
+    """The rows of a run's main data set, few or unlearnable ones, too, their answers counted as the run counts them.
+
+    Raises:
+        UserError: data, encoder or tokenizer that can't be used.
+    """
+    encoder, _ = _trunk(config.model, named_teachers(config.model), config.data.label_tokenizer)
+    with tempfile.TemporaryDirectory(prefix="mope-plan-") as folder:
+        data = resolve_label_tokenizer(config.data, encoder.tokenizer_json, Path(folder))
+        return build_rows(data, learnable=False)
+
+
+def make_plan(config: TrainConfig, *, measure_s: float | None = None) -> Plan:
+    """Read the data, count, and estimate the run's time if asked to.
 
     Args:
         config: of the run.
-        measure_s: seconds to take optimiser steps for.
+        measure_s: seconds to take optimiser steps for; None: take none, and estimate no time.
 
     Raises:
         UserError: data or config that the run could not use either.
@@ -160,7 +187,7 @@ def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
     prepared = prepare(_few(rows, config.fit.seed), model, encoder, config.data.label_tokenizer, grid)
     network = _network(prepared, encoder, config.fit)
     num_parameters = sum(p.numel() for p in network.parameters())
-    measured = _measure(network, prepared, config.fit, measure_s)
+    measured = None if measure_s is None else _measure(network, prepared, config.fit, measure_s)
     num_trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     lengths = prepared.train.lengths
     row_bytes = lengths.mean() * 4 + prepared.train.numbers_RF[0].nbytes + 300
@@ -168,16 +195,18 @@ def make_plan(config: TrainConfig, *, measure_s: float = MEASURE_S) -> Plan:
     padded = _padded_tokens(prepared.train, config.fit)
     return Plan(
         teachers=tuple(teacher.line() for teacher in teachers),
-        reports=tuple(line for found in (read.main, *tested) for line in found.report.lines()),
+        reports=tuple(line for found in tested for line in found.report.lines()),
         num_rows=num_rows,
         input_tokens=(float(np.median(lengths)), float(np.quantile(lengths, 0.9))),
         padded_tokens=padded,
         num_parameters=num_parameters,
         num_trained=num_trained,
         measured=measured,
-        stages=tuple(_stages(config, prepared, num_rows, measured, padded)),
-        memory_bytes=measured.peak_bytes + further + row_bytes * sum(num_rows.values()),
+        stages=tuple(_stages(config, prepared, num_rows, measured, padded)) if measured else (),
+        memory_bytes=measured.peak_bytes + further + row_bytes * sum(num_rows.values()) if measured else 0.0,
         batch_size=config.fit.batch_size,
+        epochs=config.fit.epochs,
+        num_steps=math.ceil(config.fit.epochs * math.ceil(num_rows["train"] / config.fit.batch_size)),
     )
 
 

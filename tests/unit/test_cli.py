@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rows import write_lengths
 
 from mope import console as terminal
 from mope import packaged
@@ -429,6 +430,7 @@ def test_ctrl_c_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         (["--recipe", "demo", "--output", "x", "--accelerator", "cpu", "--devices", "none"], "--devices none"),
         (["--recipe", "demo", "--output", "x", "--strategy", "hope"], "--strategy hope"),
         (["--recipe", "demo", "--dry-run", "--test-source", "none", "--num-nodes", "0"], "--num-nodes: got '0'"),
+        (["--recipe", "demo", "--output", "x", "--measure-speed"], "--measure-speed goes with --dry-run"),
     ],
 )
 def test_mistakes_of_train(run: Run, begun: list[SimpleNamespace], arguments: list[str], said: str) -> None:
@@ -442,18 +444,32 @@ def test_the_list_of_recipes(run: Run) -> None:
     assert [line.split()[0] for line in out.splitlines()[1:] if line[:1].strip()] == recipe_names()
 
 
-def test_a_dry_run_prints_a_recipe_on_stdout_and_the_plan_on_stderr(
-    run: Run, begun: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_dry_run_shows_the_data_then_a_recipe_on_stdout_and_the_plan(
+    run: Run, begun: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, measured: bool
 ) -> None:
-    monkeypatch.setattr(
-        "mope.training.plan.make_plan", lambda config: SimpleNamespace(lines=lambda: ["[one] 1", "two"])
-    )
-    status, out, err = run("--recipe", "demo", "--dry-run", "--seed", "3", program=training_cli.main)
+    asked: list[float | None] = []
+
+    def plan(config: object, *, measure_s: float | None) -> SimpleNamespace:
+        asked.append(measure_s)
+        return SimpleNamespace(lines=lambda: ["[one] 1", "two"])
+
+    monkeypatch.setattr("mope.training.plan.make_plan", plan)
+    source = str(write_lengths(tmp_path / "rows.jsonl", 60))
+    typed = ["--recipe", "demo", "--dry-run", "--seed", "3", "--cache-dir", str(tmp_path / "cache")]
+    typed += ["--measure-speed"] if measured else []
+    status, out, err = run(source, *typed, program=training_cli.main)
     assert status == 0
-    assert err == "[one] 1\ntwo\n"
+    assert f"{source}: 60 records read as lengths" in err
+    assert "warning: " in err
+    assert "training rows; expected at least 500 (--min-rows)" in err
+    assert err.endswith("\n[one] 1\ntwo\n")
+    assert err.index("records read as") < err.index("[one] 1")
+    assert [seconds is not None for seconds in asked] == [measured]
     assert yaml.safe_load(out)["fit"]["seed"] == 3
     (tmp_path / "mine.yaml").write_text(out)
-    assert load_recipe(tmp_path / "mine.yaml") == load_recipe("demo", {"fit": {"seed": 3}})
+    changed = {"data": {"source": source, "cache_dir": tmp_path / "cache"}, "fit": {"seed": 3}}
+    assert load_recipe(tmp_path / "mine.yaml") == load_recipe("demo", changed)
     assert begun == []
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mope.errors import ConfigError, DataError
 from mope.training.config import TrainConfig
-from mope.training.plan import Plan, _duration, make_plan
+from mope.training.plan import Plan, _duration, main_rows, make_plan
 from mope.training.recipe import load_recipe
 
 NUM_CHATS = 900
@@ -46,8 +46,8 @@ def test_counts_are_those_of_the_data(plan: Plan) -> None:
     assert plan.teachers == ()
     assert sum(plan.num_rows.values()) < NUM_CHATS  # reserved rows are not used
     assert plan.num_rows["train"] == pytest.approx(0.7 * NUM_CHATS, rel=0.1)
-    assert any(f"train {plan.num_rows['train']:,}" in line for line in plan.reports)
-    assert any("900 records read as pairs" in line for line in plan.reports)
+    assert plan.reports == ()  # mope data's screen has said it
+    assert plan.num_steps == 3 * -(-plan.num_rows["train"] // 16)
 
 
 def test_input_tokens_are_measured(plan: Plan) -> None:
@@ -58,6 +58,7 @@ def test_input_tokens_are_measured(plan: Plan) -> None:
 
 def test_speed_and_memory_are_measured(plan: Plan) -> None:
     measured = plan.measured
+    assert measured is not None
     assert measured.steps >= 1
     assert measured.seconds >= 0.3 or measured.steps == -(-plan.num_rows["train"] // 16)
     assert measured.tokens_per_s > 0
@@ -83,11 +84,33 @@ def test_times_follow_from_speed_rows_and_epochs(plan: Plan) -> None:
     fine_tuned = ("single_head", "single_expert", "ranker")
     assert names[:4] == ["training model of MoPE", *(f"training {name}" for name in fine_tuned)]
     assert names[-1] == "embeddings for embedding_gbm"
+    assert plan.measured is not None
     one_pass = plan.num_rows["train"] * plan.padded_tokens / plan.measured.tokens_per_s
     seconds = dict(plan.stages)
     assert 3 * one_pass < seconds["training model of MoPE"] < 4.5 * one_pass  # 3 epochs, with validation
     assert seconds["training ranker"] == seconds["training model of MoPE"]
     assert plan.seconds == pytest.approx(sum(seconds.values()))
+
+
+def test_without_trial_steps_there_are_steps_and_no_times(
+    base: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("trial steps were taken")
+
+    monkeypatch.setattr("mope.training.plan._measure", never)
+    found = make_plan(config(base, fit={"epochs": 2}))
+    assert (found.measured, found.stages, found.memory_bytes) == (None, (), 0.0)
+    text = "\n".join(found.lines())
+    assert f"steps of a network: {2 * -(-found.num_rows['train'] // 16):,} of 16 rows (2 epochs)" in text
+    assert "not measured; add --measure-speed" in text
+    assert "rows/s" not in text
+
+
+def test_rows_to_look_at_are_counted_with_the_encoder_s_tokenizer(base: dict[str, dict[str, Any]]) -> None:
+    data = main_rows(config(base, data={"min_rows": 10**6}))
+    assert data.report.num_records == NUM_CHATS
+    assert data.report.label_tokenizer != "cl100k_base"
 
 
 def test_samples_and_switched_off_baselines_are_left_out(base: dict[str, dict[str, Any]]) -> None:
@@ -109,7 +132,7 @@ def test_each_network_of_the_separate_design_has_its_own_time(base: dict[str, di
 def test_another_data_set_s_test_rows_are_counted(base: dict[str, dict[str, Any]]) -> None:
     found = make_plan(config(base, test_data={"source": base["data"]["source"]}), measure_s=0.1)
     assert found.num_rows["other test"] == found.num_rows["test"]
-    assert sum("records read" in line for line in found.reports) == 2
+    assert sum("900 records read as pairs" in line for line in found.reports) == 1
 
 
 def test_teachers_are_named_loaded_and_checked(
