@@ -142,6 +142,11 @@ def test_shell_command_is_right(
         captured = capsys.readouterr()
         assert status == 0, captured.err
         assert captured.out or any((workspace / word).is_file() for word in arguments)
+    elif name == "mope" and arguments[0] == "data":
+        monkeypatch.chdir(ROOT)
+        assert call(name, [*arguments, "--cache-dir", str(workspace / "cache")], monkeypatch) == 0
+        shown = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+        assert f"```text\n{shown}\n```" in README
     elif name in ("mope", "mope-train"):
         check_options(name, arguments, monkeypatch, capsys)
     else:

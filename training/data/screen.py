@@ -66,7 +66,7 @@ def _head(summary: Summary) -> list[str]:
         lines.append(f"a sample: {summary.sample}")
     lines.append(f"rows: {kept}; below are the {summary.num_rows:,} that are not reserved")
     labels = ", ".join(
-        f"{name or 'not said'} {count / summary.num_rows:.0%}" for name, count in summary.label_from.items()
+        f"{name or 'not said'} {_percent(count / summary.num_rows)}" for name, count in summary.label_from.items()
     )
     lines.append(f"labels: {labels}; turns: first {_percent(first)}, later {_percent(1 - first)}")
     left_out = sorted(summary.left_out.items(), key=lambda item: (-item[1], item[0]))
