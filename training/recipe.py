@@ -16,7 +16,7 @@ from mope.errors import ConfigError
 from mope.extras import require
 from mope.flags import flag_name, validated
 from mope.training.config import RECIPES, EvaluationConfig, FitConfig, ModelConfig, TrainConfig
-from mope.training.data.config import DataConfig
+from mope.training.data.config import FIELD_MAP, DataConfig
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataConfig,
@@ -28,7 +28,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 # what belongs to one source; everything else `test_data` takes over from `data`
 OF_ONE_SOURCE = {
     "source", "data_format", "hub_config", "hub_split", "hub_revision", "languages", "response_cap", "target_llm",
-    "max_rows", "max_rows_per_prompt", "min_rows",
+    "max_rows", "max_rows_per_prompt", "min_rows", *FIELD_MAP,
 }  # fmt: skip
 FLAGS_BY_SECTION = {"data": {"source": "DATA"}, "test_data": {"source": "--test-source"}}
 

