@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 from mope import console as terminal
 from mope.errors import ConfigError, DataError
 from mope.flags import Parser, add_flags, given, validated
-from mope.jsonl import STDIN, Ids, json_line, read_request, reading
+from mope.request_files import STDIN, Ids, json_line, read_request, reading
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -38,11 +38,14 @@ mope predict runs/demo --input requests.jsonl --output predictions.jsonl"""
 PREDICT_DETAILS = """\
 Predict how many tokens an LLM will answer.
 
-With --input, each line is a JSON object {"id", "prompt" or "messages", "history"?, "target_llm"?, "max_tokens"?, ...},
-and each becomes one line {"id", "median", "mean", "quantiles": {"0.1", "0.5", "0.9", "0.99"}, "expert", "source"}, in
-the same order. A line that is no such request becomes {"id", "error"}: it is counted on stderr, the others are
-predicted, and the exit status is 0. If no line is a request, the status is 2 and no --output appears. An id is a text
-or a number; line 7 gets the id "line 7" if it has none. Ids that several lines have are counted on stderr."""
+With --input, each record of the file becomes one line {"id", "median", "mean", "quantiles": {"0.1", "0.5", "0.9",
+"0.99"}, "expert", "source"}, in the same order. A record is {"prompt" or "messages", "history"?, "target_llm"?,
+"max_tokens"?, ...}, the body of a request to OpenAI, Anthropic, vLLM, SGLang or Ollama, or what mope-train reads: a log
+of a gateway, a batch, a trace. Files are JSON, JSON Lines, CSV or TSV (also .gz or .zst), parquet, Arrow or Feather.
+
+A record that is no request becomes {"id", "error"}: it is counted on stderr, the others are predicted, and the exit
+status is 0. If none is a request, the status is 2 and no --output appears. The id is custom_id, id or request_id, a
+text or a number; a record on line 7 without one gets the id "line 7". Repeated ids are counted on stderr."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,7 +101,11 @@ def _predict(argv: list[str]) -> int:
         help="folder of a saved predictor, one that comes with mope (chat-small, chat-micro), or a Hub id",
     )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; none or - reads one prompt from stdin")
-    parser.add_argument("--input", metavar="FILE", help="JSON Lines with requests; - for stdin")
+    parser.add_argument(
+        "--input",
+        metavar="FILE",
+        help="requests, or logs of them: JSON, CSV, parquet, ...; - for JSON from stdin",
+    )
     parser.add_argument("--output", metavar="FILE", help="JSON Lines with predictions (default: stdout)")
     parser.add_argument("--json", action="store_true", help="print JSON Lines instead of a table")
     parser.add_argument("--target-llm", metavar="NAME", help="the LLM that will answer, where a request names none")
@@ -213,41 +220,38 @@ def _print_table(predictor: LengthPredictor, prompts: Sequence[str], predictions
 
 
 def _predict_lines(arguments: Namespace) -> int:
-    """Predict every line of a file of requests."""
+    """Predict every request of a file."""
     from rich.markup import escape
 
-    num_lines = num_bad = 0
+    num_records = num_bad = 0
     first_error, ids = "", Ids()
-    with reading(arguments.input, "--input") as (lines, total):
+    with reading(arguments.input, "--input") as (entries, total, told):
         predictor = _load(arguments)
-        numbered = enumerate(lines, start=1)
         with _writing(arguments.output) as output, terminal.progress("predicting", total) as advance:
-            while window := list(islice(numbered, WINDOW_BATCHES * arguments.batch_size)):
-                num_read = len(window)
-                window = [(number, line) for number, line in window if line.strip()]
-                known = [read_request(number, line, _defaults(arguments)) for number, line in window]
-                for (number, _), (request_id, _) in zip(window, known, strict=True):
-                    ids.add(number, request_id)
+            while window := list(islice(entries, WINDOW_BATCHES * arguments.batch_size)):
+                known = [read_request(entry, _defaults(arguments)) for entry in window]
+                for entry, (request_id, _) in zip(window, known, strict=True):
+                    ids.add(entry.place, request_id)
                 for answer in _answers(predictor, known, arguments.batch_size):
-                    num_lines += 1
+                    num_records += 1
                     if "error" in answer:
                         num_bad += 1
                         first_error = first_error or answer["error"]
                     output.write(json_line(answer))
-                advance(num_read)
-            if num_bad == num_lines:
-                reason = f"the first: {first_error}" if num_lines else "it is empty"
-                raise DataError(f"{arguments.input}: none of {num_lines:,} lines is a request; {reason}")
-    warnings = []
+                advance(len(window))
+            if num_bad == num_records:
+                reason = f"the first: {first_error}" if num_records else "; ".join(told.lines()) or "it is empty"
+                raise DataError(f"{arguments.input}: none of {num_records:,} records is a request; {reason}")
+    warnings = told.lines()
     if num_bad:
         warnings.append(
-            f"{num_bad:,} of {num_lines:,} lines are no requests and have an error instead of a prediction; the first: "
-            f"{first_error}"
+            f"{num_bad:,} of {num_records:,} records are no requests and have an error instead of a prediction; the "
+            f"first: {first_error}"
         )
     if ids.num_repeated:
         warnings.append(
-            f"{ids.num_repeated:,} of {num_lines:,} lines have an id that a line before them has; the first: "
-            f"{ids.first_repeated}; what is written is in the order of the lines"
+            f"{ids.num_repeated:,} of {num_records:,} records have an id that a record before them has; the first: "
+            f"{ids.first_repeated}; predictions are written in the order of the records"
         )
     for warning in warnings:
         terminal.console().print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
@@ -257,7 +261,7 @@ def _predict_lines(arguments: Namespace) -> int:
 def _answers(
     predictor: LengthPredictor, known: Sequence[tuple[Any, Request | str]], batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """What is written about each line, in order; requests of like length are predicted together."""
+    """What is written about each record, in order; requests of like length are predicted together."""
     requests = {row: request for row, (_, request) in enumerate(known) if not isinstance(request, str)}
     order = sorted(requests, key=lambda row: len(requests[row].prompt))
     predictions: dict[int, LengthPrediction] = {}

@@ -20,7 +20,6 @@ SEPARATOR_LINE = "sep="  # Excel's: the first line names the delimiter
 # ways of quoting, the usual one first
 QUOTINGS: tuple[Mapping[str, Any], ...] = (
     {},
-    {"escapechar": "\\", "doublequote": False},
     {"escapechar": "\\"},
     {"skipinitialspace": True},
     {"quotechar": "'"},

@@ -1,7 +1,7 @@
 """Records from files as people keep them: JSON, JSON Lines, CSV, parquet and Arrow, plain or compressed.
 
-Training, `mope predict` and `mope bench` read files with this. What a record means is read elsewhere. Only one record and
-a buffer are in memory; a file that breaks off gives what comes before.
+Training, `mope predict` and `mope bench` read files with this. What a record means is read elsewhere. One record and a
+buffer are in memory; a file that breaks off gives what comes before.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _opened(name: str, file: io.BufferedIOBase, findings: Findings) -> Iterator[
         packed, read = "gzip", gzip.GzipFile(fileobj=raw, mode="rb").read1
         errors = (EOFError, zlib.error, gzip.BadGzipFile)
     elif mark == _ZSTD or (mark and name.lower().endswith(".zst")):
-        arrow = require("pyarrow", f"{name}, which is zstd,", "files")
+        arrow = require("pyarrow", f"{name} (zstd)", "files")
         packed, read = "zstd", arrow.CompressedInputStream(arrow.PythonFile(raw, mode="r"), "zstd").read
         errors = (OSError, arrow.ArrowException)
     with io.BufferedReader(_Source(read, name, findings, packed, errors), HEAD_BYTES) as text:

@@ -40,10 +40,12 @@ def read_json(
 def _is_one_a_line(head: bytes, by_name: bool) -> bool:
     """Whether each line is a record; if not, records may stretch over lines, or stand in an array."""
     head = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    if head[:1] != b"{":
-        return head[:1] != b"["
     first, _, rest = head.partition(b"\n")
     first, rest = first.rstrip(), rest.lstrip()
+    if head[:1] == b"[":  # an array, or a line that is no record
+        return by_name and first[-1:] == b"]" and rest != b""
+    if head[:1] != b"{":
+        return True
     if first == b"{":  # indented
         return False
     return by_name or (rest.startswith(b"{") and first[-1:] not in b"[{,:")

@@ -57,7 +57,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         MissingExtraError: pyarrow is not installed.
     """
     arrow = _arrow(path)
-    parquet = require("pyarrow.parquet", path.name)
+    parquet = require("pyarrow.parquet", path.name, "files")
     try:
         return parquet.ParquetFile(path, pre_buffer=False)
     except (arrow.ArrowException, OSError) as error:
@@ -65,7 +65,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def _arrow(path: Path) -> Any:
-    return require("pyarrow", f"{path.name}, which is {path.suffix[1:].lower()},", "files")
+    return require("pyarrow", path.name, "files")
 
 
 def _line(error: Exception) -> str:

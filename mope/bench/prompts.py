@@ -1,6 +1,6 @@
 """The prompts that a benchmark asks about: a seeded sample of requests, and how long they are.
 
-Knows lines of JSON and tokenizers; does not know who answers the requests.
+Knows files of requests and tokenizers; does not know who answers the requests.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from rich.markup import escape
 
 from mope.console import console
 from mope.errors import DataError
-from mope.jsonl import read_request, reading
 from mope.request import Request
+from mope.request_files import read_request, reading
 
 LENGTH_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 ItemT = TypeVar("ItemT")
@@ -28,7 +28,7 @@ def sample(items: Sequence[ItemT], num_items: int, seed: int) -> list[ItemT]:
 
 
 def read_sample(name: str, num_requests: int, seed: int) -> list[Request]:
-    """A seeded sample of the requests in a file of JSON Lines; lines that are no request are counted on stderr.
+    """A seeded sample of the requests in a file, as `mope predict` reads them; other records are counted on stderr.
 
     Args:
         name: path of the file, or `-` for stdin.
@@ -37,14 +37,14 @@ def read_sample(name: str, num_requests: int, seed: int) -> list[Request]:
 
     Raises:
         ConfigError: the file can't be read.
-        DataError: none of its lines is a request.
+        DataError: none of its records is a request.
     """
-    with reading(name, "--prompts") as (lines, _):
-        numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    with reading(name, "--prompts") as (entries, _, told):
+        known = list(entries)
     requests: list[Request] = []
     mistakes: list[str] = []
-    for number, line in sample(numbered, len(numbered), seed):
-        _, request = read_request(number, line, {})
+    for entry in sample(known, len(known), seed):
+        _, request = read_request(entry, {})
         if isinstance(request, str):
             mistakes.append(request)
         else:
@@ -52,18 +52,19 @@ def read_sample(name: str, num_requests: int, seed: int) -> list[Request]:
         if len(requests) == num_requests:
             break
     if not requests:
-        reason = f"for example {mistakes[0]}" if mistakes else "it is empty"
+        reason = f"for example {mistakes[0]}" if mistakes else "; ".join(told.lines()) or "it is empty"
         raise DataError(
-            f"--prompts {name}: none of {len(numbered):,} lines is a request; {reason}; expected JSON Lines with "
-            '{"prompt": "...", "history"?: [...]} or {"messages": [...]}'
+            f"--prompts {name}: none of {len(known):,} records is a request; {reason}; expected for example JSON Lines "
+            'with {"prompt": "...", "history"?: [...]} or {"messages": [...]}'
         )
+    warnings = told.lines()
     if mistakes:
-        console().print(
-            f"[yellow]warning:[/] {len(mistakes):,} of {len(mistakes) + len(requests):,} lines that were read are no "
-            f"requests; for example {escape(mistakes[0])}",
-            highlight=False,
-            soft_wrap=True,
+        warnings.append(
+            f"{len(mistakes):,} of {len(mistakes) + len(requests):,} records that were read are no requests; for "
+            f"example {mistakes[0]}"
         )
+    for warning in warnings:
+        console().print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     return requests
 
 

@@ -17,8 +17,9 @@ from mope import LengthPredictor, Request, ServingPredictor
 from mope.errors import DataError
 from mope.features import ends, request_numbers
 from mope.inputs import as_request
-from mope.jsonl import read_request
 from mope.reader import FIELDS, read_flags, read_messages
+from mope.record_files import Entry
+from mope.request_files import read_request
 from mope.rules import NUMBER_WORDS, match_rules
 from mope.target_llm import describe
 from mope.token_estimate import estimate_tokens
@@ -91,7 +92,7 @@ def test_reading_a_body_raises_nothing_but_data_errors(body: dict[str, Any]) -> 
         as_request(body)
     with contextlib.suppress(DataError):
         as_request({"prompt": "hello", **body})
-    read_request(1, json.dumps(body), {})
+    read_request(Entry("line 1", json.loads(json.dumps(body))), {})
 
 
 @pytest.fixture

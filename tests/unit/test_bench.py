@@ -176,7 +176,7 @@ def test_lines_that_are_no_requests_are_counted(tmp_path: Path, capsys: pytest.C
     path.write_text('{"prompt": "Hi"}\n\n[1]\n{"prompt": 3}\n{"prompt": "Why?"}\n', encoding="utf-8")
     assert {request.prompt for request in read_sample(str(path), 10, 0)} == {"Hi", "Why?"}
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: 2 of 4 lines that were read are no requests; for example line ")
+    assert line.startswith("warning: 2 of 4 records that were read are no requests; for example line ")
 
 
 def test_a_bad_line_with_markup_stays_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +187,7 @@ def test_a_bad_line_with_markup_stays_text(tmp_path: Path, capsys: pytest.Captur
     assert "'[/red]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("content", "reason"), [("[]\nnonsense\n", "none of 2 lines"), ("\n", "it is empty")])
+@pytest.mark.parametrize(("content", "reason"), [("[]\nnonsense\n", "none of 2 records"), ("\n", "it is empty")])
 def test_a_file_without_requests_is_named(content: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "nothing.jsonl"
     path.write_text(content, encoding="utf-8")

@@ -241,7 +241,7 @@ def test_bad_lines_are_answered_counted_and_do_not_stop_the_others(run: Run, tin
     assert status == 0
     answers = [json.loads(line) for line in out.splitlines()]
     assert [answer["id"] for answer in answers] == [
-        1, "line 2", "c", "line 4", "e", "line 6", "g", 8, "line 9", "line 10", "line 11",
+        1, "line 2", "c", "line 4", "e", "\ufffd", "g", 8, "line 9", "line 10", "line 11",
     ]  # fmt: skip
     assert [number for number, answer in enumerate(answers, start=1) if "error" in answer] == [
         2,
@@ -259,7 +259,7 @@ def test_bad_lines_are_answered_counted_and_do_not_stop_the_others(run: Run, tin
         if "error" in answer:
             assert set(answer) == {"id", "error"}
             assert answer["error"].startswith(f"line {number}: ")
-    assert "9 of 11 lines are no requests" in err
+    assert "9 of 11 records are no requests" in err
     assert "the first: line 2: not JSON" in err
 
 
@@ -271,10 +271,12 @@ def test_ids_are_those_given_or_the_line_and_repeated_ones_are_told(run: Run, ti
     assert status == 0
     written = [json.loads(line)["id"] for line in target.read_text().splitlines()]
     assert json.dumps(written) == json.dumps([2, "line 2", *ids[2:]])
-    assert 'warning: 3 of 9 lines have an id that a line before them has; the first: line 7 has the id "a", as' in err
+    assert (
+        'warning: 3 of 9 records have an id that a record before them has; the first: line 7 has the id "a", as' in err
+    )
 
 
-@pytest.mark.parametrize("content", ["", "\n\n", "prompt,id\n1,2\n"])
+@pytest.mark.parametrize("content", ["", "\n\n", "promt,id\n1,2\n"])
 def test_a_file_without_a_single_request_is_a_mistake_and_leaves_no_file(
     run: Run, tiny: Path, tmp_path: Path, content: str
 ) -> None:

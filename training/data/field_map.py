@@ -129,9 +129,10 @@ class FieldMap:
     def _tell(self, missing: Mapping[str, str], head: list[Located], problems: Problems, source: str) -> None:
         whole = len(head) < SEARCH_RECORDS
         known = sorted(set(chain.from_iterable(paths_of(record) for _, record in head[:50])))
+        top = sorted({str(name) for _, record in head[:50] for name in record})
         for name, path in missing.items():
             among = "no record" if whole else f"none of the first {SEARCH_RECORDS:,} records"
-            said = f"{flag_name(name)} {path}: {among} of {source} has a value there; {nearest_paths(path, known)}"
+            said = f"{flag_name(name)} {path}: {among} of {source} has a value there; {nearest_paths(path, known, top)}"
             if whole or name in _ALL_OF_THEM:
                 raise DataError(said)
             problems.warn(said)
@@ -192,14 +193,13 @@ def _gather(value: Any, path: str, paths: list[str], depth: int) -> None:
         _gather(value[0], f"{path}.0", paths, depth - 1)
 
 
-def nearest_paths(path: str, known: list[str]) -> str:
-    """A hint at paths that are like another, or at all there are on top."""
+def nearest_paths(path: str, known: list[str], top: list[str]) -> str:
+    """A hint at known paths that are like another, or at the names on top."""
     near = get_close_matches(path, known, n=3, cutoff=0.6)
     last = path.rpartition(".")[2]
     near += [other for other in known if other.rpartition(".")[2] == last and other not in near]
     if near:
         return f"did you mean {' or '.join(near[:3])}?"
-    top = [other for other in known if "." not in other] or known
     return f"on top there are {', '.join(top[:20])}{', ...' if len(top) > 20 else ''}"
 
 
