@@ -32,13 +32,18 @@ def read_json(
         is_lines: whether each line is a record where the first lines don't tell.
         parts: see `mope.record_files.read_file`.
     """
-    if _is_one_a_line(head, is_lines):
+    if is_one_a_line(head, is_lines):
         return _json_lines(name, file, findings)
     return _documents(_Text(name, file, findings), parts)
 
 
-def _is_one_a_line(head: bytes, by_name: bool) -> bool:
-    """Whether each line is a record; if not, records may stretch over lines, or stand in an array."""
+def is_one_a_line(head: bytes, by_name: bool) -> bool:
+    """Whether each line is a record; if not, records may stretch over lines, or stand in an array.
+
+    Args:
+        head: the beginning of a file.
+        by_name: what is so where the first lines don't tell.
+    """
     head = head.removeprefix(codecs.BOM_UTF8).lstrip()
     first, _, rest = head.partition(b"\n")
     first, rest = first.rstrip(), rest.lstrip()

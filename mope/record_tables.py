@@ -33,11 +33,12 @@ def read_table(path: Path, selection: Selection | None) -> Iterator[Entry]:
     row = 0
     try:
         for batch in _parquet(path, selection) if path.suffix.lower() == ".parquet" else _arrow_file(path, selection):
+            batch.validate(full=True)  # a damaged one could crash the process
             for start in range(0, batch.num_rows, BATCH_ROWS):
                 for record in batch.slice(start, BATCH_ROWS).to_pylist():
                     yield Entry(f"row {row}", record)
                     row += 1
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path.name} is damaged after row {row}: {_line(error)}") from error
 
 
@@ -60,7 +61,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     parquet = require("pyarrow.parquet", path.name, "files")
     try:
         return parquet.ParquetFile(path, pre_buffer=False)
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path.name} can't be read as parquet: {_line(error)}") from error
 
 
@@ -92,7 +93,7 @@ def _arrow_file(path: Path, selection: Selection | None) -> Iterator[pa.RecordBa
     with arrow.memory_map(str(path)) as source:
         try:
             reader = arrow.ipc.open_file(source) if mark == _ARROW_FILE else arrow.ipc.open_stream(source)
-        except (arrow.ArrowException, OSError) as error:
+        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path.name} can't be read as Arrow: {_line(error)}") from error
         names = _selected(reader.schema.names, selection)
         if names and selection and selection.pruned and selection.pruned[0] in reader.schema.names:

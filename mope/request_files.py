@@ -22,7 +22,8 @@ from mope.errors import ConfigError, DataError, UserError
 from mope.log_answers import Usage
 from mope.log_records import NAMES, PYTHON_REPR, Logged, logged, named, python_repr, unpacked
 from mope.reader import TEXTS, TOP_NAMES, parsed, read_flags, read_messages
-from mope.record_files import ARROW_SUFFIXES, Entry, read_file, read_stream, suffix_of
+from mope.record_files import ARROW_SUFFIXES, HEAD_BYTES, JSON_SUFFIXES, Entry, read_file, read_stream, suffix_of
+from mope.record_json import is_one_a_line
 
 if TYPE_CHECKING:
     from mope.request import Request
@@ -191,7 +192,7 @@ def reading(name: str, flag: str) -> Iterator[Reading]:
                 entries, total = read_file(Path(name), told), _num_rows(name)
             else:
                 file = stack.enter_context(Path(name).open("rb"))
-                total = _num_lines(file) if suffix_of(name) in ("", ".jsonl", ".ndjson") and file.seekable() else None
+                total = _num_lines(file, suffix_of(name)) if file.seekable() else None
                 entries = read_stream(Path(name).name, file, told, parts=NAMES)
         except OSError as error:
             raise ConfigError(f"{flag} {name} can't be read: {error.strerror}") from error
@@ -211,10 +212,13 @@ def _num_rows(name: str) -> int | None:
     return num_rows(Path(name))
 
 
-def _num_lines(file: io.BufferedReader) -> int | None:
-    """Lines that are not blank, where each seems to be a record; the file is at its beginning again."""
-    is_lines = file.peek(1)[:1] == b"{"
-    total = sum(not line.isspace() for line in file) if is_lines else None
+def _num_lines(file: io.BufferedReader, suffix: str) -> int | None:
+    """Lines that are not blank, where each is a record; the file is at its beginning again."""
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
+    if suffix not in ("", *JSON_SUFFIXES) or head[:1] != b"{" or not is_one_a_line(head, suffix != ".json"):
+        return None
+    total = sum(not line.isspace() for line in file)
     file.seek(0)
     return total
 

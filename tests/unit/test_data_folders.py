@@ -73,7 +73,7 @@ def test_other_splits_are_left_out_and_named(tmp_path: Path) -> None:
     prompts, warnings = read(tmp_path)
     assert prompts == ["more.jsonl", "train-0.jsonl"]
     (warning,) = warnings
-    assert "3 files of other splits were left out: data/validation-0.jsonl, eval/a.jsonl, test-0.jsonl" in warning
+    assert "files of other splits were left out (3): data/validation-0.jsonl, eval/a.jsonl, test-0.jsonl" in warning
     assert read(tmp_path, hub_split="test")[0] == ["eval/a.jsonl", "test-0.jsonl"]
 
 
@@ -138,7 +138,7 @@ def test_saved_splits(tmp_path: Path) -> None:
     )
     prompts, warnings = read(tmp_path / "both")
     assert prompts == [row["prompt"] for row in ROWS[:3]]
-    assert "left out: test/" in warnings[0]
+    assert "left out (1): test/" in warnings[0]
     assert read(tmp_path / "both", hub_split="test")[0] == [ROWS[3]["prompt"]]
     with pytest.raises(DataError, match="holds no split 'dev'; there are train, test: type --hub-split train"):
         read(tmp_path / "both", hub_split="dev")

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from random import Random
@@ -317,3 +318,33 @@ def test_feather_of_version_1_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "data.feather").write_bytes(b"FEA1" + bytes(100))
     with pytest.raises(DataError, match="is Feather of version 1; write it anew"):
         read(tmp_path / "data.feather")
+
+
+FLIP = """
+import sys
+from pathlib import Path
+from random import Random
+from mope.errors import DataError
+from mope.record_files import read_file
+from mope.training.data.problems import Problems
+path, noise = Path(sys.argv[1]), Random(0)
+content, num_damaged = path.read_bytes(), 0
+for _ in range(300):
+    damaged = bytearray(content)
+    for _ in range(noise.choice([1, 2, 5])):
+        damaged[noise.randrange(len(damaged))] = noise.choice([0, 127, 255])
+    path.write_bytes(damaged)
+    try:
+        list(read_file(path, Problems()))
+    except DataError:
+        num_damaged += 1
+sys.exit(0 if num_damaged > 100 else "nothing was damaged")
+"""
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather"])
+def test_flipped_bytes_crash_nothing(tmp_path: Path, suffix: str) -> None:
+    records = [{"prompt": f"p {number}", "m": ["a"] * (number % 3), "r": {"x": number}} for number in range(50)]
+    path = write(tmp_path / f"data{suffix}", records)
+    done = subprocess.run([sys.executable, "-c", FLIP, str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -192,6 +192,9 @@ def test_places_without_ids(tmp_path: Path) -> None:
 
 
 def test_totals_for_the_progress(tmp_path: Path) -> None:
+    (tmp_path / "pretty").write_text(json.dumps(RECORDS[0], indent=1))
+    with reading(str(tmp_path / "pretty"), "--input") as found:
+        assert found.total is None
     for name, total in {"r.jsonl": 3, "r": 3, "r.parquet": 3, "r.jsonl.gz": None, "r.json": None}.items():
         with reading(str(container(tmp_path / name)), "--input") as found:
             assert found.total == total

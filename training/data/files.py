@@ -65,8 +65,8 @@ class Files:
         if self.left_out:
             names = ", ".join(self.left_out[:MAX_NAMED]) + (", ..." if len(self.left_out) > MAX_NAMED else "")
             problems.warn(
-                f"{len(self.left_out):,} files of other splits were left out: {names}; to read them give their path or "
-                "a glob, or --hub-split"
+                f"files of other splits were left out ({len(self.left_out):,}): {names}; to read them give a path, a "
+                "glob, or --hub-split"
             )
         source = self.paths[0].name if len(self.paths) == 1 else f"{len(self.paths):,} files"
         yield from self.fields.apply(self._raw(problems, moderation), problems, source)
