@@ -163,3 +163,31 @@ def test_the_same_data_give_the_same_bytes(tmp_path):
     for name in ("a.png", "b.png"):
         plots.error_by_length(ACTUAL, {"mope": PREDICTED}, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_lengths_by_llm_hold_all_rows_and_mark_cut_answers(tmp_path, drawn):
+    tokens = np.array([10, 20, 30, 400, 500, 500, 7])
+    cut = np.array([False, False, False, False, True, True, False])
+    llm = np.array([0, 0, 0, 1, 1, 1, 2])
+    names = ["llama$_8b", "gpt-4", "rare"]
+    plots.response_tokens_by_llm(names, llm, tokens, cut, tmp_path / "lengths.png")
+    assert is_png(tmp_path / "lengths.png")
+    assert len(drawn[0].axes) == 4
+    for axes, here in zip(drawn[0].axes, [llm >= 0, llm == 0, llm == 1, llm == 2], strict=True):
+        whole, both = (patch.get_data() for patch in axes.patches)
+        assert axes.get_xscale() == "log"
+        assert whole.values.sum() == pytest.approx((here & ~cut).sum() / here.sum())
+        assert (both.values - both.baseline).sum() == pytest.approx((here & cut).sum() / here.sum())
+        assert axes.lines[0].get_xdata()[0] == np.median(tokens[here])
+    assert "gpt-4: 3 rows, median 500, 67% cut off" in written(drawn[0])
+
+
+def test_lengths_of_one_llm_and_of_many(tmp_path, drawn):
+    plots.response_tokens_by_llm(["gpt-4"], np.zeros(3, int), [0, 1, 2], [False] * 3, tmp_path / "one.png")
+    many = 3 * plots.MAX_STRIPS
+    plots.response_tokens_by_llm(
+        [str(n) for n in range(many)], np.arange(many), ACTUAL[:many], [True] * many, tmp_path / "many.png"
+    )
+    assert [len(figure.axes) for figure in drawn] == [1, 1 + plots.MAX_STRIPS]
+    with pytest.raises(DataError, match="no rows"):
+        plots.response_tokens_by_llm([], np.zeros(0, int), [], [], tmp_path / "none.png")

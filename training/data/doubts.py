@@ -29,8 +29,8 @@ MIN_ROWS = 20  # for shares to mean anything
 # a cap: this many times the rows per token that lie around it, and at least so many of all rows
 SPIKE_RATIO = 10.0
 SPIKE_SHARE = 0.01
-SPIKE_ROWS = 5
-SPIKE_MIN_TOKENS = 32
+SPIKE_ROWS = 10
+SPIKE_MIN_TOKENS = 64
 SPIKE_AROUND = 0.1
 
 
@@ -49,7 +49,7 @@ def find_doubts(summary: Summary, columns: Columns, min_rows: int) -> list[Doubt
 def spikes(lengths_R: Ints) -> list[tuple[int, int]]:
     """(length, rows) of labels far more frequent than those around them, as a cap leaves them; longest first.
 
-    A length of at least 32 tokens that has 5 rows and 1 % of all rows, and ten times the rows per token of the range
+    A length of at least 64 tokens that has 10 rows and 1 % of all rows, and ten times the rows per token of the range
     10 % below and above it.
 
     Args:
