@@ -81,6 +81,30 @@ def test_nothing_in_a_record_is_an_error(record: dict[str, Any]) -> None:
             assert chat.turns
 
 
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_no_value_of_a_known_name_is_an_error(name: str) -> None:
+    for value in (
+        1,
+        True,
+        0.5,
+        "x",
+        "[1]",
+        '{"a": 1}',
+        [1],
+        ["x"],
+        [[]],
+        [{}],
+        {"a": 1},
+        [{"role": 1}],
+        {"role": "user"},
+    ):
+        for more in ({}, {"prompt": "p"}, {"messages": [{"role": "user", "content": "p"}]}, {"completion_tokens": 3}):
+            record = {**more, name: value}
+            for _, one in opened(iter([("f:1", record)]), Problems()):
+                logged(one)
+                detect_format([one])
+
+
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     found = [path] if path else []
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
