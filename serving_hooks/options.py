@@ -88,8 +88,9 @@ class HookOptions(FairnessConfig):
         1.0,
         ge=0,
         le=86_400,
-        description="vLLM: seconds that a LoRA adapter waits for a place among `--max-loras`; then the adapter whose "
-        "clients have had most admits no more requests until the waiting one runs",
+        description="seconds that a LoRA adapter waits for a place among `--max-loras` (SGLang: "
+        "`--max-loras-per-batch`); then the adapter whose clients have had most admits no more requests until the "
+        "waiting one runs",
     )
     on_mismatch: Literal["arrival-order", "refuse"] = Field(
         "arrival-order",

@@ -27,6 +27,9 @@ def running_offset(original: Any, adder: Any, req: Any, *args: Any, **kwargs: An
 
 def add_one_req(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Around `PrefillAdder.add_one_req`: refuses who will not fit; notes who was admitted."""
+    mark: Mark | None = getattr(req, ATTRIBUTE, None)
+    if mark is not None:
+        mark.fair.skips.tried(mark.ticket)
     fair = _predicting(req)
     if fair is None:
         result = original(adder, req, *args, **kwargs)
@@ -34,7 +37,6 @@ def add_one_req(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) 
         if not fair.guard.run(lambda: has_room(fair, req), True, "looking for room"):
             return _no_token()
         result = _with_next_token_only(original, adder, req, *args, **kwargs)
-    mark: Mark | None = getattr(req, ATTRIBUTE, None)
     if mark is not None and adder.can_run_list and adder.can_run_list[-1] is req:
         mark.fair.guard.run(lambda: mark.fair.admitted(req), None, "admitting a request")
     return result

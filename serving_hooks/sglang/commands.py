@@ -6,7 +6,8 @@ Reads words as they are typed in a shell; imports no SGLang.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from mope.errors import ConfigError, ServerError
@@ -92,11 +93,7 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
     for name in ("--use-ray", "--grpc-mode", "--smg-grpc-mode"):
         if name in typed:
             tell("warning", f"{name}: SGLang loads no plugins in that front end, so all requests are one client")
-    if typed.get("--disaggregation-mode", ["null"])[-1] == "decode":
-        tell(
-            "warning",
-            "--disaggregation-mode decode: SGLang admits there by itself; the hook belongs on prefill servers",
-        )
+    _queues(typed, tell)
     if "--max-queued-requests" in typed:
         tell("warning", "--max-queued-requests turns the newcomer away: a flood then locks the others out")
     if chosen is None:
@@ -115,6 +112,39 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
     if not any(finding.status == "failed" for finding in found):
         tell("ok", f"policy {chosen.policy}, clients by {chosen.identity}, predictor {chosen.predictor}")
     return found
+
+
+def _queues(typed: dict[str, list[str]], tell: Callable[[Any, str], None]) -> None:
+    """Where requests wait in queues that the hook does not order, and what several nodes need."""
+    arguments = SimpleNamespace(
+        disaggregation_mode=typed.get("--disaggregation-mode", ["null"])[-1],
+        lora_drain_wait_threshold=_number(typed.get("--lora-drain-wait-threshold", ["0"])[-1]),
+        enable_lora_overlap_loading="--enable-lora-overlap-loading" in typed,
+    )
+    for text in compat.not_ordered(arguments):
+        tell("warning", text)
+    if "--enable-lora" in typed or "--lora-paths" in typed:
+        few = typed.get("--max-loras-per-batch", ["8"])[-1]
+        tell(
+            "note",
+            f"--max-loras-per-batch {few}: LoRA adapters, and the LLM as it is, take turns. A client on another one "
+            "waits for `lora_patience_s` and until the requests of one adapter have ended; raise it to those in use",
+        )
+    if typed.get("--grammar-backend", [""])[-1] not in ("", "none"):
+        tell("note", "--grammar-backend: a request joins the order once its grammar is compiled, not before")
+    if (nodes := typed.get("--nnodes", ["1"])[-1]) != "1":
+        tell(
+            "note",
+            f"--nnodes {nodes}: give each node the same --schedule-policy and --mope-config; ranks compare them at the "
+            "start. No seal is asked for, and no state is kept",
+        )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
 
 
 def api_key(words: Sequence[str]) -> str | None:

@@ -87,6 +87,30 @@ def bypassed_front(server_args: Any) -> str | None:
     return None
 
 
+def not_ordered(server_args: Any) -> list[str]:
+    """What waits in queues of SGLang's own, where no order of ours is, by the server's arguments; a line each."""
+    found = []
+    mode = getattr(server_args, "disaggregation_mode", "null")
+    if mode == "decode":
+        found.append(
+            "--disaggregation-mode decode: SGLang admits here by itself, in order of arrival; nothing is ordered or "
+            "charged. Turn mope on where prefill is done"
+        )
+    if mode == "prefill":
+        found.append(
+            "--disaggregation-mode prefill: requests are ordered and charged once the decode server has answered; "
+            "until then they wait in order of arrival, and where they are decoded again"
+        )
+    if float(getattr(server_args, "lora_drain_wait_threshold", 0) or 0) > 0:
+        found.append(
+            "--lora-drain-wait-threshold: SGLang drains adapters for whoever waits longest, beside the turns of "
+            "`lora_patience_s`; leave it out"
+        )
+    if getattr(server_args, "enable_lora_overlap_loading", False):
+        found.append("--enable-lora-overlap-loading: an adapter is admitted when it is loaded, whoever's turn it is")
+    return found
+
+
 def read_tokens(req: Any) -> int:
     """Tokens of a request's prompt that are in the KV cache, computed or found there."""
     holder = getattr(req, "kv", None)

@@ -27,6 +27,7 @@ from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import compat
 from mope.serving_hooks.sglang.settings import read_options
+from mope.serving_hooks.sglang.skips import STEP_S, Skips, max_adapters
 from mope.serving_hooks.steward import Steward
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class FairScheduling:
         queued: requests that wait, by our id.
         running: requests that were admitted and have not ended, by our id.
         rank: which of the schedulers this is.
+        skips: requests that cannot run now, whatever their turn.
         bypassed: why no front end of ours writes what is carried with requests; None if one does.
         metrics: what serves them; None if nobody asked.
     """
@@ -97,8 +99,12 @@ class FairScheduling:
         self.queued: dict[str, Any] = {}
         self.running: dict[str, Any] = {}
         self._fresh: list[Any] = []  # admitted, and not yet seen with what the prefix cache held
+        self.skips = Skips(self.steward.policy, self._adapter_of, max_adapters(scheduler), options.lora_patience_s)
         self._number = 0
         self._results = 0
+        # a prefill server's requests end after their KV cache was sent, which is no step
+        reads_only = getattr(server_args, "disaggregation_mode", "null") == "prefill"
+        self._sweep_every = 1 if reads_only else _SWEEP_EVERY
         self._load: Load | None = None
         self._told_aside = False
         self.metrics: metrics.Exporter | None = None
@@ -135,8 +141,10 @@ class FairScheduling:
             logger.warning("mope goes without %s: this SGLang has no place for it", ", ".join(without))
         if self.bypassed:
             logger.warning("mope: %s; all requests count as one client without predictions", self.bypassed)
-        if (mode := getattr(self.scheduler.server_args, "disaggregation_mode", "null")) == "decode":
-            logger.warning("mope: SGLang admits by itself where prefill is disaggregated (%s): no order of ours", mode)
+        for blind in compat.not_ordered(self.scheduler.server_args):
+            logger.warning("mope: %s", blind)
+        if self.rank.nodes > 1:
+            logger.warning("mope asks for no seal: %d nodes may have different secrets", self.rank.nodes)
         logger.info(
             "mope is on: policy %s, %d of %d hooks, clients by %s, predictor %s, predicted admission %s, victims by %s",
             options.policy,
@@ -180,6 +188,7 @@ class FairScheduling:
         mark = Mark(self, self._number, ticket)
         setattr(req, ATTRIBUTE, mark)
         self.queued[mark.name] = req
+        self.skips.arrived(ticket, self._now_s())
 
     def _read(self, req: Any) -> tuple[Carried, int | None, float | None]:
         """What is carried with a request, its cap, and its response tokens where that is no question."""
@@ -209,6 +218,7 @@ class FairScheduling:
         if mark is None or mark.name not in self.queued:
             return
         del self.queued[mark.name]
+        self.skips.admitted(mark.ticket, getattr(req, "lora_id", None))
         first = mark.ticket.state == "waiting"
         self.steward.policy.admit(mark.ticket)
         self.running[mark.name] = req
@@ -247,7 +257,7 @@ class FairScheduling:
             if generated > ticket.charged_tokens:
                 steward.policy.progress(mark.name, generated)
         self._results += 1
-        if self._results % _SWEEP_EVERY == 0:
+        if self._results % self._sweep_every == 0:
             for req in [req for req in self.running.values() if req.finished()]:
                 self.ended(req)
 
@@ -261,6 +271,7 @@ class FairScheduling:
         mark: Mark | None = getattr(req, ATTRIBUTE, None)
         if mark is None or (self.running.pop(mark.name, None) is None and self.queued.pop(mark.name, None) is None):
             return
+        self.skips.ended(mark.ticket)
         reason = type(req.finished_reason).__name__
         generated = len(req.output_ids_through_stop) if req.finished() else len(req.output_ids)
         aborted = aborted or reason == "FINISH_ABORT"
@@ -281,8 +292,12 @@ class FairScheduling:
         """Puts who is next to the front of SGLang's list, in place; the others stay as they stand."""
         self._load = None
         self._look_at_fresh()
+        free = int(getattr(self.scheduler, "max_running_requests", MOST_PICKS) or MOST_PICKS) - len(self.running)
+        self.skips.begin(self._on_adapters(), self._now_s(), free)
+        # those that can be admitted now, and some more; SGLang may pass over some
+        num_picks = MOST_PICKS if self.skips.found else min(MOST_PICKS, max(LEAST_PICKS, free))
         for attempt in (1, 2):
-            first = [self.queued[ticket.request_id] for ticket in self.steward.policy.simulate(self._picks())]
+            first = [self.queued[ticket.request_id] for ticket in self.skips.picks(num_picks)]
             chosen = set(first)
             rest = [req for req in waiting_queue if req not in chosen]
             if len(first) + len(rest) == len(waiting_queue) == len(self.queued):
@@ -293,11 +308,19 @@ class FairScheduling:
                 return
         waiting_queue[:] = first + rest
 
-    def _picks(self) -> int:
-        """How many admissions to foresee: those that can happen now, and some that SGLang may skip."""
-        most = int(getattr(self.scheduler, "max_running_requests", MOST_PICKS) or MOST_PICKS)
-        free = most - len(self.running)
-        return min(MOST_PICKS, max(LEAST_PICKS, free))
+    def _on_adapters(self) -> list[tuple[str | None, Ticket]]:
+        """Adapter and ticket of each request that runs; needed where adapters take turns."""
+        if self.skips.turns is None:
+            return []
+        return [(getattr(req, "lora_id", None), getattr(req, ATTRIBUTE).ticket) for req in self.running.values()]
+
+    def _adapter_of(self, ticket: Ticket) -> str | None:
+        adapter: str | None = getattr(self.queued[ticket.request_id], "lora_id", None)
+        return adapter
+
+    def _now_s(self) -> float:
+        """Seconds; of steps where ranks must agree, for their clocks do not."""
+        return self._results * STEP_S if self.rank.size > 1 else self.steward.clock()
 
     def reconcile(self, waiting_queue: list[Any]) -> None:
         """Takes note of requests that came to the queue or left it by ways that no hook of ours sees."""
@@ -404,13 +427,24 @@ def begin(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     name = compat.chosen_policy(scheduler)
     if name is None:
         return
-    from mope.serving_hooks.sglang import hooks
+    from mope.serving_hooks.sglang import hooks, nodes
 
-    fair = FairScheduling(scheduler, read_options(name))
+    options = read_options(name)
+    fair = FairScheduling(scheduler, options)
+    if fair.rank.nodes > 1:
+        nodes.expect_same(nodes.gather(nodes.deciding(options, fair.bypassed), fair.rank.first))
     setattr(scheduler, ATTRIBUTE, fair)
     setattr(scheduler.policy, ATTRIBUTE, fair)
     applied = hooks.applied()
     fair.announce(len(applied), len(hooks.HOOKS), [hook.purpose for hook in hooks.HOOKS if hook not in applied])
+
+
+def can_schedule_lora_req(original: Any, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `Scheduler.can_schedule_lora_req`: no request of an adapter that is drained for another."""
+    fair: FairScheduling | None = getattr(scheduler, ATTRIBUTE, None)
+    if fair is not None and not fair.guard.run(lambda: fair.skips.admits(req.lora_id), True, "choosing adapters"):
+        return False
+    return original(scheduler, req, *args, **kwargs)
 
 
 def calc_priority(original: Any, schedule_policy: Any, waiting_queue: list[Any], *args: Any, **kwargs: Any) -> Any:

@@ -42,6 +42,7 @@ FITTING = {
     "add_one_req": "req, has_chunked_req, truncation_align_size",
     "process_batch_result": "batch, result",
     "retract_decode": "server_args",
+    "can_schedule_lora_req": "req, running_loras",
     "_get_running_request_total_token_offset": "req",
     "_get_decode_retraction_order": "reqs, server_args",
     "generate_request": "obj, request=None",
