@@ -122,8 +122,8 @@ def probe() -> list[str]:
 
     Imports SGLang, which takes some 10 s and may crash: not for a process that has other things to do.
     """
-    from mope.serving_hooks.sglang.hooks import HOOKS, in_words, mismatch
+    from mope.serving_hooks.sglang.hooks import HOOKS, as_here, in_words, mismatch
 
     known = {found.value for found in entry_points(group=GROUP)}
     lost = [] if PLUGIN in known else [f"no plugin {PLUGIN} is installed in {GROUP}; install mope-llm anew"]
-    return lost + in_words(found for hook in HOOKS if (found := mismatch(hook)) is not None)
+    return lost + in_words(found for hook in HOOKS if (found := mismatch(as_here(hook))) is not None)

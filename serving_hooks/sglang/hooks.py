@@ -24,6 +24,7 @@ class Hook(NamedTuple):
         parameters: the first ones of the target after `self`, by name and in this order.
         required: whether nothing can be done without it.
         purpose: what is lost without it.
+        formerly: the target's name in older releases, with the same parameters.
     """
 
     target: str
@@ -32,6 +33,7 @@ class Hook(NamedTuple):
     parameters: tuple[str, ...]
     required: bool
     purpose: str
+    formerly: str = ""
 
 
 _NOT_FOUND = " cannot be found "
@@ -73,12 +75,21 @@ HOOKS = (
         ("req", "running_loras"),
         False,
         "turns of LoRA adapters",
+        f"{_SCHEDULER}_can_schedule_lora_req",
     ),
     Hook(f"{_BATCH}_get_decode_retraction_order", "AROUND", admission.retraction_order, ("reqs",), False, "victims"),
     Hook(f"{_FRONT}__init__", "AFTER", front.begin, ("server_args",), True, "clients and predictions"),
     Hook(f"{_FRONT}generate_request", "AROUND", front.generate_request, ("obj", "request"), True, "clients"),
     Hook(f"{_SCHEDULER}get_internal_state", "AFTER", policy.internal_state, ("recv_req",), False, "/server_info"),
 )
+
+
+def as_here(hook: Hook) -> Hook:
+    """The same hook, with the former name of its target where only that is here. Imports the target's module."""
+    if not hook.formerly or mismatch(hook) is None:
+        return hook
+    former = hook._replace(target=hook.formerly)
+    return former if mismatch(former) is None else hook
 
 
 def mismatch(hook: Hook) -> str | None:
@@ -107,4 +118,4 @@ def applied() -> list[Hook]:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     done: set[str] = HookRegistry._patched
-    return [hook for hook in HOOKS if hook.target in done]
+    return [hook for hook in HOOKS if hook.target in done or hook.formerly in done]

@@ -23,10 +23,11 @@ def register() -> None:
 
     if _process_title().startswith(_IDLE_PROCESSES):
         return
-    from mope.serving_hooks.sglang.hooks import HOOKS, in_words, mismatch
+    from mope.serving_hooks.sglang.hooks import HOOKS, as_here, in_words, mismatch
 
-    wrong = {hook.target: found for hook in HOOKS if (found := mismatch(hook)) is not None}
-    missing = [wrong[hook.target] for hook in HOOKS if hook.required and hook.target in wrong]
+    here = [as_here(hook) for hook in HOOKS]
+    wrong = {hook.target: found for hook in here if (found := mismatch(hook)) is not None}
+    missing = [wrong[hook.target] for hook in here if hook.required and hook.target in wrong]
     release = compat.installed()
     if missing:
         logger.error(
@@ -36,7 +37,7 @@ def register() -> None:
             "; ".join(in_words(missing)),
         )
         return
-    for hook in HOOKS:
+    for hook in here:
         if hook.target in wrong:
             logger.info("mope goes without %s: %s", hook.purpose, wrong[hook.target])  # told where it is turned on
         else:

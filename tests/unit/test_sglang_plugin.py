@@ -131,6 +131,22 @@ def test_it_goes_without_a_hook_that_is_not_needed(sglang: Any, caplog: pytest.L
     assert caplog.records == []  # nobody has asked for it yet
 
 
+def test_a_target_is_found_by_its_former_name(sglang: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """As in 0.5.14 and 0.5.17."""
+    registered = sglang(can_schedule_lora_req=None)
+    former = "sglang.srt.managers.scheduler.Scheduler._can_schedule_lora_req"
+    owner = sys.modules["sglang.srt.managers.scheduler"].Scheduler
+    owner._can_schedule_lora_req = lambda self, req, running_loras: True
+    assert compat.probe() == []
+    plugin.register()
+    assert former in [target for target, _, _ in registered]
+    assert len(registered) == len(hooks.HOOKS)
+    sys.modules["sglang.srt.plugins.hook_registry"].HookRegistry._patched.update(target for target, _, _ in registered)
+    assert hooks.applied() == list(hooks.HOOKS)
+    owner._can_schedule_lora_req = lambda self, other: True
+    assert len(compat.probe()) == 1
+
+
 def test_processes_without_a_target_are_left_alone(sglang: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     registered = sglang()
     monkeypatch.setattr(plugin, "_process_title", lambda: "sglang::detokenizer")
