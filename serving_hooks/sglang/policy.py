@@ -257,6 +257,8 @@ class FairScheduling:
             if generated > ticket.charged_tokens:
                 steward.policy.progress(mark.name, generated)
         self._results += 1
+        if self.queued and not self.scheduler.waiting_queue:  # an empty queue is not sorted
+            self.reconcile(self.scheduler.waiting_queue)
         if self._results % self._sweep_every == 0:
             for req in [req for req in self.running.values() if req.finished()]:
                 self.ended(req)

@@ -7,13 +7,15 @@ and nothing that a request holds turns the hook off on any replica.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engines.tiny_sglang import Server, missing, serve
+from tests.engines.tiny_sglang import ROOT, Server, environment, missing, serve
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -105,3 +107,21 @@ def test_nothing_in_custom_params_names_a_client_or_turns_the_hook_off(tmp_path:
     assert printed.count("mope is on: policy vtc") == num_replicas  # once for each
     assert "mope has failed" not in printed
     assert "mope could not read" not in printed
+
+
+def test_an_engine_without_a_server_believes_no_custom_params_either(tmp_path: Path) -> None:
+    """Requests of `sgl.Engine` have no headers: all are one client's, whatever they say."""
+    variables = environment({"MOPE_OPTIONS": json.dumps({"predictor": "none", "summary_s": 0})})
+    for module in ("tiny_sglang", "sglang_in_process"):
+        command = [sys.executable, "-m", f"tests.engines.{module}", str(tmp_path / "model")]
+        done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"states"')))
+    (state,) = found["states"]
+    assert state["on"], state["failure"]
+    assert state["unsealed"] == 0
+    assert set(state["tallies"]) == {"(anonymous)"}
+    assert state["tallies"]["(anonymous)"]["arrived"] == 6 + 2
+    assert state["tallies"]["(anonymous)"]["predicted"] == 0
+    assert len(found["errors"]) == 3
+    assert all("custom_params: expected an object" in error for error in found["errors"])

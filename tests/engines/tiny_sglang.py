@@ -155,6 +155,22 @@ def serve(
     Raises:
         RuntimeError: it ended, or did not answer in time; the message holds the end of its log.
     """
+    server = start(folder, policy, options, arguments, variables)
+    try:
+        _wait(server, ready_s)
+        yield server
+    finally:
+        end(server.process)
+
+
+def start(
+    folder: Path,
+    policy: str,
+    options: Mapping[str, Any] | None = None,
+    arguments: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+) -> Server:
+    """Starts a server, or a node of one, and waits for nothing; whoever calls it ends it. Arguments as for `serve`."""
     model = folder / "model"
     if not model.exists():  # where the stand-ins are, without which transformers cannot be imported here
         maker = [sys.executable, "-m", "tests.engines.tiny_sglang", str(model)]
@@ -179,12 +195,7 @@ def serve(
             env=environment(variables),
             start_new_session=True,  # so that its own processes end with it
         )
-    server = Server(f"http://127.0.0.1:{port}", log, process)
-    try:
-        _wait(server, ready_s)
-        yield server
-    finally:
-        _end(process)
+    return Server(f"http://127.0.0.1:{port}", log, process)
 
 
 def _wait(server: Server, ready_s: float) -> None:
@@ -204,7 +215,8 @@ def _wait(server: Server, ready_s: float) -> None:
     raise RuntimeError(f"SGLang did not answer within {ready_s:.0f} s:\n{server.printed()[-6000:]}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends what `start` started, and its own processes."""
     for number, patience_s in ((signal.SIGTERM, 15), (signal.SIGKILL, 20)):
         try:
             os.killpg(process.pid, number)

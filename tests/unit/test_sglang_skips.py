@@ -92,12 +92,25 @@ class Walk:
         self.running += adder.can_run_list
         self.admitted += adder.can_run_list
 
+    def retract(self) -> None:
+        """The latest loses its place, and its KV cache may be fetched again."""
+        if self.running:
+            req = self.running.pop()
+            self.blocked.add(req)
+            self.scheduler.waiting_queue.append(req)
+            policy.request_queued(None, self.scheduler, req, is_retracted=True)
+
+    def give_up(self) -> None:
+        """The first of the queue is aborted, which the hook is not told of."""
+        del self.scheduler.waiting_queue[:1]
+
     def finish(self, within: int) -> None:
         """All that was sent ends, and nothing is left in the books."""
         for _ in range(within):
             if not self.running and not self.scheduler.waiting_queue:
                 break
             self.step()
+        self.step()
         ours = self.ours
         assert not self.running
         assert not self.scheduler.waiting_queue
@@ -245,7 +258,7 @@ def test_once_the_hook_is_off_no_adapter_is_drained() -> None:
 
 
 sent = st.tuples(st.sampled_from("pqr"), st.integers(1, 30), st.sampled_from([None, "a", "b", "c"]), st.booleans())
-events = st.lists(st.one_of(sent, st.integers(1, 12), st.just("fetched")), max_size=60)
+events = st.lists(st.one_of(sent, st.integers(1, 12), st.sampled_from(["fetched", "retract", "give_up"])), max_size=60)
 
 
 @settings(max_examples=60, deadline=None)
@@ -255,16 +268,21 @@ def test_ranks_with_other_clocks_agree_and_all_is_served(steps: list[Any], name:
     seen = []
     for rank, clock in enumerate((lambda: 0.0, lambda: next(ticks) * 7.3)):
         walk = Walk(name, slots=3, max_loras=max_loras, clock=clock, lora_patience_s=0.1, tp_size=2, rank=rank)
-        reqs = []
+        reqs, num_given_up = [], 0
         for event in steps:
             if isinstance(event, tuple):
                 reqs.append(walk.send(*event[:3], blocked=event[3]))
+            elif isinstance(event, int):
+                walk.step(event)
             elif event == "fetched":
                 walk.blocked.clear()
+            elif event == "retract":
+                walk.retract()
             else:
-                walk.step(event)
+                num_given_up += bool(walk.scheduler.waiting_queue)
+                walk.give_up()
         walk.blocked.clear()
         walk.finish(3000)
-        assert len(walk.ended) == len(reqs)
+        assert len(walk.ended) == len(reqs) - num_given_up
         seen.append([reqs.index(req) for req in walk.admitted])
     assert seen[0] == seen[1]
