@@ -25,9 +25,18 @@ SGLANG := runs/sglang-env
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(INSTALLED) ## train a predictor on real conversations (CPU, under 15 minutes), then predict with it
-	$(BIN)/mope-train --recipe demo --output $(DEMO_OUTPUT)
+demo: $(DEMO_OUTPUT)/files.json ## train a predictor on real conversations (CPU, under 15 minutes), then predict with it
 	$(BIN)/mope predict $(DEMO_OUTPUT) "Explain TCP slow start."
+	@echo
+	@echo "What to look at:"
+	@echo "  $(DEMO_OUTPUT)/README.md            its model card: errors, router, coverage, limits"
+	@echo "  $(DEMO_OUTPUT)/plots/               predicted against true lengths, calibration, errors by length"
+	@echo "  $(DEMO_OUTPUT)/metrics.json         every number"
+	@echo "Next: $(BIN)/mope train chats.jsonl --output runs/mine     (your own conversations)"
+
+# trained once: a demo that was stopped goes on, one that is finished stays
+$(DEMO_OUTPUT)/files.json: | $(INSTALLED)
+	$(BIN)/mope-train --recipe demo --output $(DEMO_OUTPUT) --resume
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

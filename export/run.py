@@ -43,10 +43,11 @@ from mope.export.graphs import OPSET, TOLERANCES, check_form, check_values, writ
 from mope.export.precisions import Inputs, write_fp16, write_int8, write_qdq
 from mope.export.tensorrt import HardwareCompatibility, export_tensorrt
 from mope.extras import require
+from mope.files import room_for
 from mope.flags import NONE
 from mope.predictor import LengthPredictor
 from mope.provenance import file_sha256
-from mope.sealed import Sealed
+from mope.sealed import LISTING, NEEDED, Sealed
 
 PACKAGES = ("mope-llm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 QUALITY_MODULES = ("pyarrow", "sklearn", "scipy", "tiktoken", "matplotlib")
@@ -275,11 +276,12 @@ def _adding(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(f"{folder} can't be written ({error.strerror}); type --output FOLDER for a copy") from error
     temporary.chmod(0o755)
-    try:
-        yield temporary
-        artifact.put_in_place(temporary, folder / ONNX_FOLDER)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with room_for(f"{folder / ONNX_FOLDER}"):
+        try:
+            yield temporary
+            artifact.put_in_place(temporary, folder / ONNX_FOLDER)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -288,15 +290,22 @@ def _lean_copy(folder: Path, config: PredictorConfig, output: Path) -> Iterator[
 
     Raises:
         ConfigError: weights lie where the copy should go.
+        ArtifactError: the copy of another predictor lies there.
     """
     weights = weight_files(config)
     if any((output / name).exists() for name in weights):
         raise ConfigError(f"--output {output} is a predictor with weights, which would be lost; choose another folder")
     saved = Sealed(folder)
-    with artifact.writing(output) as temporary:
-        for name in saved.files:
-            if name not in weights:
-                saved.verify(name, copy_to=temporary / name)
+    source_of = dict.fromkeys((name for name in saved.files if name not in weights), saved)
+    if is_same := (output / LISTING).exists():
+        there = Sealed(output)
+        is_same = all(there.files.get(name) == saved.files[name] for name in NEEDED)
+        if is_same and artifact.LEARNED in there:  # what the copy learned while it served
+            source_of[artifact.LEARNED] = there
+    hint = "it was exported from another predictor: choose another folder, or remove it"
+    with artifact.writing(output, overwrite=is_same, hint=hint) as temporary:
+        for name, source in source_of.items():
+            source.verify(name, copy_to=temporary / name)
         artifact.copy_for_people(folder, temporary, plots=False)
         if (card := temporary / "README.md").exists():
             card.write_text(PICTURE.sub("", card.read_text(encoding="utf-8")), encoding="utf-8")

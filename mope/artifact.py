@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from mope import packaged
 from mope.calibration import Calibration
 from mope.config import FORMAT_VERSION, PredictorConfig, network_names
 from mope.errors import ArtifactError, MopeError, is_panic
+from mope.files import room_for, write_text
 from mope.grid import Array
 from mope.router import PARTS, Lookup, Router, parts_key
 from mope.rules import RuleTable
@@ -52,43 +53,100 @@ from mope.sealed import (
 
 MOST_FOR_PEOPLE = 64 * 2**20  # bytes of a file that is not needed to predict
 FOR_PEOPLE = ("metrics.json", "provenance.json", "README.md")
+PLOTS, ENGINES = "plots", "tensorrt"
 LEARNED = "recalibration.json"
 _logger = logging.getLogger("mope")
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[Path]:
+def writing(folder: Path, *, overwrite: bool = False, hint: str = "choose another") -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends without an error.
 
+    Args:
+        folder: to write. A link stays, and the folder that it leads to is written.
+        overwrite: replace a saved predictor that is there.
+        hint: what to do where one is there and `overwrite` is not set.
+
     Raises:
-        ArtifactError: `folder` exists and is not a saved predictor: it will not be replaced.
+        ArtifactError: `folder` would be lost, see `check_replaceable`, or the disk is full or read-only. What was there
+            before stays.
     """
     folder = folder.resolve()
-    if folder.exists() and not ((folder / "files.json").exists() or (folder.is_dir() and not any(folder.iterdir()))):
-        raise ArtifactError(f"{folder} exists and is not a saved predictor; choose another --output or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    temporary.chmod(0o755)
-    try:
-        yield temporary
-        seal(temporary)
-        put_in_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    check_replaceable(folder, overwrite=overwrite, hint=hint)
+    with room_for(shown(folder), ArtifactError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        temporary.chmod(0o755)
+        try:
+            yield temporary
+            seal(temporary)
+            check_replaceable(folder, overwrite=overwrite, hint=hint)  # hours may have passed
+            put_in_place(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, *, overwrite: bool, hint: str = "choose another") -> None:
+    """Refuse to replace what would be missed.
+
+    Args:
+        folder: that would be replaced.
+        overwrite: whether a saved predictor may be.
+        hint: what to do where it may not.
+
+    Raises:
+        ArtifactError: a file, a folder that is not a saved predictor, a saved predictor unless `overwrite`, or one
+            beside whose files others lie.
+    """
+    if not os.path.lexists(folder):
+        return
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if not (folder / LISTING).exists():
+        raise ArtifactError(f"{shown(folder)} exists and is not a saved predictor; choose another or remove it")
+    if not overwrite:
+        raise ArtifactError(f"{shown(folder)} is a saved predictor, which would be lost; {hint}")
+    if foreign := foreign_files(folder):
+        some = ", ".join(map(cleaned, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise ArtifactError(
+            f"{shown(folder)} also holds files that are not of the predictor and would be lost: {some}; move them first"
+        )
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Files in a saved predictor's folder that mope did not write, by their paths in it."""
+    from mope.backends.onnx_backend import MANIFEST, ONNX_FOLDER, PRECISIONS, graph_file
+
+    graphs = (MANIFEST, *(graph_file(network, precision) for network in NETWORKS for precision in PRECISIONS))
+    own = {LISTING, *MOST_BYTES, *FOR_PEOPLE, *(f"{ONNX_FOLDER}/{graph}" for graph in graphs)}
+    found: list[str] = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        is_own = name in own or (path.parent.name == PLOTS and path.suffix == ".png" and name.count("/") == 1)
+        if not (is_own or name.startswith(f"{ENGINES}/")) and (path.is_symlink() or not path.is_dir()):
+            found.append(name)
+    return found
 
 
 def put_in_place(finished: Path, folder: Path) -> None:
     """Rename a finished folder to `folder`, in place of what is there."""
-    replaced = folder.with_name(f".{folder.name}-replaced-{os.getpid()}")
-    if folder.exists():
-        folder.rename(replaced)
-    try:
+    if not folder.exists():
         finished.rename(folder)
-    except OSError:
-        if replaced.exists():
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-replaced-", dir=folder.parent))
+    replaced = aside / folder.name
+    try:
+        folder.rename(replaced)
+        try:
+            finished.rename(folder)
+        except OSError:
             replaced.rename(folder)
+            raise
+    except OSError:
+        with suppress(OSError):
+            aside.rmdir()  # which fails if the old folder could not be put back: it stays there
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def seal(folder: Path) -> None:
@@ -189,6 +247,8 @@ def find(name_or_path: str | Path, revision: str | None = None) -> Path:
     """
     path = packaged.located(name_or_path)
     name = str(name_or_path)
+    if not path.exists() and (told := packaged.unfinished(path)):
+        raise ArtifactError(told)
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download
@@ -203,7 +263,10 @@ def find(name_or_path: str | Path, revision: str | None = None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = cleaned(name)
-        raise ArtifactError(f"no folder {where}, and the Hugging Face Hub gave none: {cleaned(reason, 400)}") from error
+        made = f"; mope-train DATA --output {where} would make it" if path.parent.is_dir() else ""
+        raise ArtifactError(
+            f"no folder {where}, and the Hugging Face Hub gave none: {cleaned(reason, 400)}{made}"
+        ) from error
 
 
 def weight_files(config: PredictorConfig) -> list[str]:
@@ -245,8 +308,8 @@ def recipe_of(folder: Path) -> str | None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write strict JSON (no NaN), the same bytes for the same content."""
-    path.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write strict JSON (no NaN), the same bytes for the same content; whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, most_bytes: int = MOST_JSON) -> Any:

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mope.files import write_text
 from mope.target_llm import describe
 
 Facts = Mapping[str, Any]
@@ -145,7 +146,7 @@ def render_card(
 def write_card(folder: Path, text: str) -> Path:
     """Write the card as `README.md` of an existing artifact folder."""
     path = folder / "README.md"
-    path.write_text(text, encoding="utf-8", newline="\n")
+    write_text(path, text)
     return path
 
 
@@ -383,9 +384,15 @@ def _training(training: Facts, settings: Facts) -> Iterator[str]:
 
 def _run(provenance: Facts) -> Iterator[str]:
     """Command, time, machine and versions."""
-    if provenance.get("command"):
+    if parts := provenance.get("parts"):
+        yield "**Commands**: " + ", then ".join(_code(shlex.join(part["command"])) for part in parts)
+        spans = [[datetime.fromisoformat(part[key]) for key in ("started", "finished")] for part in parts]
+        minutes = sum((finished - started).total_seconds() for started, finished in spans) / 60
+        span = f"from {parts[0]['started']} to {parts[-1]['finished']}"
+        yield f"**Time**: {minutes:,.0f} minutes in {len(parts)} parts, {span}, evaluation included"
+    elif provenance.get("command"):
         yield f"**Command**: {_code(shlex.join(provenance['command']))}"
-    if provenance.get("started") and provenance.get("finished"):
+    if not parts and provenance.get("started") and provenance.get("finished"):
         started, finished = (datetime.fromisoformat(provenance[key]) for key in ("started", "finished"))
         minutes = (finished - started).total_seconds() / 60
         span = f"from {provenance['started']} to {provenance['finished']}"

@@ -6,7 +6,6 @@ Knows arguments, lines and tables; what a command needs is imported when it runs
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from mope import console as terminal
 from mope.errors import ConfigError, DataError
+from mope.files import check_output_file, opened, writable
 from mope.flags import Parser, add_flags, given, validated
 from mope.request_files import STDIN, Ids, json_line, read_request, reading
 
@@ -134,6 +134,8 @@ def _predict(argv: list[str]) -> int:
         if value is not None and value < 1:
             raise ConfigError(f"{flag}: got {value}; expected at least 1")
     if arguments.input:
+        if arguments.output not in (None, STDIN):
+            check_output_file(Path(arguments.output), reads={"--input": arguments.input})
         return _predict_lines(arguments)
     prompts = _prompts(arguments.prompts)
     predictor = _load(arguments)
@@ -280,16 +282,8 @@ def _writing(name: str | None) -> Iterator[IO[str]]:
     if name is None or name == STDIN:
         yield sys.stdout
         return
-    path = Path(name)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            yield file
-        os.replace(partial, path)
-    except OSError as error:
-        raise ConfigError(f"--output {name} can't be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with writable(f"--output {name}"), opened(Path(name)) as file:
+        yield file
 
 
 def _evaluate(argv: list[str]) -> int:

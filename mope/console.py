@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from mope.errors import UserError
+from mope.files import NO_ACCESS, is_disk_full, reason
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + 2  # as a shell reports SIGINT
@@ -40,7 +42,8 @@ def run(main: Callable[[list[str]], int], arguments: list[str] | None = None) ->
     """Run a command and turn the way it ended into an exit status.
 
     A `UserError` becomes one line on stderr and status 2, Ctrl-C becomes status 130, and a reader that went away
-    (`mope predict ... | head`) ends the command quietly. Anything else is a bug and keeps its traceback.
+    (`mope predict ... | head`) ends the command quietly. A disk that is full or read-only is one line, too. Anything
+    else is a bug and keeps its traceback.
 
     Args:
         main: the command; takes the arguments after the program's name and returns an exit status.
@@ -53,8 +56,7 @@ def run(main: Callable[[list[str]], int], arguments: list[str] | None = None) ->
         status = main(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()  # here, where a broken pipe is still caught
     except UserError as error:
-        line = " ".join(str(error).split("\n"))
-        console().print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+        _say_error(str(error))
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         console().print("interrupted")
@@ -63,7 +65,24 @@ def run(main: Callable[[list[str]], int], arguments: list[str] | None = None) ->
         # what is still buffered has no reader: without this, Python complains about it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if not (is_disk_full(error) or error.errno in NO_ACCESS):
+            raise
+        _say_error(f"{error.filename or 'a file'}: {reason(error)}{_elsewhere(error.filename)}")
+        return EXIT_USER_ERROR
     return status
+
+
+def _say_error(text: str) -> None:
+    line = " ".join(text.split("\n"))
+    console().print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+
+
+def _elsewhere(path: object) -> str:
+    """What to type where a file of the cache can't be written."""
+    cache = os.environ.get("MOPE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "mope")
+    in_cache = isinstance(path, str) and os.path.abspath(path).startswith(os.path.abspath(cache))
+    return "; the environment variable MOPE_CACHE names another folder for the cache" if in_cache else ""
 
 
 @contextmanager
@@ -82,6 +101,33 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[i
     draw = _bar if console().is_terminal else _log
     with draw(description, total) as advance:
         yield advance
+
+
+@contextmanager
+def working(description: str) -> Iterator[None]:
+    """Say what is being done while it shows nothing itself: a spinner on a terminal, a line every half minute in a log.
+
+    Args:
+        description: what is being done, in a few words.
+    """
+    if console().is_terminal:
+        with console().status(description):
+            yield
+        return
+    started, ended = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(LOG_INTERVAL_S):
+            line = f"{description}: {time.monotonic() - started:.0f} s so far"
+            console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+    teller = threading.Thread(target=tell, daemon=True, name="mope-working")
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 @contextmanager

@@ -14,6 +14,8 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mope.files import replaced
+
 MOPE_BLUE = "#1f5fa8"
 OTHERS = ("#d9772b", "#4a9a6f", "#a0629a", "#8a8f98", "#b5a03c", "#5fb3c4", "#c2606b", "#6b6f76")
 STYLE: dict[Any, Any] = {
@@ -50,4 +52,5 @@ def figure_to(path: Path, width: float, height: float, **style: Any) -> Iterator
         FigureCanvasAgg(figure)
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Software": None})
+        with replaced(path) as whole:
+            figure.savefig(whole, metadata={"Software": None})

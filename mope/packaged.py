@@ -45,12 +45,25 @@ def shown(folder: Path) -> str:
     return folder.name if is_packaged(folder) else str(folder)
 
 
+def unfinished(path: Path) -> str:
+    """What to say where a predictor is not there yet because its training was stopped; empty if that is not so."""
+    work = path.with_name(f"{path.name}.work") if path.name else path
+    if not (work / "run.json").is_file():
+        return ""
+    return (
+        f"{path} is not there yet: {work} holds its unfinished run; if it does not train now, add --resume to the "
+        "mope-train command that began it"
+    )
+
+
 def not_found(name: str) -> str:
     """What to say where no predictor is called so: what it may have meant, which ones there are, what to type.
 
     Args:
         name: a name or path under which nothing lies.
     """
+    if told := unfinished(Path(name).expanduser()):
+        return told
     come = f"packaged are {' and '.join(names())}"
     own_recipe = "mope-train --recipe {} --output DIR"
     if name in recipes():

@@ -6,6 +6,7 @@ Puts encoder, backend, router, mixture, calibration and recalibration in a row; 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from math import isfinite
@@ -25,10 +26,12 @@ from mope.calibration import Calibration
 from mope.corrector import Answering, Corrector, as_carried, kind_of
 from mope.errors import ArtifactError, DataError
 from mope.features import NUMBER_NAMES, EncodedRequests, RequestEncoder
+from mope.files import same_file, write_text
 from mope.forking import after_fork
 from mope.grid import Array
 from mope.inputs import FLAGS, RequestFlags, as_request, as_requests, has_text, request_from, unknown_field
 from mope.mixture import assemble, experts_needed
+from mope.packaged import is_packaged
 from mope.prediction import LengthPrediction
 from mope.recalibration import Recalibrator
 from mope.request import Request
@@ -110,6 +113,7 @@ class LengthPredictor:
         self.device = "cpu" if choice is None else choice.device
         self.backend_reason = "" if choice is None else choice.reason
         self._loading: dict[str, Any] | None = None  # how `from_pretrained` was asked
+        self._saved_to: set[Path] = set()
         self._serving: ServingPredictor | None = None
         self._starting = Lock()
         self._cache: LruCache[_Raw] = LruCache(cache_size)
@@ -472,7 +476,7 @@ class LengthPredictor:
         raw, answering = prediction.raw_cumulative, prediction.answering
         return self.corrector.observe(raw, answering, actual_tokens, censored=censored, time_s=time_s, client=client)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the predictor, with all that `observe` taught it, into a folder. Whole or not at all.
 
         What is loaded from there predicts bit for bit what this predictor does from now on. Beside what it predicted
@@ -482,21 +486,33 @@ class LengthPredictor:
         Of the folder that it was loaded from, it copies plots, card, metrics, provenance and ONNX graphs: regular files
         under these names, never what a link out of the folder points at.
 
+        Args:
+            folder: to write. The folder that this predictor was loaded from, or saved to before, is replaced.
+            overwrite: replace any other saved predictor in `folder`, too.
+
         Raises:
-            ArtifactError: the folder exists and is not a saved predictor, or a file that is copied was changed.
+            ArtifactError: the folder exists and is not a saved predictor, is another one, or has files of others in it;
+                a file that is copied was changed; the disk is full.
         """
         target = Path(folder)
-        with artifact.writing(target) as temporary:
+        known = {*self._saved_to, *([] if self.folder is None or is_packaged(self.folder) else [self.folder])}
+        own = any(same_file(folder, target) for folder in known)
+        hint = "choose another, or pass overwrite=True"
+        with artifact.writing(target, overwrite=overwrite or own, hint=hint) as temporary:
             self.write(temporary)
             if self.folder is not None:
                 artifact.copy_for_people(self.folder, temporary)
                 copy_graphs(self.folder, temporary)
+            engines = target / artifact.ENGINES
+            if own and engines.is_dir():  # they belong to these weights, and take minutes to build
+                shutil.copytree(engines, temporary / artifact.ENGINES, symlinks=True)
+        self._saved_to.add(target.resolve())
         return target
 
     def write(self, folder: Path) -> None:
         """Write the files that predictions depend on into an existing folder, unsealed."""
         artifact.write_json(folder / "config.json", self.config.model_dump(mode="json"))
-        (folder / "tokenizer.json").write_text(self.encoder.tokenizer_json(), encoding="utf-8")
+        write_text(folder / "tokenizer.json", self.encoder.tokenizer_json())
         artifact.write_router(folder, self.router)
         artifact.write_calibration(folder, self.calibration, self._fallback)
         if len(self.recalibrator):

@@ -40,7 +40,7 @@ def collect(
         A dictionary that JSON can hold. A fact that cannot be had is None.
     """
     return {
-        "command": _without_secrets(command),
+        "command": without_secrets(command),
         "started": _utc(started) if started else None,
         "finished": _utc(datetime.now(timezone.utc)),
         "seed": seed,
@@ -75,7 +75,8 @@ def _utc(moment: datetime) -> str:
     return moment.astimezone(timezone.utc).isoformat(timespec="seconds")
 
 
-def _without_secrets(command: Sequence[str]) -> list[str]:
+def without_secrets(command: Sequence[str]) -> list[str]:
+    """A command line without values of flags that are secrets, and without absolute paths."""
     safe: list[str] = []
     hide_next = False
     for position, argument in enumerate(command):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from contextlib import nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import joblib
 import lightgbm
@@ -20,7 +21,9 @@ from rich.console import Console
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 
+from mope.console import working
 from mope.errors import DataError
+from mope.flags import NONE
 from mope.training.data.table import RowTable
 
 FloatArray = npt.NDArray[np.float64]
@@ -28,6 +31,18 @@ Features = npt.NDArray[np.floating[Any]]
 Embed = Callable[[list[str]], npt.NDArray[Any]]
 
 MAX_CHARS_READ = 4000  # of a prompt, by word patterns and TF-IDF; its size is counted whole
+
+
+class Fitted(NamedTuple):
+    """What a baseline gave.
+
+    Attributes:
+        predicted: response tokens, shape (rows,).
+        seconds: that fitting and predicting took.
+    """
+
+    predicted: FloatArray
+    seconds: float
 
 
 class Baseline(Protocol):
@@ -197,11 +212,11 @@ def fit_and_predict(
     rows: RowTable,
     *,
     console: Console | None = None,
-) -> dict[str, FloatArray]:
-    """Fit each baseline and predict `rows` with it, saying one line for each.
+) -> dict[str, Fitted]:
+    """Fit each baseline and predict `rows` with it, saying one line for each, and more while it takes long.
 
     Returns:
-        Predicted response tokens by name, each of shape (rows,).
+        What each gave, by name.
 
     Raises:
         DataError: no training or no validation rows.
@@ -210,16 +225,18 @@ def fit_and_predict(
         raise DataError(
             f"got {len(train)} train and {len(validation)} validation rows for the baselines; expected some of both"
         )
-    console = console or Console(quiet=True)
-    predictions: dict[str, FloatArray] = {}
+    found: dict[str, Fitted] = {}
     for baseline in baselines:
-        with console.status(f"fitting {baseline.name} on {len(train):,} rows"):
+        what = f"fitting the baseline {baseline.name} on {len(train):,} rows (--baselines chooses them, or {NONE})"
+        with working(what) if console else nullcontext():
             start_s = time.perf_counter()
             baseline.fit(train, validation)
-            predictions[baseline.name] = baseline.predict(rows)
+            predicted = baseline.predict(rows)
             seconds = time.perf_counter() - start_s
-        console.print(f"{baseline.name:<17} fitted on {len(train):,} rows in {seconds:.1f} s")
-    return predictions
+        found[baseline.name] = Fitted(predicted, seconds)
+        if console:
+            console.print(f"{baseline.name:<17} fitted on {len(train):,} rows in {seconds:.1f} s", highlight=False)
+    return found
 
 
 # Counted in the first MAX_CHARS_READ characters of the lower-cased prompt.

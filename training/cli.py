@@ -55,6 +55,11 @@ def parser(prog: str) -> Parser:
     made.add_argument("--work", type=Path, metavar="DIR", help="folder for checkpoints and logs (default: OUTPUT.work)")
     made.add_argument("--resume", action="store_true", help="go on with a run that was stopped, with the same settings")
     made.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a predictor that is in OUTPUT, and without --resume throw an unfinished run away, too",
+    )
+    made.add_argument(
         "--dry-run",
         action="store_true",
         help="show the data as mope data does, the config as YAML, then steps and parameters; train nothing",
@@ -124,7 +129,8 @@ def _train(argv: list[str], prog: str) -> int:
     output: Path = arguments.output
     work = arguments.work or Path(f"{output}.work")
     try:
-        train(config, output, work=work, resume=arguments.resume, command=[*prog.split(), *argv])
+        command = [*prog.split(), *argv]
+        train(config, output, work=work, resume=arguments.resume, overwrite=arguments.overwrite, command=command)
     except TrainingInterruptedError as interrupted:
         _say(f"{interrupted}: {prog} {_with_resume(argv)}")
         return terminal.EXIT_INTERRUPTED

@@ -16,6 +16,7 @@ from mope.backends.network import MopeNetwork, embed
 from mope.config import PredictorConfig
 from mope.console import console, progress
 from mope.features import RequestEncoder, pad
+from mope.flags import NONE
 from mope.grid import Array, quantiles_at
 from mope.mixture import cumulative
 from mope.request import Request
@@ -28,6 +29,7 @@ from mope.training.evaluate import Evaluation, EvaluationRows
 from mope.training.experts import train_baseline
 from mope.training.fit import native_bf16
 from mope.training.prepare import Prepared
+from mope.training.progress import FROZEN, WholeRun
 from mope.training.routing import BATCH_ROWS
 
 
@@ -41,6 +43,7 @@ def compare(
     work: Path,
     *,
     resume: bool,
+    whole: WholeRun | None = None,
 ) -> dict[str, Path]:
     """Train every baseline that the config asks for and add it to the evaluation.
 
@@ -53,6 +56,7 @@ def compare(
         config: of the run.
         work: folder for their checkpoints.
         resume: see `mope.training.fit.fit`.
+        whole: what the command has still to do.
 
     Returns:
         The fine-tuned baselines' training logs by name.
@@ -64,11 +68,14 @@ def compare(
     ]
     if chosen:
         found = fit_and_predict(chosen, tables["train"], tables["validation"], rows.table, console=console())
-        for name, predicted in found.items():
-            evaluation.add(name, rows, predicted, samples=samples)
+        for name, fitted in found.items():
+            evaluation.add(name, rows, fitted.predicted, samples=samples, seconds=fitted.seconds)
+    if whole is not None:
+        whole.done(FROZEN)
     logs: dict[str, Path] = {}
     for name in config.evaluation.fine_tuned:
-        network, result, scale = train_baseline(name, prepared, source, config.fit, work, resume=resume)
+        console().print(f"next the baseline {name}, trained like MoPE (--fine-tuned {NONE} leaves such ones out)")
+        network, result, scale = train_baseline(name, prepared, source, config.fit, work, resume=resume, whole=whole)
         outputs_RN = head_outputs(network, rows.encoded, f"predicting with {name}")
         score = outputs_RN[:, 0]
         if name == "single_head":
@@ -79,7 +86,7 @@ def compare(
             predicted = tokens_of_scores(seen[known], prepared.validation.tokens_R[known], score)
         else:
             predicted = np.maximum(score * scale, 1.0)
-        evaluation.add(name, rows, predicted, samples=samples)
+        evaluation.add(name, rows, predicted, samples=samples, seconds=result.seconds)
         logs[name] = result.csv
     return logs
 

@@ -129,12 +129,12 @@ class EvaluationConfig(Frozen):
     )
     baselines: tuple[Baseline, ...] = Field(
         ("constant", "prompt_length", "previous_answers", "lexical_gbm", "tfidf_ridge", "embedding_gbm"),
-        description="baselines without fine-tuning, trained on the same rows",
+        description="baselines without fine-tuning, trained on the same rows, or none; embedding_gbm takes minutes",
     )
     fine_tuned: tuple[FineTunedBaseline, ...] = Field(
         ("single_head", "single_expert", "ranker"),
-        description="fine-tuned baselines of equal size and compute: one head of MoPE's kind and size, one with L1 "
-        "loss, and a ranker",
+        description="fine-tuned baselines, or none: each takes as long as MoPE itself, of equal size and compute: one "
+        "head of MoPE's kind and size, one with L1 loss, and a ranker",
     )
     bootstrap_samples: int = Field(1000, ge=10, description="bootstrap samples of the 95 % intervals")
 

@@ -98,9 +98,13 @@ class Evaluation:
     quantiles_NQ: Array
     curve_NQ: Array
 
-    def add(self, name: str, rows: EvaluationRows, predicted: Array, *, samples: int) -> None:
-        """Add another predictor, and its paired difference to MoPE."""
+    def add(
+        self, name: str, rows: EvaluationRows, predicted: Array, *, samples: int, seconds: float | None = None
+    ) -> None:
+        """Add another predictor, its paired difference to MoPE, and the seconds that fitting it took."""
         self.predictions[name] = predicted
+        if seconds is not None:
+            self.metrics.setdefault("baseline_seconds", {})[name] = round(seconds, 1)
         for part, values in evaluate_points(rows, predicted, samples=samples).items():
             self.metrics["test"][part][name] = values
             where = rows.parts()[part]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mope import artifact
-from mope.console import console
+from mope.console import console, working
 from mope.errors import ConfigError, DataError
+from mope.files import make_output_folder, room_for
 from mope.flags import NONE
 from mope.predictor import LengthPredictor
 from mope.provenance import shortened
@@ -71,8 +72,11 @@ def evaluate_artifact(
 
     Raises:
         ArtifactError: the predictor can't be loaded.
+        ConfigError: `output` can't be written, or a saved predictor or the data would be lost by it.
         DataError: no test rows.
     """
+    if output is not None:
+        make_output_folder(output, names=("metrics.json",), reads={"--data": data.source})
     predictor = LengthPredictor.from_pretrained(folder, device=device)
     data = data.model_copy(update={"label_tokenizer": predictor.config.label_tokenizer, "min_rows": 0})
     cache = data.cache_dir / "tokenizers" / predictor.config.tokenizer_sha256[:16]
@@ -80,9 +84,9 @@ def evaluate_artifact(
     console().print(f"{folder} is run by {predictor.backend_reason}", highlight=False, soft_wrap=True)
     evaluation, rows = evaluate_on(predictor, found, samples=samples, baselines=baselines)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        draw(evaluation, rows, output / "plots")
-        artifact.write_json(output / "metrics.json", evaluation.metrics)
+        with working("drawing plots"), room_for(f"--output {output}"):
+            artifact.write_json(output / "metrics.json", evaluation.metrics)
+            draw(evaluation, rows, output / "plots")
         console().print(f"metrics and plots are in {output}")
     return evaluation.metrics
 
@@ -108,8 +112,8 @@ def evaluate_on(
             return evaluation, rows
         chosen = [one for one in default_baselines(None) if one.name in baselines]
         fitted = fit_and_predict(chosen, tables["train"], tables["validation"], tables["test"], console=console())
-        for name, predicted in fitted.items():
-            evaluation.add(name, rows, predicted, samples=samples)
+        for name, one in fitted.items():
+            evaluation.add(name, rows, one.predicted, samples=samples, seconds=one.seconds)
     return evaluation, rows
 
 

@@ -22,6 +22,7 @@ from mope.training.encoders import Trunk
 from mope.training.fit import FitResult, Objective, fit
 from mope.training.objectives import DistillationObjective, MopeObjective, RankingObjective, RegressionObjective
 from mope.training.prepare import Prepared
+from mope.training.progress import WholeRun
 from mope.training.teacher import Teacher
 
 MIN_EXPERT_ROWS = 32
@@ -68,6 +69,7 @@ def train_mope(
     *,
     resume: bool,
     teacher: Teacher | None = None,
+    whole: WholeRun | None = None,
 ) -> tuple[list[MopeNetwork], list[FitResult]]:
     """Train the networks of a MoPE, in the order of `weight_files`; rows that hold targets are learned from them, too.
 
@@ -109,6 +111,7 @@ def train_mope(
                 description=f"training {name}",
                 resume=resume,
                 target_llms=config.target_llms,
+                whole=whole,
             )
         )
         networks.append(network)
@@ -141,7 +144,14 @@ def _label_loss(prepared: Prepared, settings: FitConfig, boundaries: Sequence[fl
 
 
 def train_baseline(
-    name: str, prepared: Prepared, source: Trunk, settings: FitConfig, folder: Path, *, resume: bool
+    name: str,
+    prepared: Prepared,
+    source: Trunk,
+    settings: FitConfig,
+    folder: Path,
+    *,
+    resume: bool,
+    whole: WholeRun | None = None,
 ) -> tuple[MopeNetwork, FitResult, float]:
     """Train `single_head`, `single_expert` (L1 regression, SSJF's recipe) or `ranker` (ListMLE, vLLM-LTR's idea).
 
@@ -174,5 +184,6 @@ def train_baseline(
         pool_batches=1 if name == "ranker" else 50,
         length_chunks=4 if name == "ranker" else 1,
         target_llms=config.target_llms,
+        whole=whole,
     )
     return network, result, scale

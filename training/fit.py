@@ -11,7 +11,6 @@ import math
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,10 +31,14 @@ from mope.backends.static_encoder import StaticEncoder
 from mope.console import console
 from mope.errors import MopeError
 from mope.features import LLM_NUMBERS
+from mope.files import replaced, write_text
 from mope.target_llm import LlmTable
 from mope.training.batches import BucketLoader, EncodedRows, padded_width
+from mope.training.checkpoints import Spent, WholeCheckpoints, check_checkpoint, join_logs, read_log
 from mope.training.config import FitConfig
 from mope.training.objectives import Loss
+from mope.training.progress import ProgressLines, WholeRun
+from mope.training.work import is_helper
 
 # gate logits, head logits, tokens, censored, and if there is a teacher its mixture and gate -> loss
 Objective = Callable[..., Loss]
@@ -254,51 +257,6 @@ class _RunningAverage(WeightAveraging):
         super().__init__(use_buffers=False, avg_fn=average)
 
 
-class _ProgressLines(Callback):
-    """One line every half minute, for logs and pipes; a terminal gets Lightning's bar."""
-
-    def __init__(self, description: str, total_steps: int, every_s: float = 30.0) -> None:
-        self._description, self._total, self._every_s = description, total_steps, every_s
-        self._rows = self._first_step = 0
-        self._start = self._last = 0.0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
-        self._start = self._last = time.monotonic()
-        self._first_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Print a line if one is due."""
-        self._rows += len(batch["tokens_B"])
-        now = time.monotonic()
-        if now - self._last < self._every_s or trainer.global_rank != 0:
-            return
-        self._last = now
-        speed = self._rows / (now - self._start)
-        left = (
-            (self._total - trainer.global_step) * (now - self._start) / max(1, trainer.global_step - self._first_step)
-        )
-        loss = float(trainer.callback_metrics.get("loss", math.nan))
-        minutes = f"{left / 60:.0f}" if left >= 60 else "less than 1"
-        console().print(
-            f"{self._description}: step {trainer.global_step}/{self._total}, loss {loss:.3f}, "
-            f"{speed:.0f} rows/s, {minutes} min left"
-        )
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say that the clock stands still for a reason."""
-        if trainer.global_rank == 0 and not trainer.sanity_checking:
-            console().print(f"{self._description}: step {trainer.global_step}, validating")
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what validation gave."""
-        if trainer.global_rank == 0 and "validation/loss" in trainer.callback_metrics:
-            value = float(trainer.callback_metrics["validation/loss"])
-            console().print(f"{self._description}: step {trainer.global_step}, validation loss {value:.4f}")
-
-
 @dataclass(frozen=True)
 class FitResult:
     """What a fit left behind.
@@ -306,7 +264,7 @@ class FitResult:
     Attributes:
         validation_loss: loss on the validation rows of the weights kept.
         num_steps: optimiser steps taken.
-        seconds: wall time of this call's training.
+        seconds: wall time of the training, also of earlier calls that were stopped and resumed.
         csv: Lightning's log of losses.
     """
 
@@ -362,6 +320,7 @@ def fit(
     pool_batches: int = 50,
     length_chunks: int = 1,
     target_llms: Sequence[str] | None = None,
+    whole: WholeRun | None = None,
 ) -> FitResult:
     """Train `network` in place; on return it holds the weights of the best validation run.
 
@@ -377,6 +336,7 @@ def fit(
         pool_batches: see `BucketLoader`.
         length_chunks: see `FitModule`.
         target_llms: see `FitModule`.
+        whole: what the command does besides, for the time that is left.
 
     Raises:
         TrainingInterruptedError: Ctrl-C; `folder` holds a checkpoint to resume from.
@@ -387,10 +347,16 @@ def fit(
     if resume and done.exists():
         load_file(network, weights)
         console().print(f"{description}: already trained, taken from {folder}")
+        if whole is not None:
+            whole.done(description)
         saved = json.loads(done.read_text())
         return FitResult(saved["validation_loss"], saved["num_steps"], saved["seconds"], folder / "csv" / "metrics.csv")
     checkpoint = str(last) if resume and last.exists() else None
-    if not resume and folder.exists():
+    log, earlier = folder / "csv" / "metrics.csv", list[dict[str, str]]()
+    if checkpoint is not None:
+        check_checkpoint(last)
+        earlier = read_log(log)
+    elif folder.exists() and not is_helper():
         shutil.rmtree(folder)
     L.seed_everything(config.seed, verbose=False)
     averaging = [_RunningAverage(config.average_decay)] if config.average_decay else []
@@ -403,8 +369,9 @@ def fit(
     )
     every = timedelta(minutes=config.checkpoint_minutes)
     periodic = ModelCheckpoint(folder, filename="last", train_time_interval=every, enable_version_counter=False)
-    bar = RichProgressBar() if console().is_terminal else _ProgressLines(description, total_steps)
-    interrupt = _OrderlyInterrupt(last)
+    lines = ProgressLines(description, total_steps, whole)
+    bar = [RichProgressBar()] if console().is_terminal else []
+    interrupt, spent = _OrderlyInterrupt(last), Spent()
     trainer = L.Trainer(
         **_hardware(config),
         max_steps=total_steps,
@@ -413,18 +380,23 @@ def fit(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=10,
-        logger=[CSVLogger(folder, name="csv", version=""), TensorBoardLogger(folder, name="tensorboard", version="")],
+        logger=[
+            CSVLogger(folder, name="csv", version="", flush_logs_every_n_steps=10),
+            TensorBoardLogger(folder, name="tensorboard", version=""),
+        ],
+        plugins=[] if "deepspeed" in config.strategy else [WholeCheckpoints()],
         callbacks=[
             *averaging,
+            spent,
             best,
             periodic,
             EarlyStopping("validation/loss", patience=config.patience),
             interrupt,
-            bar,
+            *bar,
+            lines,
         ],
         enable_progress_bar=console().is_terminal,
     )
-    started = time.monotonic()
     module = FitModule(network, objective, config, total_steps, length_chunks, target_llms)
     console().print(
         f"{description}: {len(train):,} rows, {total_steps:,} steps of {config.batch_size}, "
@@ -437,6 +409,8 @@ def fit(
         raise KeyboardInterrupt from ended
     finally:
         interrupt.release()
+        if trainer.is_global_zero:
+            join_logs(log, earlier, spent.first_step)
     if best.best_model_path:
         state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
         module.load_state_dict(state)
@@ -444,10 +418,15 @@ def fit(
     else:
         loss = math.nan
     network.to("cpu").eval()
-    result = FitResult(loss, trainer.global_step, time.monotonic() - started, folder / "csv" / "metrics.csv")
+    if whole is not None:
+        whole.done(description)
+    result = FitResult(loss, trainer.global_step, spent.seconds, log)
     if trainer.is_global_zero:
-        save_file(network, str(weights))
-        done.write_text(json.dumps({"validation_loss": loss, "num_steps": result.num_steps, "seconds": result.seconds}))
+        with replaced(weights) as beside:
+            save_file(network, str(beside))
+        write_text(
+            done, json.dumps({"validation_loss": loss, "num_steps": result.num_steps, "seconds": result.seconds})
+        )
         for checkpoint_file in folder.glob("*.ckpt"):
             checkpoint_file.unlink()
     if interrupt.asked:

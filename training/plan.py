@@ -34,6 +34,7 @@ from mope.training.experts import expert_rows, new_network
 from mope.training.fit import FitModule, resolve_precision
 from mope.training.objectives import MopeObjective
 from mope.training.prepare import Grid, Prepared, prepare
+from mope.training.progress import FORWARD_SHARE
 from mope.training.recipe import load_recipe
 from mope.training.rows import RunRows
 from mope.training.run import SPLITS, sample
@@ -44,7 +45,6 @@ from mope.training.trunks import find_trunk
 SAMPLE_ROWS = {"train": 4096, "validation": 512, "test": 64}  # encoded for the estimate
 MEASURE_S = 8.0
 WARMUP_STEPS = 2  # on the longest batch: not timed, but they reach the peak of memory
-FORWARD_SHARE = 1 / 3  # of the work of a training step, for validation while training
 GIB = 2**30
 
 

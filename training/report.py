@@ -181,6 +181,7 @@ def _sections(metrics: Metrics) -> Iterator[Section]:
     for key, heading in BREAKDOWNS.items():
         yield from _breakdown(metrics.get(key, {}), heading, f"MoPE by {heading}")
     yield from _calibration(metrics.get("calibration", {}))
+    yield from _seconds(metrics)
     for source, found in metrics.get("other_data", {}).items():
         for section in _other(found):
             yield replace(section, title=f"{source}: {section.title}")
@@ -254,6 +255,16 @@ def _calibration(values: Metrics) -> Iterator[Section]:
     rows = list(_numbers(values, ""))
     if rows:
         yield Section("Calibration", ("quantity", "value"), rows)
+
+
+def _seconds(metrics: Metrics) -> Iterator[Section]:
+    """What training took, of MoPE's networks and of each baseline."""
+    networks = {f"MoPE, {name}": fit for name, fit in metrics.get("training", {}).get("networks", {}).items()}
+    seconds = {name: fit["seconds"] for name, fit in networks.items() if "seconds" in fit}
+    seconds |= {PREDICTORS.get(name, name): value for name, value in metrics.get("baseline_seconds", {}).items()}
+    if seconds:
+        rows: list[tuple[str, ...]] = [(name, _tokens(value)) for name, value in seconds.items()]
+        yield Section("What training took", ("predictor", "seconds"), rows)
 
 
 def _numbers(values: Metrics, prefix: str) -> Iterator[tuple[str, ...]]:

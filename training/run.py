@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from mope.artifact import weight_files
 from mope.backends.torch_backend import TorchBackend
 from mope.card import render_card, snippet, write_card
 from mope.config import PredictorConfig
-from mope.console import console
+from mope.console import console, working
 from mope.errors import ConfigError
 from mope.mixture import assemble
 from mope.predictor import LengthPredictor
@@ -38,9 +37,10 @@ from mope.training.data.table import RowTable
 from mope.training.evaluate import EvaluationRows, draw, evaluate_mope, predicted_medians
 from mope.training.evaluate_saved import evaluate_on
 from mope.training.experts import train_mope
-from mope.training.fit import FitResult, world_size
+from mope.training.fit import FitResult, resolve_precision, world_size
 from mope.training.licences import data_licences
 from mope.training.prepare import Grid, Prepared, check_borders, prepare
+from mope.training.progress import EVALUATION, FORWARD_SHARE, FROZEN, WholeRun
 from mope.training.recipe import load_recipe
 from mope.training.report import distinct_parts, metrics_markdown, print_metrics
 from mope.training.routing import (
@@ -57,6 +57,7 @@ from mope.training.teacher import Teacher, lessons
 from mope.training.teachers import named_teachers
 from mope.training.trunks import find_trunk
 from mope.training.unknown_llms import llm_factors, unknown_llms, without_llms
+from mope.training.work import begin, check_output, end, is_helper, locked
 
 SPLITS = ("train", "validation", "test")
 # settings that may differ when a run is resumed: they do not change what is trained
@@ -78,7 +79,13 @@ class RunResult:
 
 
 def train(
-    config: TrainConfig, output: Path, *, work: Path | None = None, resume: bool = False, command: Sequence[str] = ()
+    config: TrainConfig,
+    output: Path,
+    *,
+    work: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    command: Sequence[str] = (),
 ) -> RunResult | None:
     """Train, calibrate, evaluate and save a predictor.
 
@@ -87,20 +94,36 @@ def train(
         output: folder of the saved predictor.
         work: folder of checkpoints and logs; `<output>.work` if None.
         resume: go on from the work folder's checkpoints.
+        overwrite: replace a saved predictor in `output`, and unless `resume` throw away what the work folder holds.
         command: the command line, for the provenance.
 
     Returns:
         What was made; None in the helper processes of a distributed run.
 
     Raises:
-        UserError: data, config or output that cannot be used.
+        UserError: data, config or output that cannot be used, a predictor or an unfinished run that would be lost, or
+            another run that uses the same folders.
         TrainingInterruptedError: Ctrl-C; `resume` goes on.
     """
-    started = datetime.now(timezone.utc)
+    output = output.absolute() if output.name in ("", "..") else output
     work = work or output.with_name(output.name + ".work")
     check_borders(config.model)
-    _check_output(output, work)
-    teachers = _teachers(config, output, resume=resume, command=command)
+    with locked(output, work):
+        check_output(output, work, overwrite=overwrite, resume=resume)
+        try:
+            return _train(config, output, work, resume=resume, overwrite=overwrite, command=command)
+        finally:
+            with contextlib.suppress(OSError):  # the disk may be full: what ended the run is told
+                end(work)
+
+
+def _train(
+    config: TrainConfig, output: Path, work: Path, *, resume: bool, overwrite: bool, command: Sequence[str]
+) -> RunResult | None:
+    """See `train`; both folders are locked."""
+    if output.exists():
+        console().print(f"the predictor in {output} will be replaced at the end", highlight=False)
+    teachers = _teachers(config, output, resume=resume, overwrite=overwrite, command=command)
     teacher = teachers[0] if teachers else None
     source = find_trunk(config.model, teacher)
     data = RunRows.read(config, source.tokenizer_json, work)
@@ -110,28 +133,35 @@ def train(
     grid = None if teacher is None else Grid.of(teacher.settings)
     prepared = prepare(rows, config.model, source, config.data.label_tokenizer, grid)
     _say_plan(prepared, config)
-    _check_work(work, config, data, resume=resume)
+    settings = config.model_dump(mode="json", exclude={"model": FREE_IN_MODEL, "fit": FREE_IN_FIT})
+    shaping = {"rows": data.fingerprint, "model": settings["model"], "fit": settings["fit"]}
+    goes_on = begin(work, shaping, command, resume=resume)
+    if resume and not goes_on:
+        console().print(f"nothing to resume in {work}: starting anew", highlight=False)
     if teacher is not None:
         table = rows.split("train")
         of_each = data.sources_of(table)
         targets = lessons(teachers, table, of_each, data.fingerprints, Grid.of(prepared.config), config.data.cache_dir)
         prepared = replace(prepared, train=replace(prepared.train, targets=targets))
-    networks, fits = train_mope(prepared, source, config.fit, work, resume=resume, teacher=teacher)
-    if int(os.environ.get("LOCAL_RANK", "0")) or int(os.environ.get("NODE_RANK", "0")):
+    whole = whole_run(prepared, config)
+    networks, fits = train_mope(prepared, source, config.fit, work, resume=resume, teacher=teacher, whole=whole)
+    if is_helper():
         return None
     predictor = finish(prepared, TorchBackend(networks, prepared.config, inference_device(config.fit)), config)
     tables = {name: rows.split(name) for name in SPLITS}
     test = EvaluationRows.of(tables["test"], prepared.test)
     samples = config.evaluation.bootstrap_samples
     raw = collect(predictor.backend, test.encoded, prepared.config.num_experts, "predicting test rows")
-    evaluation = evaluate_mope(predictor, test, raw, samples=samples)
+    with working("intervals of the errors, by bootstrap"):
+        evaluation = evaluate_mope(predictor, test, raw, samples=samples)
+    whole.done(EVALUATION)
     logs = dict(zip(_names(prepared.config), [fit.csv for fit in fits], strict=True))
     if teacher is not None:
         encoded = encode_rows(tables["test"], teacher.predictor.encoder, "encoding test rows for the teacher")
         seen = EvaluationRows.of(tables["test"], encoded)
         medians = predicted_medians(teacher.predictor, seen, "predicting test rows with the teacher")
         evaluation.add("teacher", test, medians, samples=samples)
-    logs |= compare(evaluation, test, tables, prepared, source, config, work, resume=resume)
+    logs |= compare(evaluation, test, tables, prepared, source, config, work, resume=resume, whole=whole)
     metrics = evaluation.metrics
     metrics["data"] = shortened(data.main.report.to_json())
     apart = list(data.also)
@@ -143,13 +173,18 @@ def train(
         metrics["other_data"] = {
             shortened(other.report.source): evaluate_on(predictor, other, samples=samples)[0].metrics for other in apart
         }
-    with artifact.writing(output) as folder:
+    with artifact.writing(output, overwrite=overwrite) as folder:
         predictor.write(folder)
-        provenance = collect_provenance(list(command), config.fit.seed, data.fingerprints, started=started)
+        parts = end(work)
+        started = datetime.fromisoformat(parts[0]["started"])
+        provenance = collect_provenance(parts[0]["command"], config.fit.seed, data.fingerprints, started=started)
         provenance["config"] = _settings(config)
+        if len(parts) > 1:
+            provenance["parts"] = parts
         artifact.write_json(folder / "metrics.json", metrics)
         artifact.write_json(folder / "provenance.json", provenance)
-        drawn = draw(evaluation, test, folder / "plots", logs)
+        with working("drawing plots"):
+            drawn = draw(evaluation, test, folder / "plots", logs)
         sources = [one.source for one in (config.data, *config.also)]
         card = render_card(
             predictor.config.model_dump(mode="json"),
@@ -165,6 +200,7 @@ def train(
             datasets=[one.source for one in (config.data, *config.also) if isinstance(open_source(one), Hub)],
         )
         write_card(folder, card)
+    end(work, finished=True)
     with contextlib.redirect_stdout(io.StringIO()):  # what the card shows must run
         exec(compile(snippet(str(output)), "the model card's snippet", "exec"), {})
     print_metrics(metrics, console(), short=True)
@@ -178,7 +214,9 @@ def train(
     return RunResult(output, metrics)
 
 
-def _teachers(config: TrainConfig, output: Path, *, resume: bool, command: Sequence[str]) -> list[Teacher]:
+def _teachers(
+    config: TrainConfig, output: Path, *, resume: bool, overwrite: bool, command: Sequence[str]
+) -> list[Teacher]:
     """The predictors that teach, if any are to: saved ones, or recipes', trained first beside `output`."""
     model, found = config.model, list[Teacher]()
     for position, named in enumerate(named_teachers(model)):
@@ -186,7 +224,8 @@ def _teachers(config: TrainConfig, output: Path, *, resume: bool, command: Seque
         ending = "teacher" if position == 0 else f"teacher-{position + 1}"
         folder = named.folder
         if named.config is None:
-            folder = _trained_teacher(named.name, output, ending, config, resume=resume, command=command)
+            options = {"resume": resume, "overwrite": overwrite}
+            folder = _trained_teacher(named.name, output, ending, config, command=command, **options)
         if folder.resolve() == output.resolve():
             raise ConfigError(f"--output {output} is the teacher itself, which would be replaced; choose another")
         teacher = Teacher(folder, model.num_layers, inference_device(config.fit))
@@ -199,7 +238,7 @@ def _teachers(config: TrainConfig, output: Path, *, resume: bool, command: Seque
 
 
 def _trained_teacher(
-    name: str, output: Path, ending: str, config: TrainConfig, *, resume: bool, command: Sequence[str]
+    name: str, output: Path, ending: str, config: TrainConfig, *, resume: bool, overwrite: bool, command: Sequence[str]
 ) -> Path:
     """Where a teacher that is a recipe lies, after it was trained, unless it was before."""
     folder = output.with_name(f"{output.name}.{ending}")
@@ -211,7 +250,7 @@ def _trained_teacher(
         )
     if not (folder / "files.json").exists():
         console().print(f"first the teacher: recipe {name}, into {folder}", highlight=False)
-        train(recipe, folder, resume=resume, command=command)
+        train(recipe, folder, resume=resume, overwrite=overwrite, command=command)
     elif artifact.read_json(folder / "provenance.json").get("config") != _settings(recipe):
         raise ConfigError(f"{folder} was not trained as recipe {name} says; remove it, or type --teacher {folder}")
     else:
@@ -234,7 +273,8 @@ def finish(prepared: Prepared, backend: TorchBackend, config: TrainConfig) -> Le
     wants_lookup = "lookup" in settings.router_parts
     neighbours = lookup_sample(prepared.train, config.model.lookup_rows if wants_lookup else 1, config.fit.seed)
     neighbour_outputs = collect(backend, neighbours, num_experts, "embedding look-up rows")
-    router = fit_router(settings, config.model, prepared.train, neighbours, neighbour_outputs, validation, outputs)
+    with working("fitting the router"):
+        router = fit_router(settings, config.model, prepared.train, neighbours, neighbour_outputs, validation, outputs)
     history = prepared.validation_history
     if config.model.combination == "auto":
         errors = choose_combination(settings, router, validation, outputs, history)
@@ -311,43 +351,22 @@ def sample(rows: RowTable, config: TrainConfig) -> RowTable:
     return rows.take(np.sort(np.concatenate(kept)))
 
 
-def _check_output(output: Path, work: Path) -> None:
-    """Refuse before hours of training what could not be written after them."""
-    if output.exists() and not (output / "files.json").exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output} exists and is not a saved predictor; choose another or remove it")
-    if output.exists():
-        console().print(f"the predictor in {output} will be replaced at the end", highlight=False)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output {output}: {work} can't be written: {error.strerror}") from error
-
-
-def _check_work(work: Path, config: TrainConfig, data: RunRows, *, resume: bool) -> None:
-    """Let a run be resumed only with the settings and rows that it was begun with."""
-    settings = config.model_dump(mode="json", exclude={"model": FREE_IN_MODEL, "fit": FREE_IN_FIT})
-    shaping: dict[str, Any] = {"rows": data.fingerprint, "model": settings["model"], "fit": settings["fit"]}
-    marker = work / "run.json"
-    if resume and marker.exists():
-        begun = artifact.read_json(marker)
-        if begun != shaping:
-            changed = [
-                f"{section}.{name}"
-                for section in ("model", "fit")
-                for name, value in shaping[section].items()
-                if begun.get(section, {}).get(name) != value
-            ]
-            what = ", ".join(changed) or "the data"
-            raise ConfigError(f"--resume: {work} was begun with other settings ({what}); drop --resume to start anew")
-        return
-    if not resume and any(work.rglob("last.ckpt")):
-        console().print(
-            f"[yellow]{work} holds an interrupted run, which is thrown away; --resume would go on with it[/]",
-            highlight=False,
-        )
-    if resume:
-        console().print(f"nothing to resume in {work}: starting anew", highlight=False)
-    artifact.write_json(marker, shaping)
+def whole_run(prepared: Prepared, config: TrainConfig) -> WholeRun:
+    """What a run does, in optimiser steps that take as long; see `mope.training.plan`, which measures instead."""
+    fit, settings, size = config.fit, prepared.config, config.fit.batch_size * world_size(config.fit)
+    # training multiplies in bf16 where the CPU can, predictions are made in 32 bits
+    forward = 1.0 if inference_device(fit) == "cpu" and resolve_precision(fit) == "bf16-mixed" else FORWARD_SHARE
+    validation = max(1.0, fit.epochs * fit.checks_per_epoch) * len(prepared.validation) * FORWARD_SHARE
+    network = (fit.epochs * prepared.train.num_texts + validation) / size
+    num_held_out = len(prepared.validation) + len(prepared.test)
+    lookup = config.model.lookup_rows if "lookup" in settings.router_parts else 0
+    names = _names(settings)
+    work = {f"training {name}": network for name in names}
+    work[EVALUATION] = len(names) * (num_held_out + lookup) * forward / fit.batch_size
+    if "embedding_gbm" in config.evaluation.baselines:
+        work[FROZEN] = (len(prepared.train) + num_held_out) * forward / fit.batch_size
+    held_out = num_held_out * forward / fit.batch_size
+    return WholeRun(work | {f"training {name}": network + held_out for name in config.evaluation.fine_tuned})
 
 
 def _say_plan(prepared: Prepared, config: TrainConfig) -> None:

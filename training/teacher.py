@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +29,7 @@ from mope.backends.torch_backend import TorchBackend
 from mope.config import PredictorConfig
 from mope.console import console
 from mope.errors import ConfigError
+from mope.files import replaced
 from mope.grid import Array
 from mope.predictor import LengthPredictor
 from mope.provenance import file_sha256, shortened
@@ -173,9 +173,8 @@ class Teacher:
         if grid != Grid.of(self.settings):
             targets = on_grid(targets.log_mix_RN, Grid.of(self.settings), grid)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(f".{os.getpid()}")
-        save_file({"log_mix": targets.log_mix_RN, "log_gate": targets.log_gate_RK}, partial)
-        partial.replace(cache)
+        with replaced(cache) as whole:
+            save_file({"log_mix": targets.log_mix_RN, "log_gate": targets.log_gate_RK}, whole)
         return targets
 
 

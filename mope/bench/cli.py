@@ -21,8 +21,9 @@ from mope.bench.prompts import describe_lengths, read_sample, sample
 from mope.bench.report import print_report, to_markdown
 from mope.bench.run import TIMED, Measured, measure
 from mope.bench.subjects import Peer, Subject, saved_predictors
-from mope.errors import ConfigError, MissingExtraError
+from mope.errors import MissingExtraError
 from mope.extras import require
+from mope.files import make_output_folder, opened, write_text
 from mope.flags import Parser, add_flags, flag_name, given, validated
 from mope.provenance import collect, shortened
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 SHAREGPT = "sharegpt"
 FORMAT_VERSION = 1
+FILES = ("bench.json", "bench.md", "calls.csv", "latency.png")
 DETAILS = """\
 Measure latency, throughput, start and memory of saved predictors on real prompts, side by side.
 
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> int:
     config = validated(BenchConfig, given(arguments).get("bench", {}), lambda place: flag_name(str(place[0])))
     subjects = _subjects(arguments.artifacts, config)
     if arguments.output:
-        _make_folder(arguments.output)
+        make_output_folder(arguments.output, names=FILES, reads={"--prompts": arguments.prompts})
     requests = _requests(arguments.prompts, config)
     load_before = _load_average()
     found = measure(subjects, requests, config)
@@ -122,18 +124,10 @@ def _requests(prompts: str, config: BenchConfig) -> list[Request]:
     return sample(rows.requests(), config.num_requests, config.seed)
 
 
-def _make_folder(folder: Path) -> None:
-    """Make the output folder now: hours later is too late to hear that it can't be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output {folder} can't be made: {error.strerror}") from error
-
-
 def _save(folder: Path, result: Mapping[str, Any], found: Sequence[Measured], goal_ms: float | None) -> None:
     artifact.write_json(folder / "bench.json", result)
-    (folder / "bench.md").write_text(to_markdown(result), encoding="utf-8")
-    with (folder / "calls.csv").open("w", encoding="utf-8", newline="") as file:
+    write_text(folder / "bench.md", to_markdown(result))
+    with opened(folder / "calls.csv", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["subject", "round", "request", "wall_ms", "cpu_ms"])
         for one in found:

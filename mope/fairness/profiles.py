@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from mope.config import Frozen
 from mope.errors import ConfigError, ProfileError
 from mope.fairness.engine_costs import EngineCosts, FittedCosts, RooflineCosts, touched_shares
+from mope.files import writable, write_text
 
 FORMAT_VERSION: Literal[1] = 1
 FOLDER = Path(__file__).parent / "profiles"  # hardware.json, llms.json
@@ -314,14 +314,8 @@ def save_profile(profile: Profile, path: Path) -> None:
     Raises:
         ProfileError: it can't be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(profile.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise ProfileError(f"profile {path} can't be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with writable(f"profile {path}", ProfileError):
+        write_text(path, profile.model_dump_json(indent=2) + "\n")
 
 
 @cache

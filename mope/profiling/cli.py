@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from mope import console as terminal
-from mope.errors import ConfigError, DataError, ServerError
+from mope.errors import ConfigError, DataError, ProfileError, ServerError
 from mope.extras import require
-from mope.fairness.profiles import FittedProfile, Measured, save_profile
+from mope.fairness.profiles import FittedProfile, Measured, load_profile, save_profile
+from mope.files import check_output_file, opened, writable
 from mope.flags import Parser, add_flags, flag_name, given, validated
 from mope.profiling.client import ServerFacts, connected
 from mope.profiling.config import ProfilingConfig
@@ -108,13 +109,14 @@ def _check_output(path: Path) -> None:
     """Say now that the profile can't be written: minutes later is too late."""
     if path.suffix != ".json":
         raise ConfigError(f"--output: got {str(path)!r}; expected a file that ends in .json")
-    try:
+    with writable(f"--output {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.partial")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--output {path} can't be written: {error.strerror}") from error
+    check_output_file(path)
+    if path.exists():
+        try:
+            load_profile(path)
+        except ProfileError as error:
+            raise ConfigError(f"--output {path} exists and is not a profile ({error}); choose another") from error
 
 
 async def _measured(
@@ -199,7 +201,7 @@ def _kept(found: Measurements, output: Path) -> Sequence[str]:
 
 
 def _write_measurements(found: Measurements, path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with opened(path, newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["kind", "prompt_tokens", "response_tokens", "num_running", "context_tokens", "seconds"])
         for prefill in found.prefills:

@@ -14,9 +14,9 @@ from typing import Any
 
 from mope import artifact
 from mope import console as terminal
-from mope.errors import ConfigError
 from mope.extras import require
 from mope.fairness import FairnessConfig, load_profile
+from mope.files import make_output_folder, opened, write_text
 from mope.flags import Parser, add_flags, flag_name, given, validated
 from mope.provenance import collect, shortened
 from mope.serving_hooks.replay.compare import Compared, compare
@@ -27,6 +27,7 @@ from mope.serving_hooks.replay.report import print_report, to_markdown
 from mope.serving_hooks.replay.workloads import TRACE, WORKLOADS
 
 FORMAT_VERSION = 1
+FILES = ("replay.json", "replay.md", "requests.csv")
 DETAILS = """\
 Replay workloads through the real scheduler of an engine, under a virtual clock: no model, no GPU, minutes in seconds.
 
@@ -55,9 +56,10 @@ def main(argv: list[str]) -> int:
     settings = validated(EngineSettings, typed.get("engine", {}), named)
     fairness = validated(FairnessConfig, typed.get("fairness", {}), named)
     options = {"profile": fairness.profile, **{key: getattr(fairness, key) for key in typed.get("fairness", {})}}
-    for folder in (arguments.output, arguments.plots):
+    for flag, folder in (("--output", arguments.output), ("--plots", arguments.plots)):
         if folder is not None:
-            _make_folder(folder)
+            reads = {"--trace": config.trace} if config.trace else {}
+            make_output_folder(folder, flag, names=FILES if flag == "--output" else (), reads=reads)
     plots = arguments.plots or (arguments.output and arguments.output / "plots")
     if arguments.plots:
         require("matplotlib", "--plots")
@@ -123,8 +125,8 @@ def _shown(compared: Compared, num_seeds: int) -> dict[str, Any]:
 
 def _save(folder: Path, result: dict[str, Any], found: Sequence[Compared]) -> None:
     artifact.write_json(folder / "replay.json", result)
-    (folder / "replay.md").write_text(to_markdown(result), encoding="utf-8")
-    with (folder / "requests.csv").open("w", encoding="utf-8", newline="") as file:
+    write_text(folder / "replay.md", to_markdown(result))
+    with opened(folder / "requests.csv", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
             ["workload", "policy", "client", "prompt_tokens", "response_tokens", "predicted_tokens", "arrival_s",
@@ -155,11 +157,3 @@ def _draw(found: Sequence[Compared], folder: Path, *, required: bool) -> None:
 
     for compared in found:
         draw(compared, folder)
-
-
-def _make_folder(folder: Path) -> None:
-    """Make the output folder now: minutes later is too late to hear that it can't be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder} can't be made: {error.strerror}") from error

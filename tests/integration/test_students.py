@@ -120,12 +120,12 @@ def test_a_teacher_that_is_a_recipe_is_trained_first_and_kept(
     train(asked, tmp_path / "out")
     assert (tmp_path / "out.teacher" / "files.json").exists()
     assert "first the teacher: recipe demo" in capsys.readouterr().err
-    train(asked, tmp_path / "out")
+    train(asked, tmp_path / "out", overwrite=True)
     assert "is already trained" in capsys.readouterr().err
     other = quick.model_copy(update={"fit": quick.fit.model_copy(update={"seed": 7})})
     monkeypatch.setattr(run_module, "load_recipe", lambda name, overrides: other)
     with pytest.raises(ConfigError, match="not trained as recipe demo says"):
-        train(asked, tmp_path / "out")
+        train(asked, tmp_path / "out", overwrite=True)
 
 
 def test_what_a_teacher_said_is_kept_for_a_resumed_run_and_for_other_students(
@@ -140,7 +140,7 @@ def test_what_a_teacher_said_is_kept_for_a_resumed_run_and_for_other_students(
         assert found["teacher"]["mae"] == pytest.approx(own["test"][part]["mope"]["mae"], rel=1e-6)
     encode = teacher_module.encode_rows
     monkeypatch.setattr(teacher_module, "encode_rows", lambda *_: pytest.fail("the teacher was asked again"))
-    train(asked, tmp_path / "out", resume=True)
+    train(asked, tmp_path / "out", resume=True, overwrite=True)
     monkeypatch.setattr(teacher_module, "encode_rows", encode)
     fewer = asked.model_copy(update={"fit": asked.fit.model_copy(update={"max_train_rows": 200, "epochs": 1})})
     before = len(list((config.data.cache_dir / "teachers").iterdir()))

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import random
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mope import LengthPredictor
-from mope.errors import ConfigError, DataError
+from mope.errors import ArtifactError, ConfigError, DataError
 from mope.training.config import EvaluationConfig, FitConfig, ModelConfig, TrainConfig
 from mope.training.data.config import DataConfig
 from mope.training.evaluate_saved import evaluate_artifact, named_baselines
+from mope.training.fit import FitModule, TrainingInterruptedError
 from mope.training.run import RunResult, train
+from mope.training.work import locked
 
 NUM_CHATS = 900
 
@@ -125,33 +134,133 @@ def test_resume_takes_what_is_trained_and_gives_the_same(
     run: RunResult, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lightning.Trainer.fit", lambda *_, **__: pytest.fail("trained again"))
-    again = train(config, run.folder, resume=True, command=["mope-train", "--resume"])
+    again = train(config, run.folder, resume=True, overwrite=True, command=["mope-train", "--resume"])
     assert again is not None
     assert again.metrics["test"] == run.metrics["test"]
 
 
-def test_a_run_that_was_interrupted_is_not_thrown_away_without_a_word(
-    tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_unfinished_run_is_thrown_away_only_when_told_so(
+    tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    checkpoint = tmp_path / "out.work" / "model" / "last.ckpt"
+
     def interrupted(*_: object, **__: object) -> None:
-        checkpoint = tmp_path / "out.work" / "model" / "last.ckpt"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.touch()
+        checkpoint.write_bytes(b"hours of work")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lightning.Trainer.fit", interrupted)
-    told = []
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "out")
-        told.append("holds an interrupted run" in " ".join(capsys.readouterr().err.split()))
-    assert told == [False, True]
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "out")
+    monkeypatch.setattr("lightning.Trainer.fit", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match=r"holds an unfinished run \(of model\).*--resume.*--overwrite"):
+        train(config, tmp_path / "out")
+    assert checkpoint.read_bytes() == b"hours of work"
+    with pytest.raises(ConfigError, match=r"last\.ckpt is damaged .*type rm .* and then --resume"):
+        train(config, tmp_path / "out", resume=True)
+    assert checkpoint.read_bytes() == b"hours of work"
+    monkeypatch.setattr("lightning.Trainer.fit", interrupted)
+    checkpoint.with_name("stale").touch()
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "out", overwrite=True)
+    assert not checkpoint.with_name("stale").exists()
+
+
+def test_a_finished_predictor_is_replaced_only_when_told_so(
+    run: RunResult, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning.Trainer.fit", lambda *_, **__: pytest.fail("trained"))
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=r"is a saved predictor, which would be lost; add --overwrite"):
+            train(config, run.folder, resume=resume)
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from mope.training.work import locked
+with locked(Path(sys.argv[1]), Path(sys.argv[2])):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_runs_do_not_share_a_folder_and_a_killed_one_blocks_nobody(
+    tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, work = tmp_path / "out", tmp_path / "out.work"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(output), str(work)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        who = rf"is in use: process {holder.pid} on {socket.gethostname()} .* trains there"
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(ConfigError, match=who):
+                train(config, output, **options)
+        with pytest.raises(ConfigError, match=who):  # by another name, and with another work folder
+            train(config, tmp_path / "." / "out", work=tmp_path / "elsewhere")
+        with pytest.raises(ConfigError, match=who):
+            train(config, tmp_path / "other", work=work)
+        monkeypatch.setenv("LOCAL_RANK", "1")  # a helper process of that very run
+        with locked(output, work):
+            pass
+        monkeypatch.delenv("LOCAL_RANK")
+    finally:
+        holder.kill()
+        holder.wait()
+    with locked(output, work):
+        assert json.loads((work / "running.lock.json").read_text())["pid"] == os.getpid()
+
+
+def test_a_work_folder_that_is_something_else_is_refused(tmp_path: Path, config: TrainConfig) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"is no work folder of a run \(it holds model\)"):
+        train(config, tmp_path / "out", work=tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "model" / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_card_tells_of_all_parts_of_a_run(
+    tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of MoPE's network, and resumed: commands, time and curve of both parts."""
+    evaluation = config.evaluation.model_copy(update={"fine_tuned": (), "baselines": ("constant",)})
+    config = config.model_copy(update={"evaluation": evaluation})
+    calls = 0
+    step = FitModule.training_step
+
+    def stopped(self: FitModule, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 60:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(FitModule, "training_step", stopped)
+    with pytest.raises(TrainingInterruptedError):
+        train(config, tmp_path / "out", command=["mope-train", "--recipe", "one"])
+    with pytest.raises(ArtifactError, match=r"holds its unfinished run; .*add --resume"):
+        LengthPredictor.from_pretrained(tmp_path / "out")
+    result = train(config, tmp_path / "out", resume=True, command=["mope-train", "--resume"])
+    assert result is not None
+    provenance = json.loads((result.folder / "provenance.json").read_text())
+    assert provenance["command"] == ["mope-train", "--recipe", "one"]
+    assert [part["command"][1] for part in provenance["parts"]] == ["--recipe", "--resume"]
+    assert "in 2 parts" in (result.folder / "README.md").read_text()
+    with (tmp_path / "out.work" / "model" / "csv" / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert min(steps) < 20
+    assert max(steps) > 60
+    assert steps == sorted(steps)
+    assert result.metrics["baseline_seconds"]["constant"] >= 0
 
 
 def test_resume_refuses_other_settings_and_says_which(run: RunResult, config: TrainConfig) -> None:
     other = config.model_copy(update={"fit": config.fit.model_copy(update={"dropout": 0.3})})
     with pytest.raises(ConfigError, match=r"fit\.dropout"):
-        train(other, run.folder, resume=True)
+        train(other, run.folder, resume=True, overwrite=True)
 
 
 def test_an_output_that_is_something_else_is_refused_before_training(

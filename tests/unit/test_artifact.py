@@ -1,5 +1,6 @@
 """The saved folder: written whole or not at all, and every kind of damage named."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -218,10 +219,68 @@ def test_a_folder_that_is_no_predictor_is_not_replaced(predictor, tmp_path):
 def test_an_empty_folder_and_an_old_predictor_are_replaced(predictor, tmp_path):
     (tmp_path / "saved").mkdir()
     predictor.save_pretrained(tmp_path / "saved")
-    (tmp_path / "saved" / "stale.json").write_text("{}")
     predictor.save_pretrained(tmp_path / "saved")
     assert {path.name for path in (tmp_path / "saved").iterdir()} == FILES | FOR_PEOPLE
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_files_of_others_beside_a_predictor_are_not_lost(predictor, tmp_path):
+    predictor.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "plots" / "thesis.txt").parent.mkdir(exist_ok=True)
+    (tmp_path / "saved" / "plots" / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(ArtifactError, match=r"files that are not of the predictor.*plots/thesis\.txt; move them"):
+            predictor.save_pretrained(tmp_path / "saved", overwrite=overwrite)
+    assert (tmp_path / "saved" / "plots" / "thesis.txt").read_text() == "years of work"
+
+
+def test_another_predictor_is_replaced_only_when_told_so(predictor, tiny, tmp_path):
+    """Its own folder may be saved into again; another one, which may have learned, may not, also through a link."""
+    saved = predictor.save_pretrained(tmp_path / "saved")
+    (tmp_path / "link").symlink_to(saved)
+    predictor.save_pretrained(saved)
+    again = type(predictor).from_pretrained(saved, backend="torch")
+    again.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    stranger = type(predictor).from_pretrained(tiny, backend="torch")
+    before = (saved / "files.json").stat().st_ino
+    for folder in (saved, tmp_path / "link"):
+        with pytest.raises(ArtifactError, match=r"is a saved predictor, which would be lost; .*overwrite=True"):
+            stranger.save_pretrained(folder)
+    assert (saved / "files.json").stat().st_ino == before
+    stranger.save_pretrained(saved, overwrite=True)
+    assert (saved / "files.json").stat().st_ino != before
+
+
+def test_engines_stay_when_a_predictor_is_saved_into_its_own_folder(predictor, tmp_path):
+    saved = predictor.save_pretrained(tmp_path / "saved")
+    (saved / "tensorrt").mkdir()
+    (saved / "tensorrt" / "model.plan").write_bytes(b"minutes of work")
+    predictor.save_pretrained(saved)
+    assert (saved / "tensorrt" / "model.plan").read_bytes() == b"minutes of work"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        shutil.Error([("a", "b", "[Errno 28] No space left on device")]),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_what_was_there_stays(predictor, tmp_path, monkeypatch, error):
+    saved = predictor.save_pretrained(tmp_path / "saved")
+    before = {path.name: path.read_bytes() for path in saved.iterdir() if path.is_file()}
+
+    def full(folder):
+        raise error
+
+    monkeypatch.setattr(predictor.backend, "save", full)
+    with pytest.raises(ArtifactError, match=r"saved can't be written: no space left on the disk") as caught:
+        predictor.save_pretrained(saved)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert {path.name: path.read_bytes() for path in saved.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

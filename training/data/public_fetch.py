@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import http.client
-import os
 import shutil
 import tarfile
 import tempfile
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 
 from mope.console import console, progress
 from mope.errors import DataError
+from mope.files import replaced
 from mope.training.data.formats import tidy
 from mope.training.data.problems import Problems
 from mope.training.data.public_readers import Answer, RepositoryFile
@@ -166,12 +166,8 @@ def _write(public: PublicSet, files: Sequence[RepositoryFile], path: Path, count
                     for values, value in zip(columns.values(), row, strict=True):
                         values.append(value)
             advance(len(batch))
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        pq.write_table(pa.table(columns, schema=SCHEMA), partial, compression="zstd")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(path) as whole:
+        pq.write_table(pa.table(columns, schema=SCHEMA), whole, compression="zstd")
     console().print(
         f"{public.name}: {len(columns['prompt']):,} answers kept in {path} ({num_empty:,} without a text and "
         f"{num_repeated:,} repeated ones left out)",

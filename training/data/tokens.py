@@ -23,6 +23,7 @@ import tiktoken
 import tokenizers
 
 from mope.errors import ConfigError
+from mope.files import replaced
 
 # sha1 of the address tiktoken downloads from: the name under which it looks for the file in its cache
 TIKTOKEN_CACHE_NAMES = {
@@ -145,6 +146,5 @@ def _copy_vocabulary(name: str, target: Path) -> None:
     packed = next((file for folder in folders if (file := Path(folder, "data", f"{name}.tiktoken.gz")).is_file()), None)
     if packed is None:
         return
-    partial = target.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_bytes(gzip.decompress(packed.read_bytes()))
-    partial.replace(target)
+    with replaced(target) as whole:
+        whole.write_bytes(gzip.decompress(packed.read_bytes()))
