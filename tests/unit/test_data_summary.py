@@ -416,9 +416,19 @@ def test_more_rows_than_there_are_is_no_sample(run: Callable[..., Any], tmp_path
 
 
 def test_the_picture_is_a_png(run: Callable[..., Any], tmp_path: Path) -> None:
-    picture = tmp_path / "pictures" / "lengths.png"
+    picture = tmp_path / "lengths.png"
     assert run(logs(tmp_path / "logs.jsonl"), "--plot", picture)[0] == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_does_not_replace_the_data(run: Callable[..., Any], tmp_path: Path) -> None:
+    rows = logs(tmp_path / "logs.jsonl")
+    before = rows.read_bytes()
+    (tmp_path / "lengths.png").hardlink_to(rows)
+    status, _, err = run(rows, "--plot", tmp_path / "lengths.png")
+    assert status == 2
+    assert "is the file that DATA reads, which would be lost" in err
+    assert rows.read_bytes() == before
 
 
 @pytest.mark.parametrize(

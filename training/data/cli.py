@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from mope import console as terminal
-from mope.errors import ConfigError, MissingExtraError
+from mope.errors import MissingExtraError
+from mope.files import check_output_file, writable
 from mope.flags import Parser, add_flags, given, validated
 from mope.training.data.config import DataConfig
 
@@ -64,6 +65,9 @@ def _data(argv: list[str], prog: str) -> int:
     if missing:
         raise MissingExtraError(f"{prog} needs {', '.join(missing)}, not installed: pip install 'mope-llm[train]'")
 
+    if arguments.plot:
+        check_output_file(arguments.plot, "--plot", {"DATA": arguments.data})
+
     from mope.training.data.sample import look
 
     data, sample = look(config, arguments.rows)
@@ -72,10 +76,8 @@ def _data(argv: list[str], prog: str) -> int:
         from mope.training.plots import response_tokens_by_llm
 
         names = [name or "(no LLM named)" for name in columns.llm_names]
-        try:
+        with writable(f"--plot {arguments.plot}"):
             response_tokens_by_llm(names, columns.llm_R, data.rows.response_tokens, data.rows.censored, arguments.plot)
-        except OSError as error:
-            raise ConfigError(f"--plot {arguments.plot} can't be written: {error.strerror or error}") from error
     if arguments.json:
         print(json.dumps(summary.to_json(), ensure_ascii=False))
     else:
