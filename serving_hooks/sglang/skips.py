@@ -4,7 +4,7 @@ SGLang walks its queue and passes over requests that cannot run now: their LoRA 
 KV cache that they need is still fetched (HiCache). The hook foresees only the next admissions. If all of these were
 requests that cannot run, those behind would be served in order of arrival. So what was passed over is set aside and
 tried again, a few in each step, clients in turn; and what waits for an adapter comes back when the adapter may be
-admitted. Adapters take turns as in vLLM (`mope.serving_hooks.vllm.adapters`).
+admitted. Adapters take turns (`mope.serving_hooks.adapters`).
 
 Every rank decides the same: with several ranks, patience is counted in steps and not in seconds.
 """
@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mope.fairness import Policy, Ticket
-from mope.serving_hooks.vllm.adapters import AdapterTurns, Standing
-from mope.serving_hooks.vllm.aside import Aside
+from mope.serving_hooks.adapters import AdapterTurns, Standing
+from mope.serving_hooks.aside import Aside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import RequestStatus
 
+from mope.serving_hooks.adapters import AdapterTurns, Standing
 from mope.serving_hooks.guard import Guard
-from mope.serving_hooks.vllm.adapters import AdapterTurns, Standing, adapter_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -213,3 +213,9 @@ class Annex(RequestQueue):
 
     def __reversed__(self) -> Iterator[Request]:
         return iter(list(self)[::-1])
+
+
+def adapter_of(request: Request) -> int:
+    """The number of a request's LoRA adapter; 0 without one."""
+    adapter = getattr(request, "lora_request", None)
+    return int(adapter.lora_int_id) if adapter is not None else 0

@@ -21,17 +21,16 @@ from vllm.v1.request import RequestStatus
 from mope.fairness import Load, Ticket
 from mope.fairness.accounts import Account, Group
 from mope.fairness.clients import client_path
+from mope.serving_hooks.adapters import AdapterTurns, Standing
+from mope.serving_hooks.aside import Aside
 from mope.serving_hooks.carried import CLIENT, Carried
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.lengths import Expected
 from mope.serving_hooks.steward import ANYBODY, Steward
-from mope.serving_hooks.vllm.adapters import AdapterTurns, Standing, adapter_of
-from mope.serving_hooks.vllm.aside import Aside
+from mope.serving_hooks.vllm.holding import HoldingQueue, adapter_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
-
-    from mope.serving_hooks.vllm.holding import HoldingQueue
 
 _MAX_SKIPPED = 64  # requests that a step skips before it ends, beside as many as it had room for
 

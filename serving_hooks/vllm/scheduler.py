@@ -21,11 +21,11 @@ from mope.errors import ConfigError, UserError
 from mope.fairness import IDLE, Load, Ticket
 from mope.fairness.admission import fits
 from mope.serving_hooks import metrics, secret
+from mope.serving_hooks.adapters import AdapterTurns, Standing
 from mope.serving_hooks.carried import seals
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.steward import Steward
 from mope.serving_hooks.vllm import compat
-from mope.serving_hooks.vllm.adapters import AdapterTurns, Standing
 from mope.serving_hooks.vllm.holding import Annex, HoldingQueue
 from mope.serving_hooks.vllm.queue import FairQueue
 from mope.serving_hooks.vllm.settings import hook_options

@@ -259,8 +259,8 @@ def test_a_loaded_request_waits_while_its_adapter_would_be_one_too_many() -> Non
 
     from vllm.v1.request import RequestStatus
 
+    from mope.serving_hooks.adapters import AdapterTurns
     from mope.serving_hooks.guard import Guard
-    from mope.serving_hooks.vllm.adapters import AdapterTurns
     from mope.serving_hooks.vllm.holding import HoldingQueue
 
     turns = AdapterTurns(1, 1.0)

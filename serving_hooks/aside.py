@@ -1,9 +1,9 @@
 """Waiting requests that cannot run now, whatever their turn: set aside uncharged, and tried again within bounds.
 
-vLLM pops a request that it cannot run in this step and hands it back after the step: its grammar is still compiled, its
-KV cache still loaded, or its LoRA adapter would be one too many. Offered again in each step, n such requests cost O(n)
-a step. Here each is set aside. Those that vLLM skipped are tried again, a few in each step, clients in turn. Those that
-wait for an adapter come back when the adapter may be admitted. So a step costs the same however many are aside.
+An engine skips a request that it cannot run in this step: its grammar is still compiled, its KV cache still loaded, or
+its LoRA adapter would be one too many. Offered again in each step, n such requests cost O(n) a step. Here each is set
+aside. Those that the engine skipped are tried again, a few in each step, clients in turn. Those that wait for an
+adapter come back when the adapter may be admitted. So a step costs the same however many are aside.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """LoRA adapters take turns where fewer fit into a batch than are asked for.
 
-vLLM admits requests of an adapter as long as `--max-loras` adapters run, so a flood on one adapter keeps it running and
+An engine admits requests of an adapter as long as that adapter runs, so a flood on one adapter keeps it running, and
 clients of others wait for the whole flood. Here an adapter whose clients wait longer than the patience, and have had
 less than those who run, gets a turn: another adapter is drained, that is, no request of it is admitted until the first
 has begun. Knows adapters by number, and clients by how much they have had; not requests.
@@ -9,10 +9,6 @@ has begun. Knows adapters by number, and clients by how much they have had; not 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from vllm.v1.request import Request
 
 Standing = list[float]  # what a client and its groups have had, the outermost first: the less, the sooner its turn
 
@@ -93,9 +89,3 @@ class AdapterTurns:
     def ask(self, adapter: int, now_s: float) -> None:
         """A request would be next, but its adapter may not be admitted."""
         self._asked_s.setdefault(adapter, now_s)
-
-
-def adapter_of(request: Request) -> int:
-    """The number of a request's LoRA adapter; 0 without one."""
-    adapter = getattr(request, "lora_request", None)
-    return int(adapter.lora_int_id) if adapter is not None else 0
