@@ -24,7 +24,6 @@ EXTRAS = {
     "httpx2": "profile",
     "lightning": "train",
     "datasets": "train",
-    "filelock": "train",
     "sklearn": "train",
     "scipy": "train",
     "lightgbm": "train",

@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import Callback
 from mope.console import LOG_INTERVAL_S, console
 
 EVALUATION, FROZEN = "evaluation", "baselines without fine-tuning"
-GBM_S = 4e-5  # of one feature of one training row in boosted trees, on two cores: embedding_gbm alone has many
 FORWARD_SHARE = 1 / 3  # of the work of a training step, for a prediction
 
 

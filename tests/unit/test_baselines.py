@@ -102,10 +102,12 @@ def test_repeated_runs_agree():
     assert list(first) == [
         "constant", "previous_answers", "prompt_length", "lexical_gbm", "tfidf_ridge", "embedding_gbm",
     ]  # fmt: skip
-    for name, predicted in first.items():
+    for name, fitted in first.items():
+        predicted = fitted.predicted
+        assert fitted.seconds > 0
         assert predicted.shape == (len(TEST),)
         assert predicted.dtype == np.float64
-        assert np.array_equal(predicted, second[name])
+        assert np.array_equal(predicted, second[name].predicted)
         assert predicted.min() >= 1.0
 
 
@@ -121,7 +123,7 @@ def test_one_line_is_printed_for_each_baseline():
 def test_tiny_and_wordless_data_do_not_break_a_run():
     rows = table(["", " \n", "?", "\x00"], [1, 2, 3, 4])
     predicted = baselines.fit_and_predict(baselines.default_baselines(embed), rows, rows, rows)
-    assert all(np.isfinite(values).all() for values in predicted.values())
+    assert all(np.isfinite(fitted.predicted).all() for fitted in predicted.values())
 
 
 def test_no_validation_rows_is_a_mistake_of_the_data():
