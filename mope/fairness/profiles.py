@@ -352,7 +352,8 @@ def _packaged(name: str) -> list[dict[str, Any]]:
 
 
 def _meant(name: str, known: dict[str, Any]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+    longer = [each for each in known if name and each.startswith(name)]  # "a100" is a100-80gb rather than h100
+    near = difflib.get_close_matches(name, longer, n=1, cutoff=0.0) or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -170,7 +170,7 @@ def test_an_moe_reads_more_experts_as_more_tokens_choose_them() -> None:
     ("name", "said"),
     [
         ("a100-80gb/llama-2-7", "no LLM 'llama-2-7' comes with mope; did you mean 'llama-2-7b'?"),
-        ("a100/llama-2-7b", "no hardware 'a100' comes with mope"),
+        ("a100/llama-2-7b", "no hardware 'a100' comes with mope; did you mean 'a100-80gb'?"),
         ("h10/llama-2-7b", "did you mean 'h100'?"),
         ("a10g/llama-2-70b", "138.0 GB of weights, and 1 x a10g hold 21.6 GB; take more GPUs (-tp2, -tp4, -tp8)"),
         ("h100/llama-2-7b-tp3", "32 heads, which 3 GPUs can't share evenly"),
