@@ -24,6 +24,8 @@ Status = Literal["ok", "note", "warning", "failed"]
 
 _PROMPT = "Explain in a few paragraphs how TCP slow start works, when it ends, and what RFC {} says of it."
 _NUM_TIMED = 30
+_FASTEST = "chat-micro"
+FASTER = f'raise deadline_ms, or take "predictor": "{_FASTEST}", which is faster'
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -41,8 +43,14 @@ class Finding(NamedTuple):
     text: str
 
 
-def predictor(name: str, part: str = "predictors") -> Finding:
-    """Whether a predictor loads here, and how long one prediction takes."""
+def predictor(name: str, deadline_ms: float, part: str = "predictors") -> Finding:
+    """Whether a predictor loads here, and whether one prediction meets the deadline.
+
+    Args:
+        name: packaged predictor, folder or Hub id.
+        deadline_ms: how long a request waits for its prediction, in milliseconds.
+        part: where the finding belongs.
+    """
     from mope.predictor import LengthPredictor
 
     if name == "none":
@@ -63,9 +71,12 @@ def predictor(name: str, part: str = "predictors") -> Finding:
     except Exception as error:  # of the engine that runs it: whatever it is, it is what was asked for
         return Finding(part, "failed", f"{name}: {type(error).__name__}: {error}")
     taken_ms = 1000 * statistics.median(taken)
-    return Finding(
-        part, "ok", f"{name}: loads in {load_s:.2f} s, a prediction takes {taken_ms:.2f} ms ({loaded.backend_reason})"
-    )
+    text = f"{name}: loads in {load_s:.2f} s, a prediction takes {taken_ms:.2f} ms ({loaded.backend_reason})"
+    if taken_ms <= deadline_ms:
+        return Finding(part, "ok", text)
+    advice = "raise deadline_ms" if name == _FASTEST else FASTER
+    text += f". That is longer than deadline_ms, {deadline_ms:g}, so most requests go without a prediction: {advice}"
+    return Finding(part, "warning", text)
 
 
 def options(chosen: HookOptions) -> list[Finding]:

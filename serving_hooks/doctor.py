@@ -31,6 +31,7 @@ from mope.serving_hooks import checks
 from mope.serving_hooks.checks import Finding
 from mope.serving_hooks.fetch import fetch, readable
 from mope.serving_hooks.metrics import own_version
+from mope.serving_hooks.options import NO_PREDICTOR, HookOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -168,8 +169,9 @@ def examine(
             else:
                 found.append(_probed(engine, timeout_s))
     found += about
-    names = packaged.names() if chosen is None else [chosen.predictor]
-    found += [checks.predictor(name) for name in names]
+    names = [chosen.predictor] if chosen is not None else [] if words else packaged.names()
+    deadline_ms = (chosen or HookOptions()).deadline_ms
+    found += [checks.predictor(name, deadline_ms) for name in names]
     if url is not None:
         port = metrics_port if metrics_port is not None else chosen.metrics_port if chosen is not None else None
         if commands is not None and hasattr(commands, "running"):
@@ -294,7 +296,9 @@ def running(url: str, metrics_port: int | None = None, num_ranks: int = 1) -> li
         other = _sum(shown, "mope_front_predictions_total") - made
         identity, predictor = readable(front.get("identity")), readable(front.get("predictor"))
         text = f"{url}: middleware on, clients by {identity}, predictor {predictor}"
-        found.append(Finding(part, "ok", f"{text}; {made:.0f} predictions made, {other:.0f} not"))
+        text += f"; {made:.0f} predictions made, {other:.0f} not"
+        wrong = _no_predictions(shown, made, other) if front.get("predictor") != NO_PREDICTOR else None
+        found.append(Finding(part, "warning" if wrong else "ok", f"{text}; {wrong}" if wrong else text))
         said = front.get("metrics_port", "")
         if metrics_port is None and said.isdecimal() and 0 < int(said) < 65_536:
             metrics_port = int(said)
@@ -302,6 +306,21 @@ def running(url: str, metrics_port: int | None = None, num_ranks: int = 1) -> li
         text = "whether the scheduler is on is in the server's log (mope is on: ...), or at its metrics_port"
         return [*found, Finding(part, "note", text)]
     return [*found, *_at_ports(url, metrics_port, max(num_ranks, len(set(_ENGINE.findall(shown)))))]
+
+
+def _no_predictions(shown: str, made: float, other: float) -> str | None:
+    """Why a front end that has a predictor makes no predictions; None if it makes some, or was not asked yet."""
+    if any(not value for _, value in _samples(shown, "mope_front_predicts")):
+        return (
+            "no predictor runs, so nothing is predicted. The server's log says why at the start; mope doctor vllm -- "
+            "COMMAND tries the predictor"
+        )
+    if made or not other:
+        return None
+    late = _sum(shown, "mope_front_predictions_total", outcome="late")
+    if late == other:
+        return f"all came after the deadline: {checks.FASTER}"
+    return "mope_front_predictions_total in its /metrics says what became of them"
 
 
 def _at_ports(url: str, port: int, num_ranks: int) -> list[Finding]:

@@ -214,14 +214,19 @@ class Front:
         """Counters so far.
 
         Returns:
-            `requests` by path or by what was done with them; `predictions` by outcome: `made`, `late` (past the
-            deadline), `overload` (too many were waiting), `failed`, `no_text`, counted by prompts; and `latency` of
-            HTTP requests that asked for predictions: `bounds_s`, `counts` (of each bound, and above all of them),
-            `sum_s`.
+            `predicts`: whether a predictor runs; `requests` by path or by what was done with them; `predictions` by
+            outcome: `made`, `late` (past the deadline), `overload` (too many were waiting), `failed`, `no_text`,
+            counted by prompts; and `latency` of HTTP requests that asked for predictions: `bounds_s`, `counts` (of each
+            bound, and above all of them), `sum_s`.
         """
         predictions = {name: self._outcomes[name] for name in dict.fromkeys(OUTCOMES.values())}
         latency = {"bounds_s": BOUNDS_S, "counts": tuple(self._latencies), "sum_s": self._latency_s}
-        return {"requests": dict(self._requests), "predictions": predictions, "latency": latency}
+        return {
+            "predicts": self._serving is not None,
+            "requests": dict(self._requests),
+            "predictions": predictions,
+            "latency": latency,
+        }
 
     def close(self) -> None:
         """Ends the predictor's threads. May be called again."""

@@ -31,6 +31,7 @@ REQUESTS = ("mope_front_requests", "HTTP requests, by path or by what was done w
 PREDICTIONS = ("mope_front_predictions", "Predictions by what became of them: made, late, overload, failed, no_text.")
 LATENCY = ("mope_front_prediction_seconds", "How long requests waited for their prediction.")
 ON = ("mope_front_on", "1 where the middleware runs, and how.")
+PREDICTS = ("mope_front_predicts", "1 where the predictor runs; 0 if it could not be loaded, or if there is none.")
 
 logger = logging.getLogger("mope")
 
@@ -42,7 +43,8 @@ def front_collector(
 
     Args:
         snapshot: its counters: `requests` and `predictions` as numbers by name, and `latency` with `bounds_s`,
-            `counts` (up to each bound, and above all of them) and `sum_s`. Numbers never fall.
+            `counts` (up to each bound, and above all of them) and `sum_s`. Numbers never fall. `predicts` says whether
+            a predictor runs.
         options: what is on.
         registry: that the API server shows; prometheus_client's own if None. Not used with several API servers.
 
@@ -106,6 +108,7 @@ class FrontCollector:
         labels = _labels(self._options)
         on = GaugeMetricFamily(*ON, labels=list(labels))
         on.add_metric(list(labels.values()), 1)
+        predicts = GaugeMetricFamily(*PREDICTS, value=float(kept["predicts"]))
         requests = CounterMetricFamily(*REQUESTS, labels=["kind"])
         for kind, num in kept["requests"].items():
             requests.add_metric([printable(kind)], num)
@@ -118,7 +121,7 @@ class FrontCollector:
         seconds = HistogramMetricFamily(
             *LATENCY, buckets=list(zip(edges, counted, strict=True)), sum_value=latency["sum_s"]
         )
-        return [on, requests, predictions, seconds]
+        return [on, predicts, requests, predictions, seconds]
 
 
 class FrontWriter:
@@ -138,10 +141,13 @@ class FrontWriter:
         registry = CollectorRegistry()  # of nobody: the files are what is read
         self._requests = Counter(*REQUESTS, ["kind"], registry=registry)
         self._predictions = Counter(*PREDICTIONS, ["outcome"], registry=registry)
-        bounds = snapshot()["latency"]["bounds_s"]
+        first = snapshot()
+        bounds = first["latency"]["bounds_s"]
         self._latency = Histogram(*LATENCY, buckets=bounds, registry=registry)
         labels = _labels(options)
         Gauge(*ON, list(labels), registry=registry, multiprocess_mode="max").labels(**labels).set(1)
+        # 0 if any of the servers predicts nothing
+        Gauge(*PREDICTS, registry=registry, multiprocess_mode="min").set(float(first["predicts"]))
         self._told: dict[tuple[str, str], float] = {}
         self._counts = [0] * (len(bounds) + 1)
         self._sum_s = 0.0

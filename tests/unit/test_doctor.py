@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
+import shutil
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -16,15 +18,19 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from stewards import busy_steward, guard
 
+from mope import packaged
 from mope.cli import main
 from mope.errors import ConfigError
 from mope.serving_hooks import checks, doctor
 from mope.serving_hooks.checks import Finding
+from mope.serving_hooks.front import Front
 from mope.serving_hooks.front_metrics import front_collector
+from mope.serving_hooks.identity import Identity
 from mope.serving_hooks.metrics import Exporter, start
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.vllm import commands, compat
 
+LOGGER = logging.getLogger("test.doctor")
 GOOD = shlex.split(commands.START.replace("\\\n", " "))
 
 
@@ -394,11 +400,33 @@ def test_a_port_in_use_is_told_of() -> None:
 
 
 def test_predictors_are_tried() -> None:
-    assert checks.predictor("chat-micro").status == "ok"
-    assert checks.predictor("none").status == "note"
-    missing = checks.predictor("/nonexistent/predictor")
+    assert checks.predictor("chat-micro", 10_000).status == "ok"
+    assert checks.predictor("none", 30).status == "note"
+    missing = checks.predictor("/nonexistent/predictor", 30)
     assert missing.status == "failed"
     assert "/nonexistent/predictor" in missing.text
+
+
+def test_a_predictor_that_misses_the_deadline_is_a_warning(tmp_path: Path) -> None:
+    other = shutil.copytree(packaged.PREDICTORS / "chat-micro", tmp_path / "other")
+    slow = checks.predictor(str(other), 0.0001)
+    assert slow.status == "warning"
+    assert "longer than deadline_ms, 0.0001, so most requests go without a prediction: raise deadline_ms" in slow.text
+    assert '"predictor": "chat-micro"' in slow.text
+    assert '"predictor"' not in checks.predictor("chat-micro", 0.0001).text
+
+
+def test_the_deadline_is_that_of_the_command(release: Callable[[str | None], None]) -> None:
+    release("0.32.0")
+    config = '{"mope": {"predictor": "chat-micro", "deadline_ms": 0.0001}}'
+    report = doctor.examine("vllm", [*BOTH, "--additional-config", config])
+    assert statuses(report, "predictors") == ["warning"]
+    assert "deadline_ms, 0.0001" in str(report["findings"])
+
+
+def test_no_predictor_is_tried_for_a_command_with_wrong_options(release: Callable[[str | None], None]) -> None:
+    release("0.32.0")
+    assert not statuses(doctor.examine("vllm", [*BOTH, "--additional-config", '{"mope": {"polcy": 1}}']), "predictors")
 
 
 def test_all_options_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -440,14 +468,15 @@ def serving(text: str) -> Iterator[str]:
         thread.join()
 
 
-def front(port: int) -> str:
+def front(port: int, predictor: str = "chat-small", *, predicts: bool = True, **predictions: int) -> str:
     registry = CollectorRegistry()
     counts = {
+        "predicts": predicts,
         "requests": {"/v1/completions": 9},
-        "predictions": {"made": 7, "late": 2},
+        "predictions": predictions or {"made": 7, "late": 2},
         "latency": {"bounds_s": (0.01,), "counts": (9, 0), "sum_s": 0.01},
     }
-    front_collector(lambda: counts, HookOptions(metrics_port=port), registry)
+    front_collector(lambda: counts, HookOptions(metrics_port=port, predictor=predictor), registry)
     return generate_latest(registry).decode()
 
 
@@ -466,6 +495,29 @@ def test_a_server_with_all_of_it_on(exporter: Exporter) -> None:
     assert first.status == second.status == "ok"
     assert "7 predictions made, 2 not" in first.text
     assert "policy equinox in vLLM 0.32.0, 5 requests so far" in second.text
+
+
+@pytest.mark.parametrize(
+    ("shown", "status", "told"),
+    [
+        ({"predicts": False, "made": 0, "late": 0}, "warning", "no predictor runs"),
+        ({"predicts": False, "predictor": "none", "made": 0}, "ok", "0 predictions made, 0 not"),
+        ({"made": 0, "late": 0}, "ok", "0 predictions made, 0 not"),
+        ({"made": 0, "late": 5}, "warning", 'raise deadline_ms, or take "predictor": "chat-micro"'),
+        ({"made": 0, "late": 1, "failed": 4}, "warning", "mope_front_predictions_total"),
+    ],
+)
+def test_a_server_that_predicts_nothing_is_warned_of(shown: dict[str, Any], status: str, told: str) -> None:
+    with serving(front(0, **shown)) as url:
+        found = doctor.running(url)[0]
+    assert found.status == status
+    assert told in found.text
+
+
+def test_a_front_end_whose_predictor_is_broken_says_that_none_runs(tmp_path: Path) -> None:
+    options = HookOptions(predictor=str(tmp_path))
+    broken = Front.load(options, Identity(options, secret=b"", logger=LOGGER), logger=LOGGER)
+    assert broken.snapshot()["predicts"] is False
 
 
 RANKS = (

@@ -33,6 +33,7 @@ DASHBOARD: dict[str, Any] = json.loads(
     (ROOT / "serving_hooks" / "dashboards" / "mope.json").read_text(encoding="utf-8")
 )
 SNAPSHOT = {
+    "predicts": True,
     "requests": {"/v1/completions": 1},
     "predictions": {"made": 1},
     "latency": {"bounds_s": (0.01,), "counts": (1, 0), "sum_s": 0.01},

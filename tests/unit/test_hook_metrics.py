@@ -318,6 +318,7 @@ def test_a_silent_scraper_holds_up_nobody() -> None:
 
 def snapshot() -> dict[str, Any]:
     return {
+        "predicts": True,
         "requests": {"/v1/completions": 7},
         "predictions": {"made": 5, "late": 2},
         "latency": {"bounds_s": (0.001, 0.01, 0.1), "counts": (1, 3, 2, 1), "sum_s": 0.5},
@@ -331,6 +332,7 @@ def test_the_front_ends_counters_are_added_to_those_of_the_server() -> None:
     found = samples(generate_latest(registry).decode())
     assert found["mope_front_requests_total", (("kind", "/v1/completions"),)] == 7
     assert found["mope_front_predictions_total", (("outcome", "late"),)] == 2
+    assert found["mope_front_predicts", ()] == 1
     assert found["mope_front_prediction_seconds_bucket", (("le", "0.01"),)] == 4
     assert found["mope_front_prediction_seconds_count", ()] == 7
     assert found["mope_front_prediction_seconds_sum", ()] == 0.5
@@ -358,9 +360,10 @@ def test_a_second_front_end_in_a_process_is_a_warning(caplog: pytest.LogCaptureF
 SERVER = """
 from mope.serving_hooks.front_metrics import FrontWriter, front_collector
 from mope.serving_hooks.options import HookOptions
-first = {"requests": {"/v1/completions": 3}, "predictions": {"made": 2, "late": 1},
+import sys
+first = {"predicts": sys.argv[1] == "1", "requests": {"/v1/completions": 3}, "predictions": {"made": 2, "late": 1},
          "latency": {"bounds_s": (0.001, 0.01, 0.1), "counts": (1, 1, 0, 0), "sum_s": 0.0055}}
-then = {"requests": {"/v1/completions": 7, "/v1/chat/completions": 1}, "predictions": {"made": 6, "late": 1},
+then = {**first, "requests": {"/v1/completions": 7, "/v1/chat/completions": 1}, "predictions": {"made": 6, "late": 1},
         "latency": {"bounds_s": (0.001, 0.01, 0.1), "counts": (1, 3, 2, 1), "sum_s": 0.5}}
 shown = [first]
 writer = front_collector(lambda: shown[0], HookOptions())
@@ -373,8 +376,8 @@ writer.close()
 
 def test_several_api_servers_are_summed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", SERVER], capture_output=True, text=True, check=False)
+    for predicts in "10":
+        done = subprocess.run([sys.executable, "-c", SERVER, predicts], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     registry = CollectorRegistry()
     MultiProcessCollector(registry)
@@ -386,6 +389,7 @@ def test_several_api_servers_are_summed(tmp_path: Any, monkeypatch: pytest.Monke
     assert by_edge == {"0.001": 2, "0.01": 8, "0.1": 12, "+Inf": 14}
     assert found["mope_front_prediction_seconds_sum", ()] == pytest.approx(1.0)
     assert [value for (name, _), value in found.items() if name == "mope_front_on"] == [1.0]
+    assert found["mope_front_predicts", ()] == 0  # one of the two has no predictor
 
 
 @given(st.lists(st.floats(1e-5, 3.0), min_size=1, max_size=60))
