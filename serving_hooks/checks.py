@@ -9,6 +9,8 @@ import os
 import socket
 import statistics
 import time
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +26,7 @@ Status = Literal["ok", "note", "warning", "failed"]
 
 _PROMPT = "Explain in a few paragraphs how TCP slow start works, when it ends, and what RFC {} says of it."
 _NUM_TIMED = 30
+_LIKE = 0.8  # how much a flag is like another, of 1, to be taken for it
 _FASTEST = "chat-micro"
 FASTER = f'raise deadline_ms, or take "predictor": "{_FASTEST}", which is faster'
 _LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -41,6 +44,24 @@ class Finding(NamedTuple):
     part: str
     status: Status
     text: str
+
+
+def misspelt(typed: Iterable[str], known: Collection[str], others: Collection[str], part: str) -> list[Finding]:
+    """Flags of a command that look like one that matters here, but are not.
+
+    Args:
+        typed: flags of the command.
+        known: flags that matter here.
+        others: flags that the engine has, too, and that look like one of `known`.
+        part: where the findings belong.
+    """
+    found = []
+    for flag in dict.fromkeys(flag.partition(".")[0] for flag in typed):
+        if flag in known or flag in others or flag.startswith("--no-"):
+            continue
+        if near := get_close_matches(flag, known, 1, _LIKE):
+            found.append(Finding(part, "warning", f"{flag}: did you mean {near[0]}? {flag} was not looked at"))
+    return found
 
 
 def predictor(name: str, deadline_ms: float, part: str = "predictors") -> Finding:

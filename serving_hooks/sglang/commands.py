@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mope.errors import ConfigError, ServerError
-from mope.serving_hooks.checks import Finding
+from mope.serving_hooks.checks import Finding, misspelt
 from mope.serving_hooks.fetch import fetch_json, readable
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import compat, settings
@@ -20,6 +20,37 @@ START = """\
 python -m sglang.launch_server --model-path MODEL --schedule-policy equinox \\
   --mope-config '{"api_keys": "keys.json", "metrics_port": 9477}'"""
 _PART = "command"
+_LOOKED_AT = (
+    settings.FLAG,
+    "--api-key",
+    "--data-parallel-size",
+    "--disaggregation-mode",
+    "--dp-size",
+    "--enable-priority-scheduling",
+    "--grpc-mode",
+    "--max-queued-requests",
+    "--schedule-policy",
+    "--smg-grpc-mode",
+    "--tokenizer-worker-num",
+    "--use-ray",
+)
+_ALIKE = (  # SGLang has these flags, too
+    "--attention-data-parallel-size",
+    "--dcp-size",
+    "--detokenizer-worker-num",
+    "--disaggregation-ib-device",
+    "--dwdp-size",
+    "--ep-size",
+    "--expert-parallel-size",
+    "--model-config",
+    "--moe-data-parallel-size",
+    "--moe-dp-size",
+    "--page-size",
+    "--pp-size",
+    "--tensor-parallel-size",
+    "--tokenizer-worker-ipc-name",
+    "--tp-size",
+)
 
 
 def flags(words: Sequence[str]) -> dict[str, list[str]]:
@@ -67,7 +98,7 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
         chosen: its options; None if they cannot be used.
     """
     typed = flags(words)
-    found: list[Finding] = []
+    found = misspelt(typed, _LOOKED_AT, _ALIKE, _PART)
 
     def tell(status: Any, text: str) -> None:
         found.append(Finding(_PART, status, text))

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mope.errors import ConfigError
-from mope.serving_hooks.checks import Finding
+from mope.serving_hooks.checks import Finding, misspelt
 from mope.serving_hooks.options import HookOptions
 
 SCHEDULER = "mope.serving_hooks.vllm.make_scheduler"
@@ -26,6 +26,36 @@ vllm serve MODEL --api-key KEY \\
 _PART = "command"
 RUST = "VLLM_USE_RUST_FRONTEND"  # variable that has vLLM start another front end
 _NOBODY = "no request has a client or a prediction, and all are one client"
+_LOOKED_AT = (
+    "--additional-config",
+    "--api-key",
+    "--api-server-count",
+    "--data-parallel-address",
+    "--data-parallel-size",
+    "--enable-lora",
+    "--grpc",
+    "--headless",
+    "--kv-transfer-config",
+    "--lora-modules",
+    "--max-loras",
+    "--max-num-queued-reqs",
+    "--middleware",
+    "--runner",
+    "--scheduler-cls",
+    "--scheduling-policy",
+)
+_ALIKE = (  # vLLM has these flags, too
+    "--data-parallel-rank",
+    "--data-parallel-size-local",
+    "--ec-transfer-config",
+    "--enable-dbo",
+    "--lora-target-modules",
+    "--max-cpu-loras",
+    "--max-logprobs",
+    "--max-num-queued-tokens",
+    "--tensor-parallel-size",
+    "--weight-transfer-config",
+)
 _SHORT = {"-asc": "--api-server-count", "-dp": "--data-parallel-size"}
 
 
@@ -126,7 +156,7 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
         chosen: its options; None if they cannot be used.
     """
     typed = flags(words)
-    found: list[Finding] = []
+    found = misspelt(typed, _LOOKED_AT, _ALIKE, _PART)
 
     def tell(status: Any, text: str) -> None:
         found.append(Finding(_PART, status, text))

@@ -300,6 +300,25 @@ def test_what_the_hook_looks_after_in_its_own_way_is_a_note(words: list[str], to
     assert told in texts(judged(words), "note")
 
 
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--schedular-cls", "--scheduler-cls"),
+        ("--api-keys", "--api-key"),
+        ("--scheduler_class=x", "--scheduler-cls"),
+        ("--middlewear", "--middleware"),
+        ("--aditional-config.mope.policy", "--additional-config"),
+    ],
+)
+def test_a_misspelt_flag_is_a_warning(flag: str, meant: str) -> None:
+    assert f"did you mean {meant}?" in texts(judged([*BOTH, flag, "x"]), "warning")
+
+
+@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "--max-cpu-loras", "--no-enable-lora", "--max-model-len"])
+def test_other_flags_of_vllm_are_not_complained_of(flag: str) -> None:
+    assert [finding.status for finding in judged([*BOTH, flag, "2"])] == ["ok"]
+
+
 def test_a_rust_front_end_of_the_environment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     assert "Rust front end" in texts(judged(BOTH), "failed")

@@ -245,12 +245,21 @@ def test_a_good_command_is_called_good(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--schedule-policy vtc --api-key K", {}, "warning", "this one key alone"),
         ('--schedule-policy vtc --api-key K --mope-config {"api_keys":"k"}', {}, "warning", "api_keys is of no use"),
         ("--schedule-policy vtc --dp-size 2", {}, "note", "books of its own"),
+        ("--shedule-policy vtc", {}, "warning", "did you mean --schedule-policy?"),
+        ("--schedule-policy vtc --api-keys K", {}, "warning", "did you mean --api-key?"),
+        ("--schedule-policy vtc --mope-conf {}", {}, "warning", "did you mean --mope-config?"),
     ],
 )
 def test_mistakes_are_told(
     monkeypatch: pytest.MonkeyPatch, command: str, variables: dict[str, str], status: str, told: str
 ) -> None:
     assert any(found == status and told in text for found, text in mistakes(command, monkeypatch, **variables))
+
+
+@pytest.mark.parametrize("flag", ["--tp-size", "--ep-size", "--detokenizer-worker-num", "--mem-fraction-static"])
+def test_other_flags_of_sglang_are_not_complained_of(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    command = 'sglang serve --schedule-policy vtc --mope-config {"identity":"header"} '
+    assert [status for status, _ in mistakes(f"{command}{flag} 2", monkeypatch)] == ["ok"]
 
 
 @contextmanager
