@@ -24,6 +24,7 @@ EXTRAS = {
     "httpx2": "profile",
     "lightning": "train",
     "datasets": "train",
+    "filelock": "train",
     "sklearn": "train",
     "scipy": "train",
     "lightgbm": "train",
