@@ -104,10 +104,16 @@ def options(typed: dict[str, list[str]]) -> HookOptions:
             _put(given, flag.split(".")[1:], values[-1])
     astray = sorted(set(given) & set(HookOptions.model_fields))
     if astray:
-        raise ConfigError(f'--additional-config: {astray[0]} stands beside "mope", not in it: {{"mope": {{...}}}}')
+        raise ConfigError(
+            f"--additional-config: got the option {astray[0]!r} at the top level; mope reads the object under the key "
+            f'"mope": type {{"mope": {{"{astray[0]}": ...}}}}'
+        )
     near = get_close_matches("mope", [name for name in given if name != "mope"], 1)
     if near and "mope" not in given:
-        raise ConfigError(f'--additional-config: {near[0]!r} is nothing of mope\'s; did you mean "mope"?')
+        raise ConfigError(
+            f'--additional-config: got the key {near[0]!r}; mope reads its options under the key "mope": type '
+            f'{{"mope": {{...}}}} if you meant "mope"'
+        )
     return HookOptions.read(given.get("mope"), "--additional-config, mope")
 
 
@@ -184,8 +190,8 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
     if ours and not tells:
         tell(
             "warning",
-            f"without --middleware {MIDDLEWARE} no request has a client or a prediction: all are one client, but for "
-            "LoRA adapters",
+            f"without --middleware {MIDDLEWARE} no request has a client or a prediction: all share one client. Only a "
+            "request to a LoRA adapter counts as another client, lora/NAME, where NAME is the adapter's",
         )
     if (ours or tags) and _is_on(_variable(words, RUST)):
         tell("failed", f"{RUST}: vLLM's Rust front end runs no middleware, so {_NOBODY}: leave it out")
