@@ -46,6 +46,11 @@ class Aside:
         if turns is not None:
             turns.remove(ticket)
 
+    def bring_back_one(self, ticket: Ticket) -> None:
+        """Offers a request again; nothing happens if it is not aside."""
+        self.discard(ticket)
+        self._policy.bring_back(ticket)
+
     def bring_back(self, num_free: int, admits: Callable[[int], bool]) -> None:
         """Before a step: offers some of them again.
 

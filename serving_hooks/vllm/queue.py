@@ -74,6 +74,7 @@ class FairQueue(RequestQueue):
         self._plain: deque[Request] | None = None  # once something went wrong: all requests, in order
         self.head: Ticket | None = None
         self._next: Ticket | None = None  # who comes next, once that was worked out
+        self._first: list[Ticket] = []  # who comes before all in this step, see `let_holders_go_first`; the last first
         # requests that the policy has yet to be told of and when they came, by the account whose others they are behind
         self._later: dict[Account, list[tuple[Request, float]]] = {}
         self._ordering = steward.options.policy
@@ -186,9 +187,20 @@ class FairQueue(RequestQueue):
             num_free: requests that may be admitted in this step.
         """
         self._may_skip = _MAX_SKIPPED + num_free
+        if self._first:
+            self._forget_next()
         if len(self.aside):
             self._forget_next()
             self.aside.bring_back(num_free, self.adapters.admits if self.adapters is not None else _always)
+
+    def let_holders_go_first(self) -> None:
+        """Nobody runs and the head found no memory: requests whose KV cache was loaded hold it, and go first now."""
+        self._first = []
+        for request in list(self.requests.values())[::-1]:
+            ticket = self._steward.policy.find(request.request_id) if request.num_computed_tokens else None
+            if ticket is not None:
+                self.aside.bring_back_one(ticket)
+                self._first.append(ticket)
 
     def announce(
         self,
@@ -288,6 +300,11 @@ class FairQueue(RequestQueue):
         if self._next is not None and self._next.state in ("waiting", "preempted"):
             return self._next
         self._next = None
+        while self._first:
+            if self._first[-1].state in ("waiting", "preempted"):
+                self._next = self._first[-1]
+                return self._next
+            self._first.pop()
         while self._may_skip > 0:
             ticket = self._steward.policy.peek()
             if ticket is None:

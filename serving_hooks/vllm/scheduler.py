@@ -258,6 +258,8 @@ class FairMixin(_Base):
         head = queue.take_head()
         if head is not None and self._holding is not None:
             self._holding.found_no_room()
+        if head is not None and not self.running and self._holding is None:
+            queue.let_holders_go_first()
         if head is None or head.state != "waiting" or not self.running:
             return
         config = self.scheduler_config

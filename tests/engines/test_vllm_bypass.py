@@ -248,6 +248,7 @@ def test_what_was_computed_before_is_refunded_though_a_preemption_follows_at_onc
     served.scheduler._started = [(request, 16, 0.0)]  # as if KV cache for 16 of its tokens had been there
     served.engine.deliver(batch, lambda *_: False)
     served.scheduler.reset_prefix_cache(reset_running_requests=True)
+    served.scheduler._catch_up()  # while it waits
     served.finish(60)
     tally = dict(served.scheduler.mope.tallies.items())["a"]
     assert tally.charged.service == (20 - 16 + 2 * 30) * 1_000_000

@@ -17,6 +17,7 @@ from mope.serving_hooks.replay.engine import EngineSettings
 from mope.serving_hooks.replay.engine_vllm import VllmEngine
 from mope.serving_hooks.replay.run import Outcome, replay
 from mope.serving_hooks.replay.workloads import WORKLOADS, Arrival
+from tests.engines.test_vllm_fuzz import Driven, Life
 
 pytestmark = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vllm is not installed; tests/engines/releases.py fetches it and runs this file"
@@ -144,6 +145,38 @@ def test_predicted_admission_preempts_less(batches_in_flight: int) -> None:
         )
         preempted.append(sum(one.num_preemptions for one in outcome.records))
     assert preempted[1] < preempted[0] / 2
+
+
+def test_a_head_without_room_lets_those_go_whose_kv_cache_was_loaded() -> None:
+    """They hold the memory that it needs, and nobody runs who could make some; vLLM itself drains them first."""
+    settings = EngineSettings(max_num_seqs=4, max_tokens=256)
+    options = {"policy": "shortest-predicted", "summary_s": 0, "recalibrate": False, "predictor": "none"}
+    engine = Driven(settings, loads=True, hook=options, kv_tokens=800, max_model_len=640)
+    scheduler = engine.scheduler
+    matched = scheduler.connector.get_num_new_matched_tokens
+    scheduler.connector.get_num_new_matched_tokens = lambda request, computed: (
+        matched(request, computed) if request.request_id == "loaded" else (0, False)
+    )
+
+    def send(name: str, client: str, prompt: int, predicted: float) -> None:
+        sampling = {"max_tokens": 200, "extra_args": dict(Carried(client, predicted).write())}
+        scheduler.add_request(engine.request(Life(name, client, prompt, 8), sampling))
+
+    def steps(number: int, arrived: set[str]) -> None:
+        for _ in range(number):
+            batch = engine.schedule()
+            engine.load(arrived)
+            engine.deliver(batch, lambda _, tokens: tokens >= 8)
+            arrived = set()
+
+    send("loaded", "long", 500, 150.0)
+    steps(1, set())
+    send("head", "short", 400, 8.0)
+    steps(3, set())
+    steps(40, {"loaded"})
+    assert not scheduler.requests
+    assert scheduler.mope_guard.failure is None
+    assert services(engine) == {"long": 1 + 16, "short": 400 + 16}
 
 
 def test_adapters_are_clients_where_nobody_says_who_asks() -> None:
