@@ -197,8 +197,9 @@ class FairQueue(RequestQueue):
         """Nobody runs and the head found no memory: requests whose KV cache was loaded hold it, and go first now."""
         self._first = []
         for request in list(self.requests.values())[::-1]:
-            ticket = self._steward.policy.find(request.request_id) if request.num_computed_tokens else None
-            if ticket is not None:
+            ticket = self._steward.policy.find(request.request_id)
+            holds = request.num_computed_tokens or request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            if ticket is not None and holds:
                 self.aside.bring_back_one(ticket)
                 self._first.append(ticket)
 

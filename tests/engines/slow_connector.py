@@ -21,7 +21,8 @@ class SlowConnector(KVConnectorBase_V1):
     """Has all of each prompt but its last token."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
-        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        later = {} if kv_cache_config is None else {"kv_cache_config": kv_cache_config}  # vLLM 0.10 gives none
+        super().__init__(vllm_config=vllm_config, role=role, **later)
         self._begin: list[str] = []
         self._seen: set[str] = set()
         self._left: dict[str, int] = {}
