@@ -73,8 +73,8 @@ class Server:
 
     def close(self) -> None:
         """All lessons are learned, and every correction is worked out anew."""
-        self.steward.lengths.close()
-        self.sglang.lengths.close()
+        self.steward.lengths.close(60)
+        self.sglang.lengths.close(60)
         for one in (self.python.corrector, self.steward.lengths.corrector, self.sglang.lengths.corrector):
             assert one is not None
             one.recalibrator.to_json()

@@ -145,7 +145,7 @@ def test_finished_answers_teach_and_correct_later_predictions(tiny: Path) -> Non
     manager.ask(before)
     for _ in range(60):
         manager.ask(obj(text="x" * 50, sampling_params=free))
-    manager.end.lengths.close()
+    manager.end.lengths.close(60)
     after = obj(text="x" * 50, sampling_params=free)
     manager.ask(after)
     assert manager.end.lengths.num_observed == 61
@@ -164,7 +164,7 @@ def test_a_length_that_the_caller_forced_teaches_nothing(
     manager = Manager({"meta_info": meta}, options=options, predicts=False)
     for _ in range(5):
         manager.ask(obj(text="x" * 50, sampling_params={"max_new_tokens": 4000, **parameters}))
-    manager.end.lengths.close()
+    manager.end.lengths.close(60)
     assert (manager.end.lengths.num_forced, manager.end.lengths.num_observed) == ((5, 0) if is_forced else (0, 5))
 
 

@@ -41,7 +41,7 @@ def steward_at(path: Path | None, num_requests: int = 0) -> Steward:
         steward.policy.admit(steward.arrive(request_id, carried(f"group{number % 3}/user{number % 20}", 50.0), 100))
         steward.admitted(request_id)
         steward.ended(request_id, 20 + number % 50, aborted=False)
-    steward.lengths.close()
+    steward.lengths.close(60)
     return steward
 
 
@@ -426,7 +426,7 @@ def _goes_on(steward: Steward) -> None:
         steward.admitted(ticket.request_id)
         steward.ended(ticket.request_id, 20, aborted=number % 3 == 0)
     steward.lengths.expected(carried("group1/user1", 50.0), "group1/user1", 100)
-    steward.lengths.close()
+    steward.lengths.close(60)
     steward.summary()
     for account in steward.policy.ledger.clients():
         float(account.counter)
