@@ -246,7 +246,7 @@ def test_a_teacher_with_another_tokenizer_or_none_at_all(teacher: Path, config: 
     with pytest.raises(ConfigError, match="type --label-tokenizer o200k_base"):
         train(student(config, teacher=str(copy)), tmp_path / "out")
     with pytest.raises(ConfigError, match="is the teacher itself"):
-        train(student(config, teacher=str(teacher)), teacher)
+        train(student(config, teacher=str(teacher)), teacher, overwrite=True)
     with pytest.raises(ConfigError, match="no folder there and no recipe of that name"):
         train(student(config, teacher=str(tmp_path / "nowhere")), tmp_path / "out")
     (copy / "model.safetensors").unlink()
