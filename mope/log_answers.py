@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mope.log_streams import unstreamed
 from mope.reader import MAX_TOKENS, number, parsed, shown, true_or_false
 from mope.request import ROLES, role_of
 
@@ -232,9 +233,9 @@ def answers_of(response: Any) -> tuple[Answer, ...]:
     """The answers in a response: one, or one of each choice. Empty if it holds none.
 
     Args:
-        response: the JSON of a response of any family, a message, a list of messages, or a text.
+        response: the JSON of a response of any family, its stream, a message, a list of messages, or a text.
     """
-    response = parsed(response)
+    response = unstreamed(parsed(response))
     if isinstance(response, str):
         return (Answer(text=response),)
     if isinstance(response, list):

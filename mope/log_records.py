@@ -26,6 +26,7 @@ from mope.log_answers import (
     message_answer,
     usage_of,
 )
+from mope.log_streams import unstreamed
 from mope.reader import FIELDS, TEXTS, TOP_NAMES, number, parsed, read_flags, true_or_false
 from mope.request import role_of
 
@@ -63,6 +64,7 @@ class Logged(NamedTuple):
         finish: why the answer ended, in lower case, if there is one answer at most; None: not said.
         failed: whether the call failed.
         lacking: why there is no request, in words; empty if there is one.
+        is_call: False for what a tool logs beside calls: agents, tools, retrieval, requests to other paths.
     """
 
     family: str
@@ -72,6 +74,7 @@ class Logged(NamedTuple):
     finish: str | None = None
     failed: bool = False
     lacking: str = ""
+    is_call: bool = True
 
 
 class Envelope(NamedTuple):
@@ -135,6 +138,13 @@ _FAMILIES_OF_FIELDS = {
     "generated_text": "text generation inference", "meta_info": "sglang",
 }  # fmt: skip
 
+# what Langfuse observes beside generations: their tokens, if any, are sums over the calls inside
+_OBSERVATIONS = frozenset(
+    {"SPAN", "EVENT", "AGENT", "TOOL", "CHAIN", "RETRIEVER", "EVALUATOR", "EMBEDDING", "GUARDRAIL"}
+)
+# operations of spans that are no calls: as above
+_OPERATIONS = frozenset({"invoke_agent", "create_agent", "invoke_workflow", "execute_tool", "embeddings", "retrieval"})
+
 # attributes of spans
 _GEN_AI = "gen_ai."
 # attribute -> name of the flag in a body
@@ -151,7 +161,7 @@ _SPAN_THOUGHTS = ("usage.reasoning.output_tokens", "usage.reasoning_tokens", "us
 _SPAN_NAMES = (
     *_SPAN_FLAGS, *_SPAN_TOKENS, *_SPAN_THOUGHTS, "input.messages", "output.messages", "system_instructions", "prompt",
     "completion", "response.model", "response.finish_reasons", "conversation.id",
-    "output.type",
+    "output.type", "operation.name",
 )  # fmt: skip
 
 # names that a record may have at its top, as they are written here
@@ -370,6 +380,7 @@ def _is_thought(part: Any) -> bool:
 
 def _put_together(family: str, record: Record, request: Record, response: Any) -> Logged:
     """A call of a family from its request and its response."""
+    response = unstreamed(response)
     answers = answers_of(response)
     usage = usage_of(response) if isinstance(response, Mapping) else Usage()
     if usage == Usage() and len(answers) == 1:
@@ -390,7 +401,10 @@ def _put_together(family: str, record: Record, request: Record, response: Any) -
         family, lacking = ("trace", NO_PROMPT["trace"]) if family == "flat" else (family, lacking)
     if family == "request and response" and isinstance(response, Mapping):
         family = _family_of(request, response)
-    return Logged(family, request, answers, usage, finish, failed, lacking)
+    is_call = family in ("flat", "trl", "trace") or bool(request or answers or lacking) or usage != Usage() or failed
+    if family == "langfuse" and str(record.get("type") or "GENERATION").upper() in _OBSERVATIONS:
+        is_call = False
+    return Logged(family, request, answers, usage, finish, failed, lacking, is_call)
 
 
 def _family_of(request: Record, response: Record) -> str:
@@ -496,6 +510,8 @@ def _otlp(value: Any) -> Any:
 
 def _span(record: Record, attributes: Mapping[str, Any]) -> Logged | None:
     """A call from the attributes of its span."""
+    if str(attributes.get("operation.name")) in _OPERATIONS:
+        return Logged("opentelemetry", {}, is_call=False)
     asked = attributes.get("input.messages") or _indexed(attributes, "prompt")
     said = attributes.get("output.messages") or _indexed(attributes, "completion")
     tokens = next((attributes[name] for name in _SPAN_TOKENS if attributes.get(name) is not None), None)

@@ -262,6 +262,21 @@ def ollama(i: int) -> Record:
             "done_reason": stop(i, "length", "stop"), "prompt_eval_count": 9, "eval_count": 100 + i}  # fmt: skip
 
 
+def access_line(i: int, body: Record, response: Any) -> Record:
+    """A line of a proxy's access log."""
+    return {"request_id": f"h{i}", "path": "/v1", "status": 200, "request_body": json.dumps(body),
+            "response_body": response}  # fmt: skip
+
+
+def agent_spans(i: int) -> Record:
+    """A call beside the agent that made it, whose tokens are the same again, and a tool."""
+    agent = {"gen_ai.operation.name": "invoke_agent", "gen_ai.usage.output_tokens": 100 + i,
+             "gen_ai.input.messages": json.dumps([user(i)])}  # fmt: skip
+    tool = {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": "search"}
+    others = [{"spanId": f"{kind}{i}", "attributes": kind_of} for kind, kind_of in (("a", agent), ("x", tool))]
+    return {"spans": [*others, span(i, otlp=False)]}
+
+
 def batch_output(i: int) -> Record:
     response = {"status_code": 200, "request_id": f"r{i}", "body": chat_response(i)}
     return {"id": f"b{i}", "custom_id": f"request-{i}", "response": response, "error": None}
@@ -400,7 +415,19 @@ FORMS: dict[str, Form] = {
     "langfuse with texts": Form(
         lambda i: {**langfuse(i), "input": ask(i), "output": say(i)}, lambda i: [Row(100 + i, 60)], request=FLAGS
     ),
+    "langfuse with other observations": Form(
+        lambda i: [
+            langfuse(i), {**langfuse(i), "id": f"s{i}", "type": "SPAN"},
+            {"id": f"a{i}", "traceId": f"t{i}", "type": "TOOL", "input": {"q": "x"}, "output": ["found"]},
+        ],
+        lambda i: [Row(100 + i, 60)], request=FLAGS, counts={reasons.NO_CALL: 2 * NUM},
+    ),
     "helicone": Form(helicone, CUT, request=FLAGS),
+    "access log with other paths": Form(
+        lambda i: [access_line(i, chat_request(i), chat_response(i)), {**access_line(i, {}, ""), "request_body": ""}],
+        CUT, request=FLAGS, counts={reasons.NO_CALL: NUM},
+    ),
+    "opentelemetry with agents and tools": Form(agent_spans, CUT, request=FLAGS, counts={reasons.NO_CALL: 2 * NUM}),
     "opentelemetry, OTLP": Form(lambda i: span(i, otlp=True), CUT, request=FLAGS),
     "opentelemetry, attributes": Form(lambda i: span(i, otlp=False), CUT, request=FLAGS),
     "opentelemetry, numbered attributes": Form(old_span, CUT, request=FLAGS),

@@ -11,7 +11,8 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from log_forms import FORMS, NUM
+from log_forms import NUM
+from stream_forms import FORMS
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 

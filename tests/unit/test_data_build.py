@@ -437,7 +437,12 @@ def test_mixed_lengths_warn(build: Any) -> None:
     [
         (b"", {}, "no record could be read|no row in 0 records: data.jsonl is empty"),
         (b"\x00\x01\x02 not json\n", {}, "1 x unreadable record"),
-        (b'{"a": 1, "b": 2}\n', {}, "columns a, b fit no known format; expected one of lmsys: conversation"),
+        (
+            b'{"a": 1, "b": 2}\n',
+            {},
+            "columns a, b fit no known format; if the columns have names of your own, type --prompt-field COLUMN with "
+            "--length-field or --response-field COLUMN; expected one of lmsys: conversation",
+        ),
         (
             b'{"prompt": "p", "response": "r"}\n',
             {"data_format": "lengths"},

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import tokenizers
-from log_forms import FORMS, NUM, Row, write
+from log_forms import NUM, Row, write
+from stream_forms import FORMS
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 

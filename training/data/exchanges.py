@@ -79,6 +79,8 @@ def _check(found: Logged) -> None:
     is_flat = found.family == "flat"
     if found.family == "conversation":  # whose earlier answers would be lost
         raise Unusable(reasons.WRONG_COLUMNS)
+    if not found.is_call:
+        raise Unusable(reasons.NO_CALL)
     if found.failed:
         raise Unusable(reasons.FAILED)
     if found.lacking:

@@ -75,7 +75,7 @@ def _is_log(record: Record) -> bool:
     if found is None or _is_plain(record):
         return False
     known = bool(found.answers) or found.usage.tokens is not None or bool(found.usage.unreadable)
-    return bool(found.lacking) or (known and found.family != "conversation")
+    return bool(found.lacking) or not found.is_call or (known and found.family != "conversation")
 
 
 def _is_plain(record: Record) -> bool:
@@ -92,6 +92,9 @@ def _has_length(record: Record) -> bool:
     return _is_plain(record) and any(record.get(name) is not None for name in LENGTH_COLUMNS)
 
 
+_OWN_NAMES = (
+    "if the columns have names of your own, type --prompt-field COLUMN with --length-field or --response-field COLUMN"
+)
 _CONVERSATION = ("conversation", "conversations", "messages")
 _PROMPT = ("a prompt", (*PROMPT_COLUMNS, *_CONVERSATION), "--prompt-field")
 _MESSAGES = ("messages", ("messages",), "--messages-field")
@@ -178,7 +181,7 @@ def unknown_format(source: str, records: Sequence[Record], asked: str) -> DataEr
         return DataError(f"{begin}; they look like {other}: type --data-format {other}")
     known = "; ".join(f"{name}: {columns}" for name, columns in KNOWN_FORMATS.items())
     near = _nearest(set(columns), asked)
-    return DataError(f"{begin}; {near}" if near else f"{begin}; expected one of {known}")
+    return DataError(f"{begin}; {near}" if near else f"{begin}; {_OWN_NAMES}; expected one of {known}")
 
 
 def _nearest(columns: set[str], asked: str) -> str:
