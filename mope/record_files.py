@@ -20,7 +20,7 @@ from mope.extras import require
 
 # reasons under which a file's damage is counted
 UNREADABLE = "unreadable record, skipped"
-NOT_UTF8 = "piece with bytes that are not UTF-8, kept with U+FFFD in their place"
+NOT_UTF8 = "piece with bytes that are not UTF-8, kept with U+FFFD in their place (Latin-1? iconv -f latin1 -t utf-8)"
 NUL_REMOVED = "text with NUL characters, kept without them"
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")

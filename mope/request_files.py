@@ -28,6 +28,7 @@ from mope.record_json import is_one_a_line
 if TYPE_CHECKING:
     from mope.request import Request
 
+NO_CALL = "it is no LLM call"  # but an agent, a tool, or a request to another path
 STDIN = "-"  # how standard input is typed
 IDS = ("custom_id", "id", "request_id")  # the first that a record has is its id
 _BARE = frozenset({"flat", "conversation"})  # of records that may be the body of a request and nothing else
@@ -116,7 +117,7 @@ def request_of(record: Mapping[str, Any], defaults: Mapping[str, Any]) -> Reques
     if call is not None and (_is_log(call) or not any(name in record for name in TEXTS)):
         messages = read_messages(call.request)
         if not any(message["role"] in ("user", "human") for message in messages):
-            raise DataError(call.lacking or "it holds no text of a user")
+            raise DataError(call.lacking or ("it holds no text of a user" if call.is_call else NO_CALL))
         return Request.from_messages(messages, **{**defaults, **read_flags(call.request)})
     passed_over = NAMES - TOP_NAMES - FLAGS - {*TEXTS, "history", "id"}
     body = {
@@ -198,6 +199,8 @@ def reading(name: str, flag: str) -> Iterator[Reading]:
             raise ConfigError(f"{flag} {name} can't be read: {error.strerror}") from error
         guarded = _guarded(entries, f"{flag} {name}")
         first = next(guarded, None)
+        if first is not None and first.place.endswith(".0"):
+            total = None  # a line holds several records
         yield Reading(guarded if first is None else chain([first], guarded), total, told)
 
 

@@ -199,6 +199,11 @@ def test_totals_for_the_progress(tmp_path: Path) -> None:
         with reading(str(container(tmp_path / name)), "--input") as found:
             assert found.total == total
             assert len(list(found.entries)) == 3
+    spans = [{"span_id": f"s{i}", "attributes": {"gen_ai.input.messages": "[]"}} for i in range(2)]
+    (tmp_path / "spans.jsonl").write_text((json.dumps({"spans": spans}) + "\n") * 2)
+    with reading(str(tmp_path / "spans.jsonl"), "--input") as found:
+        assert found.total is None
+        assert len(list(found.entries)) == 4
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
@@ -228,7 +233,8 @@ def test_damage_is_told(tmp_path: Path) -> None:
     with reading(str(tmp_path / "r.csv"), "--input") as found:
         assert len(list(found.entries)) == 2
         assert found.told.lines() == [
-            "2 x piece with bytes that are not UTF-8, kept with U+FFFD in their place; the first: r.csv:2"
+            "2 x piece with bytes that are not UTF-8, kept with U+FFFD in their place "
+            "(Latin-1? iconv -f latin1 -t utf-8); the first: r.csv:2"
         ]
 
 
