@@ -2,7 +2,7 @@
 
 Knows arrays and order; does not know what is trained on them. All order follows from the seed and the epoch.
 
-Shape suffixes: R rows, B rows of a batch, S tokens, F numbers, K experts, N bins.
+Shape suffixes: R rows, B rows of a batch, S tokens, F numbers, D draws, K experts, N bins.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ class EncodedRows:
         censored_R: True where the answer hit a cap.
         pad_id: the encoder's padding token.
         targets: what a teacher says of the rows, if there is one.
+        draws_RD: where an LLM was asked several times, its answers in tokens, float32, NaN where there are fewer;
+            None: one answer a row, its label.
+        weight_R: how much each row counts, see `mope.training.balance`; None: all alike.
+        scale_R: tokens that each row's CRPS is divided by; None: the mean label.
+        keep_R: share of the epochs in which each row's text comes; None: it comes in each.
     """
 
     flat_ids: Array
@@ -69,6 +74,10 @@ class EncodedRows:
     censored_R: Array
     pad_id: int
     targets: Targets | None = None
+    draws_RD: Array | None = None
+    weight_R: Array | None = None
+    scale_R: Array | None = None
+    keep_R: Array | None = None
 
     def __len__(self) -> int:
         return len(self.tokens_R)
@@ -96,8 +105,8 @@ class EncodedRows:
 
     @property
     def num_texts(self) -> int:
-        """How many texts there are, see `text_R`."""
-        return int(self.text_R.max(initial=-1)) + 1
+        """How many texts come in an epoch, see `text_R` and `keep_R`."""
+        return BucketLoader(self, 1).num_texts
 
     def take(self, rows: Array) -> EncodedRows:
         """The rows at the given positions."""
@@ -113,6 +122,10 @@ class EncodedRows:
             censored_R=self.censored_R[rows],
             pad_id=self.pad_id,
             targets=None if self.targets is None else self.targets.take(rows),
+            draws_RD=None if self.draws_RD is None else self.draws_RD[rows],
+            weight_R=None if self.weight_R is None else self.weight_R[rows],
+            scale_R=None if self.scale_R is None else self.scale_R[rows],
+            keep_R=None if self.keep_R is None else self.keep_R[rows],
         )
 
     def requests(self, rows: Array) -> EncodedRequests:
@@ -139,7 +152,11 @@ class EncodedRows:
         if self.targets is not None:
             targets = self.targets.take(rows)
             taught = {"teacher_mix_BN": targets.log_mix_RN, "teacher_gate_BK": targets.log_gate_RK}
-        _, text_B = np.unique(self.text_R[rows], return_inverse=True)
+        texts, text_B = np.unique(self.text_R[rows], return_inverse=True)
+        tokens_B = self.tokens_R[rows].astype(np.float32)
+        tokens_BD = tokens_B[:, None] if self.draws_RD is None else self.draws_RD[rows]
+        weight_B = np.full(len(rows), 1 / len(rows)) if self.weight_R is None else self.weight_R[rows] / len(texts)
+        scale_B = np.full(len(rows), self.tokens_R.mean()) if self.scale_R is None else self.scale_R[rows]
         return {
             **{name: torch.from_numpy(array.astype(np.float32)) for name, array in taught.items()},
             "input_ids_BS": torch.from_numpy(ids_BS),
@@ -147,8 +164,11 @@ class EncodedRows:
             "numbers_BF": torch.from_numpy(self.numbers_RF[rows]),
             "llm_B": torch.from_numpy(self.llm_R[rows]),
             "text_B": torch.from_numpy(text_B),
-            "tokens_B": torch.from_numpy(self.tokens_R[rows].astype(np.float32)),
+            "tokens_BD": torch.from_numpy(tokens_BD),
             "censored_B": torch.from_numpy(self.censored_R[rows]),
+            "weight_B": torch.from_numpy(weight_B.astype(np.float32)),
+            "scale_B": torch.from_numpy(scale_B.astype(np.float32)),
+            "num_weighed": torch.tensor(len(rows) if self.weight_R is None else len(texts)),
         }
 
 
@@ -183,16 +203,18 @@ def encode_rows(table: RowTable, encoder: RequestEncoder, description: str) -> E
         tokens_R=table.response_tokens,
         censored_R=table.censored,
         pad_id=encoder.pad_id,
+        draws_RD=table.draws,
     )
 
 
 class BucketLoader:
     """Batches of texts of like length, in an order that follows from seed and epoch.
 
-    Texts are shuffled, cut into pools of `pool_batches` batches, sorted by length within a pool, and the batches
-    shuffled. A text comes with all its rows, which are more than one where several LLMs answered it. Each rank of a
-    distributed run takes every `world_size`-th batch. The position within an epoch is saved and restored, so a run
-    that was killed goes on with the rows it had not seen.
+    Where the rows say so, only a share of the texts comes in an epoch, all of them in turn. Texts are shuffled, cut
+    into pools of `pool_batches` batches, sorted by length within a pool, and the batches shuffled. A text comes with
+    all its rows, which are more than one where several LLMs answered it. Each rank of a distributed run takes every
+    `world_size`-th batch. The position within an epoch is saved and restored, so a run that was killed goes on with
+    the rows it had not seen.
 
     Args:
         rows: what to draw from.
@@ -223,15 +245,23 @@ class BucketLoader:
         starts = np.flatnonzero(np.diff(rows.text_R[by_text], prepend=-1))
         self._texts: list[Array] = np.split(by_text, starts[1:])  # rows of each text
         self._lengths = rows.lengths[by_text[starts]]
+        keep_T = np.ones(len(starts)) if rows.keep_R is None or not shuffle else rows.keep_R[by_text[starts]]
+        rng = np.random.default_rng(seed)
+        self._shares = [(rng.permutation(np.flatnonzero(keep_T == keep)), float(keep)) for keep in np.unique(keep_T)]
+
+    @property
+    def num_texts(self) -> int:
+        """Texts of an epoch, of all ranks."""
+        return sum(_share_of(len(texts), keep) for texts, keep in self._shares)
 
     def __len__(self) -> int:
-        batches = -(-len(self._texts) // self._batch_size)
+        batches = -(-self.num_texts // self._batch_size)
         return batches // self._world_size if self._shuffle and self._world_size > 1 else batches
 
     def batches(self, epoch: int) -> list[Array]:
         """Row positions of each of this rank's batches in an epoch."""
         rng = np.random.default_rng([self._seed, epoch])
-        order = rng.permutation(len(self._texts)) if self._shuffle else np.arange(len(self._texts))
+        order = rng.permutation(self._of_epoch(epoch)) if self._shuffle else np.arange(len(self._texts))
         pool_size = self._pool if self._shuffle else max(len(order), 1)
         batches: list[Array] = []
         for start in range(0, len(order), pool_size):
@@ -243,6 +273,14 @@ class BucketLoader:
             return batches
         mixed = [batches[i] for i in rng.permutation(len(batches))]
         return [mixed[i] for i in range(self._rank, len(self) * self._world_size, self._world_size)]
+
+    def _of_epoch(self, epoch: int) -> Array:
+        """The texts that come in an epoch: of each share the next ones, from its beginning again at its end."""
+        chosen = []
+        for texts, keep in self._shares:
+            size = _share_of(len(texts), keep)
+            chosen.append(texts[np.arange(epoch * size, (epoch + 1) * size) % len(texts)])
+        return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, dtype=np.int64)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         plan = self.batches(self._epoch)
@@ -259,3 +297,7 @@ class BucketLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a saved loader stood."""
         self._epoch, self._next = state["epoch"], state["next"]
+
+
+def _share_of(num_texts: int, keep: float) -> int:
+    return min(num_texts, max(1, round(num_texts * keep)))

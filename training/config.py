@@ -103,6 +103,13 @@ class FitConfig(Frozen):
         "only a relative of it were known",
     )
     freeze_embeddings: bool = Field(True, description="leave the token embeddings as they were pre-trained")
+    set_power: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="balance data sets: one of n texts counts as n to this power, its texts alike, and the answers to "
+        "a text share its weight; 1: as many as it has, 0: all sets the same; not given: each row counts the same",
+    )
     overlap: float = Field(0.5, ge=0, lt=1, description="margin of each expert's bucket, as a share of its borders")
     crps_weight: float = Field(1.0, ge=0, description="weight of the CRPS in the loss")
     expert_weight: float = Field(0.25, ge=0, description="weight of the experts' own likelihood")

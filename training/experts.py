@@ -79,8 +79,8 @@ def train_mope(
         DataError: an expert of the separate design has too few rows.
     """
     config = prepared.config
-    labels = _label_loss(prepared, settings, config.boundaries)
-    objective = labels if prepared.train.targets is None else DistillationObjective(labels, settings.teacher_weight)
+    own = _label_loss(prepared, settings, config.boundaries)
+    objective = own if prepared.train.targets is None else DistillationObjective(own, settings.teacher_weight)
     names = [name.removesuffix(".safetensors") for name in weight_files(config)]
     separate = range(config.num_experts) if config.design == "separate" else ()
     own_rows = [_own_rows(prepared, settings, expert) for expert in separate]  # before anything is trained
@@ -139,7 +139,6 @@ def _label_loss(prepared: Prepared, settings: FitConfig, boundaries: Sequence[fl
         crps_weight=settings.crps_weight,
         expert_weight=settings.expert_weight,
         gate_weight=settings.gate_weight,
-        tokens_scale=float(prepared.train.tokens_R.mean()),
     )
 
 

@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -36,11 +36,11 @@ from mope.target_llm import LlmTable
 from mope.training.batches import BucketLoader, EncodedRows, padded_width
 from mope.training.checkpoints import Spent, WholeCheckpoints, check_checkpoint, join_logs, read_log
 from mope.training.config import FitConfig
-from mope.training.objectives import Loss
+from mope.training.objectives import Labels, Loss
 from mope.training.progress import ProgressLines, WholeRun
 from mope.training.work import is_helper
 
-# gate logits, head logits, tokens, censored, and if there is a teacher its mixture and gate -> loss
+# gate logits, head logits, labels, and if there is a teacher its mixture and gate -> loss
 Objective = Callable[..., Loss]
 TEACHER = ("teacher_mix_BN", "teacher_gate_BK")
 
@@ -74,17 +74,21 @@ class FitModule(L.LightningModule):
         self.network, self._objective, self._config, self._total_steps = network, objective, config, total_steps
         self._length_chunks = length_chunks
         self._llm_parents = None if target_llms is None else torch.tensor(LlmTable(target_llms).parents())
+        eager = getattr(network.encoder, "set_attn_implementation", None)
+        if eager is not None and resolve_precision(config) == "bf16-mixed" and not torch.cuda.is_available():
+            eager("eager")  # of which the backward pass takes half as long on a CPU
         if config.freeze_embeddings and not isinstance(network.encoder, StaticEncoder):  # which is nothing else
             network.encoder.get_input_embeddings().weight.requires_grad_(False)
 
     def _loss(self, batch: dict[str, Tensor], stage: str) -> Tensor:
         gate_BK, heads_BKN = self._outputs(batch)
         taught = [batch[name] for name in TEACHER if name in batch]
-        loss = self._objective(gate_BK, heads_BKN, batch["tokens_B"], batch["censored_B"], *taught)
+        labels = Labels(*(batch[field.name] for field in fields(Labels)))
+        loss = self._objective(gate_BK, heads_BKN, labels, *taught)
         training = stage == "train"
         logs = {f"{stage}/loss": loss.total, **{f"{stage}/{name}": part for name, part in loss.parts.items()}}
         self.log_dict(
-            logs, on_step=training, on_epoch=not training, batch_size=len(batch["tokens_B"]), sync_dist=not training
+            logs, on_step=training, on_epoch=not training, batch_size=int(batch["num_weighed"]), sync_dist=not training
         )
         if training:
             self.log("loss", loss.total, prog_bar=True, logger=False)

@@ -184,7 +184,9 @@ def make_plan(config: TrainConfig, *, measure_s: float | None = None) -> Plan:
     num_rows = {name: len(rows.split(name)) for name in SPLITS}
     if tested:
         num_rows["other test"] = sum(len(data.rows.split("test")) for data in tested)
-    prepared = prepare(_few(rows, config.fit.seed), model, encoder, config.data.label_tokenizer, grid)
+    prepared = prepare(
+        _few(rows, config.fit.seed), model, encoder, config.data.label_tokenizer, grid, config.fit.set_power
+    )
     network = _network(prepared, encoder, config.fit)
     num_parameters = sum(p.numel() for p in network.parameters())
     measured = None if measure_s is None else _measure(network, prepared, config.fit, measure_s)
@@ -258,11 +260,7 @@ def _measure(network: MopeNetwork, prepared: Prepared, fit: FitConfig, seconds: 
     rows, config = prepared.train, prepared.config
     batches = BucketLoader(rows, fit.batch_size, seed=fit.seed).batches(0)
     longest = max(batches, key=lambda batch: (rows.lengths[batch].max(), len(batch)))
-    objective = MopeObjective(
-        list(config.edges[: config.num_body_bins + 1]),
-        list(config.boundaries),
-        tokens_scale=float(rows.tokens_R.mean()),
-    )
+    objective = MopeObjective(list(config.edges[: config.num_body_bins + 1]), list(config.boundaries))
     options: dict[str, Any] = {
         "accelerator": fit.accelerator, "precision": resolve_precision(fit), "logger": False, "barebones": False,
         "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -18,6 +18,7 @@ from mope.features import NUMBER_NAMES, RequestEncoder
 from mope.grid import Array, body_edges, pareto_tail, tail_edges, tail_shares
 from mope.provenance import shortened
 from mope.target_llm import known_names
+from mope.training.balance import balance, set_medians
 from mope.training.batches import EncodedRows, encode_rows
 from mope.training.config import ModelConfig
 from mope.training.data.table import RowTable
@@ -145,9 +146,17 @@ def number_edges(numbers_RF: Array, num_pieces: int) -> tuple[tuple[float, ...],
 
 
 def prepare(
-    rows: RowTable, model: ModelConfig, source: Trunk, label_tokenizer: str, grid: Grid | None = None
+    rows: RowTable,
+    model: ModelConfig,
+    source: Trunk,
+    label_tokenizer: str,
+    grid: Grid | None = None,
+    set_power: float | None = None,
 ) -> Prepared:
-    """Settle the predictor's config from the training rows, on a given grid if there is one, and encode all rows."""
+    """Settle the predictor's config from the training rows, on a given grid if there is one, and encode all rows.
+
+    With `set_power` the rows of several data sets are balanced, see `mope.training.balance`.
+    """
     train, validation, test = (rows.split(name) for name in ("train", "validation", "test"))
     llms = known_names(Counter(train.strings("target_llm")), model.min_llm_rows)
     encoder = RequestEncoder(
@@ -198,4 +207,23 @@ def prepare(
         combination="mixture",
     )
     has_history = validation.table["num_earlier_turns"].to_numpy() > 0
-    return Prepared(config, encoder, encoded[0], encoded[1], encoded[2], has_history)
+    if set_power is None:
+        mean = float(train.response_tokens.mean())
+        weighed = [replace(part, scale_R=np.full(len(part), mean)) for part in encoded[:2]]
+    else:
+        medians = set_medians(_sets(train), train.response_tokens)
+        weighed = [
+            _balanced(part, _sets(table), medians, set_power)
+            for part, table in zip(encoded, (train, validation), strict=False)
+        ]
+    return Prepared(config, encoder, *weighed, encoded[2], has_history)
+
+
+def _sets(table: RowTable) -> Array:
+    """The data set of each row; rows that name none are one."""
+    return np.array(table.strings("dataset"), dtype=object).astype(str)
+
+
+def _balanced(rows: EncodedRows, sets: Array, medians: dict[str, float], power: float) -> EncodedRows:
+    found = balance(sets, rows.text_R, rows.tokens_R, medians, power)
+    return replace(rows, weight_R=found.weight_R, scale_R=found.scale_R, keep_R=found.keep_T[rows.text_R])

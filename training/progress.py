@@ -70,7 +70,7 @@ class ProgressLines(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Print a line if one is due."""
-        self._rows += len(batch["tokens_B"])
+        self._rows += len(batch["censored_B"])
         now = time.monotonic()
         if now - self._last < self._every_s or trainer.global_rank != 0:
             return

@@ -131,7 +131,7 @@ def _train(
         console().print(line, highlight=False, soft_wrap=True)
     rows = sample(data.table, config)
     grid = None if teacher is None else Grid.of(teacher.settings)
-    prepared = prepare(rows, config.model, source, config.data.label_tokenizer, grid)
+    prepared = prepare(rows, config.model, source, config.data.label_tokenizer, grid, config.fit.set_power)
     _say_plan(prepared, config)
     settings = config.model_dump(mode="json", exclude={"model": FREE_IN_MODEL, "fit": FREE_IN_FIT})
     shaping = {"rows": data.fingerprint, "model": settings["model"], "fit": settings["fit"]}

@@ -131,7 +131,7 @@ def mope_train(
     config = prepared.config
     network = new_network(source, config, settings, gate=True, num_heads=config.num_experts)
     edges = list(config.edges[: config.num_body_bins + 1])
-    objective = MopeObjective(edges, list(config.boundaries), tokens_scale=float(prepared.train.tokens_R.mean()))
+    objective = MopeObjective(edges, list(config.boundaries))
     precision = resolve_precision(settings)
     rounds = 0
 

@@ -1,5 +1,8 @@
 """Encoded rows and their batches: every row once, no matter how many ranks or restarts."""
 
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -133,7 +136,7 @@ def test_a_batch_is_padded_to_its_longest_row_and_a_little_more():
         assert batch["attention_mask_BS"][position].tolist() == [1] * len(own) + [0] * (
             batch["input_ids_BS"].shape[1] - len(own)
         )
-    assert batch["tokens_B"].tolist() == [4.0, 12.0, 8.0]
+    assert batch["tokens_BD"].tolist() == [[4.0], [12.0], [8.0]]
     assert batch["numbers_BF"].numpy().tolist() == rows.numbers_RF[picked].tolist()
     assert batch["censored_B"].tolist() == rows.censored_R[picked].tolist()
 
@@ -210,3 +213,18 @@ def test_text_positions_of_a_batch_point_to_equal_texts():
     for row, text in enumerate(batch["text_B"].tolist()):
         first = batch["text_B"].tolist().index(text)
         assert batch["input_ids_BS"][row].tolist() == batch["input_ids_BS"][first].tolist()
+
+
+@settings(max_examples=60)
+@given(*sizes, st.lists(st.sampled_from([0.1, 0.34, 1.0]), min_size=1, max_size=3))
+def test_texts_of_which_a_share_comes_in_an_epoch_come_equally_often(num_rows, batch_size, pool, seed, shares):
+    keep = np.resize(np.array(shares), num_rows)
+    rows = replace(encoded(num_rows), keep_R=keep)
+    loader = BucketLoader(rows, batch_size, seed=seed, pool_batches=pool)
+    times = Counter(int(row) for epoch in range(100) for batch in loader.batches(epoch) for row in batch)
+    for share in set(keep.tolist()):
+        seen_times = [times[row] for row in np.flatnonzero(keep == share)]
+        assert max(seen_times) - min(seen_times) <= 1
+        expected = min(1.0, max(1, round(len(seen_times) * share)) / len(seen_times))
+        assert np.mean(seen_times) == pytest.approx(100 * expected)
+    assert len({len(loader.batches(epoch)) for epoch in range(5)}) == 1  # the schedule counts on it

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from mope.training.batches import encode_rows
 from mope.training.config import FitConfig
 from mope.training.encoders import find_encoder
 from mope.training.fit import FitModule, TrainingInterruptedError, fit, resolve_precision
-from mope.training.objectives import MopeObjective
+from mope.training.objectives import Labels, MopeObjective
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory", "ignore:Experiment logs directory", "ignore:The number of training batches",
@@ -79,7 +80,8 @@ def weights(network):
 def loss(network, rows):
     batch = rows.batch(np.arange(len(rows)))
     gate, heads, _ = network(batch["input_ids_BS"], batch["attention_mask_BS"], batch["numbers_BF"], batch["llm_B"])
-    return MopeObjective(EDGES, [100.5])(gate, heads, batch["tokens_B"], batch["censored_B"]).total.item()
+    labels = Labels(*(batch[field.name] for field in fields(Labels)))
+    return MopeObjective(EDGES, [100.5])(gate, heads, labels).total.item()
 
 
 def test_it_learns_and_reports_the_loss_of_the_weights_kept(train, rows, tmp_path):
@@ -109,8 +111,8 @@ class _Turning:
     def __init__(self):
         self.own, self.checks = MopeObjective(EDGES, [100.5]), 0
 
-    def __call__(self, gate, heads, tokens, censored):
-        result = self.own(gate, heads, tokens, censored)
+    def __call__(self, gate, heads, labels):
+        result = self.own(gate, heads, labels)
         if torch.is_grad_enabled():
             return result
         self.checks += 1
@@ -296,7 +298,7 @@ def test_some_rows_forget_which_llm_answers():
     torch.manual_seed(0)
     num_rows, parents = 20_000, torch.tensor([0, 0, 1, 0])  # 1 is a relative of 2; 3 has none
     numbers = torch.ones(num_rows, len(NUMBER_NAMES))
-    batch = {"llm_B": torch.full((num_rows,), 2), "numbers_BF": numbers, "tokens_B": torch.arange(num_rows)}
+    batch = {"llm_B": torch.full((num_rows,), 2), "numbers_BF": numbers, "scale_B": torch.arange(num_rows)}
     found = fitting.without_some_llms(batch, parents, 0.2)
     shares = torch.bincount(found["llm_B"], minlength=3) / num_rows
     assert shares.tolist() == pytest.approx([0.2, 0.2, 0.6], abs=0.01)
@@ -305,7 +307,7 @@ def test_some_rows_forget_which_llm_answers():
     assert set(found["llm_B"][hidden].tolist()) == {0}
     assert torch.nonzero((found["numbers_BF"] == 0).any(dim=0)).flatten().tolist() == list(LLM_NUMBERS)
     assert torch.equal(batch["numbers_BF"], torch.ones_like(numbers))  # the rows themselves stay
-    assert torch.equal(found["tokens_B"], batch["tokens_B"])
+    assert torch.equal(found["scale_B"], batch["scale_B"])
     alone = fitting.without_some_llms({**batch, "llm_B": torch.full((num_rows,), 3)}, parents, 0.2)
     assert (alone["llm_B"] == 0).float().mean().item() == pytest.approx(0.4, abs=0.01)
     assert fitting.without_some_llms(batch, parents, 0.0) is batch

@@ -10,7 +10,7 @@ from rows import table
 from mope import LengthPrediction
 from mope.request import Request
 from mope.training.config import ModelConfig
-from mope.training.objectives import MopeObjective
+from mope.training.objectives import Labels, MopeObjective
 from mope.training.prepare import Grid
 
 LONGEST = 32_768
@@ -59,11 +59,12 @@ def test_quantiles_are_right_within_a_bin(grid, tokens, level):
 )
 def test_the_loss_of_any_length_is_finite_and_can_be_learned_from(grid, tokens, censored, size):
     edges = list(grid.edges[: grid.num_body_bins + 1])
-    objective = MopeObjective(edges, list(grid.boundaries), tokens_scale=1000.0)
+    objective = MopeObjective(edges, list(grid.boundaries))
     torch.manual_seed(0)
     gate = (size * torch.randn(len(tokens), 3)).requires_grad_()
     heads = (size * torch.randn(len(tokens), 3, len(edges))).requires_grad_()
-    loss = objective(gate, heads, torch.tensor(tokens, dtype=torch.float32), torch.full((len(tokens),), censored))
+    labels = Labels.of(torch.tensor(tokens, dtype=torch.float32), torch.full((len(tokens),), censored), 1000.0)
+    loss = objective(gate, heads, labels)
     loss.total.backward()
     assert torch.isfinite(loss.total)
     assert torch.isfinite(gate.grad).all()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from mope.errors import ConfigError
 from mope.training.objectives import (
     DistillationObjective,
+    Labels,
     MopeObjective,
     RankingObjective,
     RegressionObjective,
@@ -21,16 +22,21 @@ from mope.training.objectives import (
 EDGES = [0.5, 2.5, 5.5, 10.5, 20.5, 40.5]  # five bins, and the tail above
 NUM_BINS = len(EDGES)
 BOUNDARIES = [5.5, 20.5]
+SCALE = 10.0
+
+
+def uncut(tokens):
+    return Labels.of(tokens, torch.zeros(len(tokens), dtype=torch.bool), SCALE)
 
 
 def objective(**options):
-    return MopeObjective(EDGES, BOUNDARIES, tokens_scale=10.0, **options)
+    return MopeObjective(EDGES, BOUNDARIES, **options)
 
 
 def parts(gate, heads, tokens, censored=None, **options):
     tokens = torch.tensor(tokens, dtype=torch.float32)
     censored = torch.zeros(len(tokens), dtype=torch.bool) if censored is None else torch.tensor(censored)
-    return objective(**options)(gate, heads, tokens, censored)
+    return objective(**options)(gate, heads, Labels.of(tokens, censored, SCALE))
 
 
 def test_likelihood_is_that_of_the_bin_and_censored_likelihood_that_of_the_tail():
@@ -66,6 +72,40 @@ def test_the_mixture_weighs_the_experts_by_the_gate():
     assert found["gate"].item() == pytest.approx(F.cross_entropy(gate, buckets).item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_several_draws_count_as_their_mean(gated):
+    """A row with three draws is worth a third of three rows with one draw each, in every part of the loss."""
+    gate = torch.randn(2, 3).requires_grad_() if gated else None
+    heads = torch.randn(2, 3 if gated else 1, NUM_BINS).requires_grad_()
+    draws = torch.tensor([[3.0, 18.0, 45.0], [7.0, math.nan, math.nan]])
+    alike = torch.tensor([0.5, 0.5])
+    labels = Labels(draws, torch.zeros(2, dtype=torch.bool), alike, torch.tensor([10.0, 20.0]))
+    apart = torch.tensor([0, 0, 0, 1])
+    shares = Labels(
+        torch.tensor([3.0, 18.0, 45.0, 7.0])[:, None],
+        torch.zeros(4, dtype=torch.bool),
+        torch.tensor([1 / 6, 1 / 6, 1 / 6, 1 / 2]),
+        torch.tensor([10.0, 10.0, 10.0, 20.0]),
+    )
+    drawn = objective()(gate, heads, labels)
+    expected = objective()(None if gate is None else gate[apart], heads[apart], shares)
+    for name, part in expected.parts.items():
+        assert drawn.parts[name].item() == pytest.approx(part.item(), rel=1e-5), name
+    drawn.total.backward()
+    assert torch.isfinite(heads.grad).all()
+
+
+def test_rows_count_by_their_weight():
+    heads = torch.randn(2, 1, NUM_BINS)
+    tokens, uncut_B = torch.tensor([3.0, 30.0]), torch.zeros(2, dtype=torch.bool)
+    parts_of = [
+        objective()(None, heads[[row]], Labels.of(tokens[[row]], uncut_B[[row]], SCALE)).total for row in range(2)
+    ]
+    weighed = Labels(tokens[:, None], uncut_B, torch.tensor([0.9, 0.1]), torch.full((2,), SCALE))
+    expected = 0.9 * parts_of[0] + 0.1 * parts_of[1]
+    assert objective()(None, heads, weighed).total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_crps_is_its_definition():
     heads = torch.randn(1, 1, NUM_BINS)
     cdf = heads.softmax(-1)[0, 0].cumsum(0)[:-1].tolist()
@@ -88,7 +128,7 @@ def test_the_true_distribution_is_the_minimum(part):
     def step():
         optimizer.zero_grad()
         heads = logits.expand(len(tokens), 1, NUM_BINS)
-        loss = own(None, heads, tokens, torch.zeros(len(tokens), dtype=torch.bool)).parts[part]
+        loss = own(None, heads, uncut(tokens)).parts[part]
         loss.backward()
         return loss
 
@@ -109,7 +149,8 @@ def test_censored_rows_find_the_true_distribution_where_dropping_their_flag_does
         optimizer = torch.optim.Adam([logits], lr=0.05)
         for _ in range(400):
             optimizer.zero_grad()
-            objective()(None, logits.expand(len(lengths), 1, NUM_BINS), lengths, censored).parts["mixture"].backward()
+            labels = Labels.of(lengths, censored, SCALE)
+            objective()(None, logits.expand(len(lengths), 1, NUM_BINS), labels).parts["mixture"].backward()
             optimizer.step()
         return logits.softmax(0).detach().numpy()
 
@@ -187,7 +228,7 @@ def test_a_toy_task_is_learned():
     losses = []
     for _ in range(150):
         optimizer.zero_grad()
-        loss = objective()(gate(x), heads(x).view(-1, 3, NUM_BINS), tokens, censored)
+        loss = objective()(gate(x), heads(x).view(-1, 3, NUM_BINS), Labels.of(tokens, censored, SCALE))
         loss.total.backward()
         optimizer.step()
         losses.append(loss.total.item())
@@ -198,15 +239,15 @@ def test_a_toy_task_is_learned():
 def test_regression_is_mean_absolute_error_and_ignores_what_lies_above_a_cut():
     heads = torch.tensor([2.0, 5.0, 5.0]).view(3, 1, 1)
     tokens = torch.tensor([30.0, 30.0, 30.0])
-    loss = RegressionObjective(10.0)(None, heads, tokens, torch.tensor([False, False, True]))
+    loss = RegressionObjective(10.0)(None, heads, Labels.of(tokens, torch.tensor([False, False, True])))
     assert loss.total.item() == pytest.approx((1 + 2 + 0) / 3)
-    below = RegressionObjective(10.0)(None, heads[:1], tokens[:1], torch.tensor([True]))
+    below = RegressionObjective(10.0)(None, heads[:1], Labels.of(tokens[:1], torch.tensor([True])))
     assert below.total.item() == pytest.approx(1.0)
 
 
 def test_ranking_is_list_mle():
     scores, tokens = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([10.0, 99.0, 50.0])
-    loss = RankingObjective()(None, scores.view(3, 1, 1), tokens, torch.zeros(3, dtype=torch.bool))
+    loss = RankingObjective()(None, scores.view(3, 1, 1), uncut(tokens))
     ordered = [-1.0, 2.0, 0.3]  # by length, longest first
     expected = sum(math.log(sum(math.exp(s) for s in ordered[i:])) - ordered[i] for i in range(3)) / 3
     assert loss.total.item() == pytest.approx(expected, rel=1e-5)
@@ -215,8 +256,7 @@ def test_ranking_is_list_mle():
 def test_the_right_order_ranks_better_than_the_wrong_one():
     tokens, own = torch.tensor([1.0, 2.0, 3.0]), RankingObjective()
     right, wrong = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1), torch.tensor([1.0, 0.0, -1.0]).view(3, 1, 1)
-    censored = torch.zeros(3, dtype=torch.bool)
-    assert own(None, right, tokens, censored).total < own(None, wrong, tokens, censored).total
+    assert own(None, right, uncut(tokens)).total < own(None, wrong, uncut(tokens)).total
 
 
 def distributions(rows, seed=0):
@@ -228,8 +268,7 @@ def distributions(rows, seed=0):
 
 
 def distill(weight, gate, heads, *taught, tokens=(4.0, 15.0, 30.0)):
-    tokens = torch.tensor(tokens)
-    return DistillationObjective(objective(), weight)(gate, heads, tokens, torch.zeros(3, dtype=torch.bool), *taught)
+    return DistillationObjective(objective(), weight)(gate, heads, uncut(torch.tensor(tokens)), *taught)
 
 
 def test_a_student_that_says_what_its_teacher_says_has_nothing_to_learn_from_it():

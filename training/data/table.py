@@ -92,6 +92,23 @@ class RowTable:
         return np.asarray(self.table["censored"].to_numpy(), dtype=bool)
 
     @cached_property
+    def draws(self) -> npt.NDArray[np.float32] | None:
+        """All answers of a row's LLM to the same request in tokens, shape (rows, draws), NaN where there are fewer.
+
+        None where no row has more than one.
+        """
+        if "samples" not in self.table.column_names:
+            return None
+        samples = self.table["samples"].combine_chunks()
+        counts = np.asarray(pc.fill_null(pc.list_value_length(samples), 0).to_numpy(), dtype=np.int64)
+        if not counts.any():
+            return None
+        draws = np.full((len(self), int(counts.max())), np.nan, dtype=np.float32)
+        draws[counts == 0, 0] = self.response_tokens[counts == 0]
+        draws[np.arange(draws.shape[1]) < counts[:, None]] = samples.flatten().to_numpy()
+        return draws
+
+    @cached_property
     def first_turn(self) -> npt.NDArray[np.bool_]:
         """True where the row is the first answer of its conversation, shape (rows,)."""
         return np.asarray(self.table["turn_index"].to_numpy() == 0)
