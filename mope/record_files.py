@@ -9,12 +9,14 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from mope.engine_logs import refusal
 from mope.errors import DataError
 from mope.extras import require
 
@@ -33,6 +35,7 @@ HEAD_BYTES = 1 << 20  # what is looked at before a file is read, and how much is
 MAX_RECORD_CHARS = 256 << 20  # a record that is still open after this many characters is not JSON
 PIECE_BYTES = 1 << 16  # asked of a decompressor at once: so much is lost at most before the place of a damage
 
+_JSON = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:\{|\[\s*[\[{\"\]])")  # how a file of JSON begins
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
@@ -132,6 +135,9 @@ def read_stream(
             if head.startswith(mark):
                 raise DataError(f"{name} is {encoding}; expected UTF-8: iconv -f {encoding} -t UTF-8 {name}")
         suffix = suffix_of(name)
+        is_text = suffix not in (".csv", ".tsv") and not _JSON.match(head)
+        if is_text and (said := refusal(head.decode("utf-8", "replace").splitlines())):
+            raise DataError(f"{name}: {said}")
         if suffix in (".csv", ".tsv"):
             yield from read_csv(name, text, findings, head=head, default="\t" if suffix == ".tsv" else ",")
         elif suffix in ARROW_SUFFIXES:

@@ -6,6 +6,7 @@ Each form says where its shape is from. `write` makes the file, `FORMS` has what
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -202,29 +203,6 @@ def old_span(i: int) -> Record:
         "gen_ai.prompt.0.role": "user", "gen_ai.prompt.0.content": ask(i), "gen_ai.completion.0.content": say(i),
         "gen_ai.completion.0.finish_reason": stop(i, "length", "stop"), "gen_ai.usage.completion_tokens": 100 + i,
     }}  # fmt: skip
-
-
-def bench(prompts: bool) -> Record:
-    lists = {"input_lens": [9] * NUM, "output_lens": [100 + i for i in range(NUM)], "ttfts": [0.1] * NUM,
-             "itls": [[0.01]] * NUM, "generated_texts": [say(i) for i in range(NUM)], "errors": [""] * NUM}  # fmt: skip
-    more = {"prompts": [ask(i) for i in range(NUM)]} if prompts else {}
-    return {
-        "date": "20260101",
-        "backend": "vllm",
-        "model_id": "m",
-        "num_prompts": NUM,
-        **lists,
-        **more,
-        "mean_ttft_ms": 9.0,
-    }
-
-
-def sglang(i: int) -> Record:
-    reason = {"type": "length", "length": 100} if every_third(i) else {"type": "stop", "matched": 2}
-    meta = {"id": f"r{i}", "finish_reason": reason, "prompt_tokens": 9, "completion_tokens": 100 + i}
-    sampling = {"max_new_tokens": 900, "temperature": 0.5}
-    asked, said = {"text": ask(i), "sampling_params": sampling}, {"text": say(i), "meta_info": meta}
-    return {"timestamp": "2026", "event": "request.finished", "rid": f"r{i}", "obj": asked, "out": said}
 
 
 def wildchat(i: int) -> Record:
@@ -435,27 +413,6 @@ FORMS: dict[str, Form] = {
         lambda i: {"span_id": f"s{i}", **{f"attributes.{k}": v for k, v in span(i, otlp=False)["attributes"].items()}},
         CUT, suffix=".csv", request=FLAGS,
     ),
-    # engines
-    "vllm bench with prompts": Form(
-        lambda i: bench(True) if i == 0 else [], recorded(), suffix=".object.json", request={"target_llm": "m"}
-    ),
-    "vllm bench": Form(
-        lambda i: bench(False) if i == 0 else [], suffix=".object.json",
-        refused="8 x record without its prompt .results of vllm bench",
-    ),
-    "vllm custom data set": Form(
-        lambda i: {"id": f"v{i}", "prompt": ask(i), "output_tokens": 100 + i}, recorded(), read_as="lengths"
-    ),
-    "vllm with reasoning": Form(
-        lambda i: {"request": chat_request(i), "response": {
-            **chat_response(i, message=assistant(i, reasoning_content=think(i))),
-            "usage": usage(i, completion_tokens_details={"reasoning_tokens": 60})}},
-        recorded(60, every_third), request=FLAGS,
-    ),
-    "sglang": Form(
-        lambda i: [{"event": "request.received", "rid": f"r{i}", "obj": sglang(i)["obj"]}, sglang(i)], CUT,
-        counts={reasons.NO_RESPONSE: NUM}, request={"max_tokens": 900, "temperature": 0.5},
-    ),
     # data sets
     "trl": Form(
         lambda i: {"id": f"t{i}", "prompt": [user(i)], "completion": [assistant(i)]}, counted(), read_as="messages"
@@ -578,6 +535,9 @@ def write(name: str, folder: Path) -> Path:
             for record in records:
                 cells = {key: json.dumps(one) if isinstance(one, list | dict) else one for key, one in record.items()}
                 writer.writerow(cells)
+    elif form.suffix in (".log", ".log.gz", ".lines.jsonl"):
+        text = "".join(record["line"] + "\n" for record in records).encode()
+        path.write_bytes(gzip.compress(text) if form.suffix.endswith(".gz") else text)
     elif form.suffix == ".object.json":
         path.write_text(json.dumps(records[0]), "utf-8")
     elif form.suffix == ".json":

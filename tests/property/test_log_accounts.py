@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
+from engine_forms import FORMS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from log_forms import NUM
-from stream_forms import FORMS
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from word_rows import WordRows
 
 from mope.errors import DataError
 from mope.log_records import NAMES, logged, unpacked
 from mope.training.data import problems as reasons
 from mope.training.data.batches import opened
-from mope.training.data.build import DataSet, build_rows
-from mope.training.data.config import DataConfig
+from mope.training.data.build import DataSet
 from mope.training.data.formats import FORMATS, Unusable, detect_format, normaliser
 from mope.training.data.problems import NOTES, Problems
 
@@ -46,21 +41,12 @@ RECORDS = st.dictionaries(st.sampled_from((*sorted(NAMES), *INNER)), VALUES, max
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What is made of some records, counted in words; None if there is nothing to learn from them."""
-    folder = tmp_path_factory.mktemp("accounts")
-    tokenizer = tokenizers.Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    tokenizer.save(str(folder / "tokenizer.json"))
+    """What is made of some records; None if there is nothing to learn from them."""
+    rows = WordRows(tmp_path_factory.mktemp("accounts"))
 
     def call(records: list[dict[str, Any]], data_format: str) -> DataSet | None:
-        path = Path(folder / "log.jsonl")
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
-        config = DataConfig(
-            source=str(path), label_tokenizer=str(folder / "tokenizer.json"), min_rows=0, num_workers=1,
-            cache_dir=folder / "cache", data_format=data_format,
-        )  # fmt: skip
         try:
-            return build_rows(config)
+            return rows.of_records(records, data_format=data_format)
         except DataError:
             return None
 

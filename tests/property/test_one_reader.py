@@ -8,17 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tokenizers
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from word_rows import WordRows
 
 from mope import Request
 from mope.inputs import as_request
 from mope.log_records import logged
 from mope.serving_hooks.bodies import Kind, read
 from mope.training.data import splits
-from mope.training.data.build import build_rows
-from mope.training.data.config import DataConfig
 
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
 Body = dict[str, Any]
@@ -197,20 +193,12 @@ ENVELOPES: dict[str, Wrap] = {
 @pytest.fixture(scope="module")
 def by_logs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Requests of the rows that training makes of logs with these bodies."""
-    folder = tmp_path_factory.mktemp("logs")
-    tokenizer = tokenizers.Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    tokenizer.save(str(folder / "tokenizer.json"))
+    words = WordRows(tmp_path_factory.mktemp("logs"))
 
     def call(bodies: dict[str, Body], wrap: Wrap) -> dict[str, Request]:
-        records = [record for name, body in bodies.items() for record in wrap(name, body, recorded(name))]
-        path = folder / "logs.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
-        config = DataConfig(
-            source=str(path), label_tokenizer=str(folder / "tokenizer.json"), min_rows=0,
-            num_workers=1, cache_dir=folder / "cache",
-        )  # fmt: skip
-        rows = build_rows(config).rows
+        rows = words.of_records(
+            record for name, body in bodies.items() for record in wrap(name, body, recorded(name))
+        ).rows
         names = [row_id.rpartition("/")[0] for row_id in rows.strings("row_id")]
         assert rows.response_tokens.tolist() == [recorded(name) for name in names]
         return dict(zip(names, rows.requests(), strict=True))

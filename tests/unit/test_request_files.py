@@ -267,6 +267,15 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def test_a_server_log_is_refused_for_what_it_lacks(tmp_path: Path) -> None:
+    line = (
+        "INFO 12-02 09:00:00 [request_logger.py:65] Received request cmpl-1: params: SamplingParams(n=1), lora: None."
+    )
+    (tmp_path / "server.log").write_text(f"INFO starting\n{line}\n" * 3)
+    with pytest.raises(DataError, match=r"server.log: this is vLLM's server log: .* neither prompts nor the lengths"):
+        read(tmp_path / "server.log")
+
+
 def test_a_serving_installation_predicts_for_logs(tmp_path: Path) -> None:
     lines = [json.dumps(record) for record in FORMS.values()]
     (tmp_path / "log.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from mope.engine_logs import refusal
 from mope.errors import DataError
 from mope.log_answers import ASSISTANT
 from mope.log_records import NAMES, PROMPTS, PYTHON_REPR, logged, python_repr
@@ -172,6 +173,8 @@ def unknown_format(source: str, records: Sequence[Record], asked: str) -> DataEr
     """
     if any(python_repr(record) for record in records):
         return DataError(f"{source}: {PYTHON_REPR}")
+    if said := refusal(value for record in records for value in record.values() if isinstance(value, str)):
+        return DataError(f"{source}: {said}")
     columns = sorted({str(name) for record in records for name in record})
     found = ", ".join(columns[:20]) + (", ..." if len(columns) > 20 else "")
     misfit = "fit no known format" if asked == "auto" else f"do not hold what the format {asked!r} needs"

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 
 from mope.errors import ConfigError, DataError
 from mope.extras import require
-from mope.record_files import KNOWN_SUFFIXES, SUFFIXES, is_known
+from mope.record_files import KNOWN_SUFFIXES, SUFFIXES, is_known, read_file
 from mope.training.data.config import DataConfig
 from mope.training.data.field_map import FieldMap
 from mope.training.data.files import Files, Located
@@ -70,7 +70,7 @@ def open_source(config: DataConfig) -> Source:
         return PublicLengths(config.cache_dir / PUBLIC_LENGTHS, config.cache_dir, config.num_workers)
     path = Path(source).expanduser()
     if path.is_file():
-        return Files((_known_suffix(path),), fields=fields)
+        return Files((path if is_known(path.name) else _json_of_any_name(path),), fields=fields)
     if path.is_dir():
         paths, left_out = data_files(path, config.hub_split)
         return Files(paths, fields=fields, left_out=left_out)
@@ -85,6 +85,12 @@ def open_source(config: DataConfig) -> Source:
         f"source {source!r} does not exist; expected a file, folder or glob, a Hugging Face id such as "
         "lmsys/lmsys-chat-1m, sharegpt, or public-lengths"
     )
+
+
+def _json_of_any_name(path: Path) -> Path:
+    """A file without a known suffix, if it begins with a record: `access.log`."""
+    first = next(read_file(path, Problems()), None)
+    return path if first is not None and first.record is not None else _known_suffix(path)
 
 
 def _known_suffix(path: Path) -> Path:
