@@ -26,6 +26,8 @@ from mope.log_answers import (
     message_answer,
     usage_of,
 )
+from mope.log_losses import lost, lost_by_sglang
+from mope.log_spans import ATTRIBUTES, attributes_of, read_span
 from mope.log_streams import unstreamed
 from mope.reader import FIELDS, TEXTS, TOP_NAMES, number, parsed, read_flags, true_or_false
 from mope.request import role_of
@@ -48,6 +50,7 @@ NO_PROMPT = {
     "vllm bench": "results of vllm bench have lengths but no prompts; add the prompts, or log requests on the server",
     "trace": "a trace of lengths has no prompts to learn from; as JSON Lines of arrival_s, client, prompt_tokens and "
     "response_tokens it can be replayed: mope replay --workloads trace --trace FILE",
+    "sglang": "logged without texts; start SGLang with --log-requests-level 3",
     "opentelemetry": "a span without messages; switch on the capture of message content in the instrumentation",
 }
 
@@ -142,28 +145,6 @@ _FAMILIES_OF_FIELDS = {
 _OBSERVATIONS = frozenset(
     {"SPAN", "EVENT", "AGENT", "TOOL", "CHAIN", "RETRIEVER", "EVALUATOR", "EMBEDDING", "GUARDRAIL"}
 )
-# operations of spans that are no calls: as above
-_OPERATIONS = frozenset({"invoke_agent", "create_agent", "invoke_workflow", "execute_tool", "embeddings", "retrieval"})
-
-# attributes of spans
-_GEN_AI = "gen_ai."
-# attribute -> name of the flag in a body
-_SPAN_FLAGS = {
-    "request.model": "model",
-    "request.max_tokens": "max_tokens",
-    "request.temperature": "temperature",
-    "request.choice.count": "n",
-    "tool.definitions": "tools",
-    "request.tools": "tools",
-}
-_SPAN_TOKENS = ("usage.output_tokens", "usage.completion_tokens")
-_SPAN_THOUGHTS = ("usage.reasoning.output_tokens", "usage.reasoning_tokens", "usage.output_tokens.reasoning")
-_SPAN_NAMES = (
-    *_SPAN_FLAGS, *_SPAN_TOKENS, *_SPAN_THOUGHTS, "input.messages", "output.messages", "system_instructions", "prompt",
-    "completion", "response.model", "response.finish_reasons", "conversation.id",
-    "output.type", "operation.name",
-)  # fmt: skip
-
 # names that a record may have at its top, as they are written here
 NAMES: frozenset[str] = TOP_NAMES.union(
     TEXTS, CONVERSATIONS, PROMPTS, MORE, RESPONSES, THOUGHTS, CALLS, TOKEN_LISTS, OF_LLM, _BENCH, _SPANS, _FAILURES,
@@ -176,7 +157,7 @@ NAMES: frozenset[str] = TOP_NAMES.union(
     ("choices", "content", "stop_sequence", "role", "type", "name"),
     ("id", "request_id", "conversation_id", "conversation_hash", "conv_id", "session_id", "rid", "spanId", "span_id"),
     ("language", "dataset", "redacted", "sessionId"),
-    (f"{place}gen_ai.{name}" for place in ("", "attributes.") for name in _SPAN_NAMES),
+    (f"{place}{name}" for place in ("", "attributes.") for name in ATTRIBUTES),
 )  # fmt: skip
 _FOLDED: dict[str, str] = {name.lower(): name for name in sorted(NAMES, reverse=True)}
 
@@ -234,9 +215,14 @@ def logged(record: Record) -> Logged | None:
         None if nothing here is known.
     """
     record = named(record)
-    attributes = _attributes(record)
+    attributes = attributes_of(record)
     if attributes is not None:
-        return _span(record, attributes)
+        span = read_span(attributes)
+        if span is None:
+            return None
+        if not span.is_call:
+            return Logged("opentelemetry", {}, is_call=False)
+        return _put_together("opentelemetry", span.record, span.request, span.response)
     for envelope in ENVELOPES:
         if any(names <= record.keys() and any(record[name] is not None for name in names) for names in envelope.marks):
             return _enveloped(record, envelope)
@@ -392,12 +378,18 @@ def _put_together(family: str, record: Record, request: Record, response: Any) -
         finish = (finish_of(response) if isinstance(response, Mapping) else None) or finish_of(record)
     failed = not (answers and any(one.text or one.thoughts or one.calls for one in answers)) and not usage.tokens
     failed = failed and _has_failed(record, response)
-    if request:
+    lacking = lost([request[name] for name in _SAID if name in request])
+    if family == "sglang":
+        lacking = lacking or lost_by_sglang(request)
+    if lacking:
+        request = {}
+    elif request:
         request = _with_facts(request, record, response)
-    lacking = "" if request else NO_PROMPT.get(family, "")
+    else:
+        lacking = NO_PROMPT.get(family, "")
     if family == "flat" and _is_bench(record):
-        family, lacking = "vllm bench", "" if request else NO_PROMPT["vllm bench"]
-    elif not request and _is_trace(record) and not answers:
+        family, lacking = "vllm bench", lacking or ("" if request else NO_PROMPT["vllm bench"])
+    elif not request and not lacking and _is_trace(record) and not answers:
         family, lacking = ("trace", NO_PROMPT["trace"]) if family == "flat" else (family, lacking)
     if family == "request and response" and isinstance(response, Mapping):
         family = _family_of(request, response)
@@ -438,6 +430,7 @@ def _with_facts(request: Record, record: Record, response: Any) -> Record:
     return {**request, **more} if more else request
 
 
+_SAID = (*TEXTS, "system", "instructions", "history")  # of a body: what is read as text
 _FACT_NAMES = frozenset(name.partition(".")[0] for flag in OF_LLM for field in FIELDS[flag] for name in field.names)
 
 
@@ -464,123 +457,3 @@ def _is_trace(record: Record) -> bool:
 
 def _is_bench(record: Record) -> bool:
     return "output_len" in record and "input_len" in record
-
-
-# --- spans of OpenTelemetry ---
-
-
-def _attributes(record: Record) -> dict[str, Any] | None:
-    """The `gen_ai.*` attributes of a span without that prefix; None if it has none."""
-    given = parsed(record.get("attributes"))
-    found: dict[str, Any] = {}
-    if isinstance(given, list):  # OTLP: [{"key", "value": {"stringValue"}}]
-        found = {one["key"]: _otlp(one.get("value")) for one in given if isinstance(one, Mapping) and "key" in one}
-    elif isinstance(given, Mapping):
-        found = dict(given)
-        if isinstance(inner := parsed(given.get("gen_ai")), Mapping):
-            found |= {f"{_GEN_AI}{name}": value for name, value in _flattened(inner)}
-    for name, value in record.items():
-        if isinstance(name, str) and _GEN_AI in name:
-            found[name[name.index(_GEN_AI) :]] = value
-    named = {name[len(_GEN_AI) :]: parsed(value) for name, value in found.items() if str(name).startswith(_GEN_AI)}
-    events = parsed(record.get("events"))
-    for event in events if isinstance(events, list) else ():
-        if isinstance(event, Mapping) and (inner := _attributes({"attributes": event.get("attributes")})):
-            named = {**inner, **named}
-    return named or None
-
-
-def _flattened(place: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in place.items():
-        yield f"{prefix}{name}", value
-        if isinstance(value, Mapping):
-            yield from _flattened(value, f"{prefix}{name}.")
-
-
-def _otlp(value: Any) -> Any:
-    """The value of an attribute in OTLP's JSON."""
-    if not isinstance(value, Mapping):
-        return value
-    if isinstance(listed := value.get("arrayValue"), Mapping):
-        return [_otlp(one) for one in listed.get("values") or ()]
-    if isinstance(pairs := value.get("kvlistValue"), Mapping):
-        return {one.get("key"): _otlp(one.get("value")) for one in pairs.get("values") or ()}
-    return next((inner for name, inner in value.items() if name.endswith("Value")), None)
-
-
-def _span(record: Record, attributes: Mapping[str, Any]) -> Logged | None:
-    """A call from the attributes of its span."""
-    if str(attributes.get("operation.name")) in _OPERATIONS:
-        return Logged("opentelemetry", {}, is_call=False)
-    asked = attributes.get("input.messages") or _indexed(attributes, "prompt")
-    said = attributes.get("output.messages") or _indexed(attributes, "completion")
-    tokens = next((attributes[name] for name in _SPAN_TOKENS if attributes.get(name) is not None), None)
-    thoughts = next((attributes[name] for name in _SPAN_THOUGHTS if attributes.get(name) is not None), None)
-    if asked is None and said is None and tokens is None:
-        return None
-    request = {flag: attributes[name] for name, flag in _SPAN_FLAGS.items() if attributes.get(name) is not None}
-    if "model" not in request and isinstance(attributes.get("response.model"), str):
-        request["model"] = attributes["response.model"]
-    if attributes.get("output.type") == "json":
-        request["response_format"] = "json_object"
-    messages = [_span_message(one) for one in asked if isinstance(one, Mapping)] if isinstance(asked, list) else []
-    if isinstance(asked, str) and asked:
-        messages = [{"role": "user", "content": asked}]
-    if system := attributes.get("system_instructions"):
-        messages.insert(0, _span_message({"role": "system", "parts": system}))
-    response: dict[str, Any] = {"output": said}
-    if tokens is not None:
-        response["usage"] = {"output_tokens": tokens, "reasoning_tokens": thoughts}
-        if thoughts is not None:
-            response["usage"] = {"output_tokens": tokens, "output_tokens_details": {"reasoning_tokens": thoughts}}
-    if attributes.get("response.finish_reasons"):
-        response["finish_reasons"] = attributes["response.finish_reasons"]
-    body = {**request, "messages": messages} if messages else {}
-    return _put_together("opentelemetry", {**response, "error": attributes.get("error.type")}, body, response)
-
-
-def _span_message(message: Record) -> dict[str, Any]:
-    """A message of a span with OpenAI's names of its parts."""
-    parts = parsed(message.get("parts", message.get("content")))
-    role = message.get("role")
-    if not isinstance(parts, list):
-        return {"role": role, "content": parts}
-    content = []
-    for part in parts:
-        if isinstance(part, Mapping):
-            kind, text = part.get("type", "text"), part.get("content", part.get("text"))
-            if kind == "tool_call_response":
-                role = "tool"
-            if kind == "text" and isinstance(text, str):
-                content.append({"type": "text", "text": text})
-        elif isinstance(part, str):
-            content.append({"type": "text", "text": part})
-    return {"role": role, "content": content}
-
-
-def _indexed(attributes: Mapping[str, Any], name: str) -> list[dict[str, Any]] | None:
-    """Messages that are written as attributes `prompt.0.role`, `prompt.0.content`, `completion.0.finish_reason`."""
-    found: dict[int, dict[str, Any]] = {}
-    for key, value in attributes.items():
-        first, _, rest = key.partition(".")
-        index, _, field = rest.partition(".")
-        if first == name and index.isascii() and index.isdigit() and len(index) < 6 and field:
-            if field.startswith("tool_calls."):
-                _, _, place = field.partition(".")
-                at_call, _, field_of_call = place.partition(".")
-                calls = found.setdefault(int(index), {}).setdefault("calls", {})
-                calls.setdefault(at_call, {})[field_of_call] = value
-            else:
-                found.setdefault(int(index), {})[field] = value
-    if not found:
-        said = attributes.get(name)
-        if isinstance(said, list):
-            return [dict(one) for one in said if isinstance(one, Mapping)]
-        return [{"role": "assistant" if name == "completion" else "user", "content": said}] if said else None
-    messages = [found[index] for index in sorted(found)]
-    for message in messages:
-        if "calls" in message:
-            message["tool_calls"] = list(message.pop("calls").values())
-        if name == "completion":
-            message.setdefault("role", "assistant")
-    return messages

@@ -114,7 +114,7 @@ def request_of(record: Mapping[str, Any], defaults: Mapping[str, Any]) -> Reques
     if python_repr(record):
         raise DataError(PYTHON_REPR)
     call = logged(record)
-    if call is not None and (_is_log(call) or not any(name in record for name in TEXTS)):
+    if call is not None and (call.lacking or _is_log(call) or not any(name in record for name in TEXTS)):
         messages = read_messages(call.request)
         if not any(message["role"] in ("user", "human") for message in messages):
             raise DataError(call.lacking or ("it holds no text of a user" if call.is_call else NO_CALL))

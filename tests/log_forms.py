@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mope import log_losses
 from mope.training.data import problems as reasons
 
 Record = dict[str, Any]
@@ -155,6 +156,10 @@ def litellm(i: int) -> Record:
     }  # fmt: skip
 
 
+def cut_by_litellm(text: str) -> str:
+    return f"{text[:4]}... (litellm_truncated skipped 90 chars. Truncation is a DB storage safeguard.) ...{text[4:]}"
+
+
 def langfuse(i: int) -> Record:
     return {
         "id": f"o{i}", "traceId": f"t{i}", "type": "GENERATION", "model": "gpt-4o", "level": "DEFAULT",
@@ -195,6 +200,20 @@ def span(i: int, *, otlp: bool) -> Record:
     attributes = [{"key": key, "value": value(one)} for key, one in found.items()]
     spans = [{"traceId": f"t{i}", "spanId": f"s{i}", "attributes": attributes}]
     return {"resourceSpans": [{"resource": {}, "scopeSpans": [{"scope": {}, "spans": spans}]}]}
+
+
+def openllmetry(i: int) -> Record:
+    """A span of OpenLLMetry's instrumentation since 0.5."""
+    asked = json.dumps([{"role": "user", "parts": [{"type": "text", "content": ask(i)}]}])
+    parts = [{"type": "reasoning", "content": think(i)}, {"type": "text", "content": say(i)}]
+    return {"span_id": f"s{i}", "attributes": {
+        "gen_ai.operation.name": "chat", "gen_ai.provider.name": "openai", "gen_ai.request.model": "gpt-4o",
+        "gen_ai.request.max_completion_tokens": 900, "gen_ai.request.temperature": 0.5, "gen_ai.request.n": 1,
+        "gen_ai.request.reasoning_effort": "high", "gen_ai.request.structured_output_schema": '{"type": "object"}',
+        "gen_ai.input.messages": asked, "gen_ai.output.messages": json.dumps([{"role": "assistant", "parts": parts}]),
+        "gen_ai.response.finish_reason": stop(i, "length", "stop"), "gen_ai.usage.output_tokens": 100 + i,
+        "gen_ai.usage.reasoning_tokens": 60, "gen_ai.usage.total_tokens": 109 + i,
+    }}  # fmt: skip
 
 
 def old_span(i: int) -> Record:
@@ -388,6 +407,33 @@ FORMS: dict[str, Form] = {
         lambda i: {**litellm(i), "messages": {}, "response": {}, "proxy_server_request": {}}, suffix=".csv",
         refused="8 x record without its prompt .a spend log without texts; set store_prompts_in_spend_logs",
     ),
+    "litellm with cut texts": Form(
+        lambda i: {**litellm(i), "messages": [], "proxy_server_request": {
+            **chat_request(i), "messages": [{"role": "user", "content": cut_by_litellm(ask(i)) if i % 2 else ask(i)}]}},
+        lambda i: [] if i % 2 else CUT(i), request=FLAGS, counts={reasons.no_prompt(log_losses.LITELLM_CUT): NUM // 2},
+    ),
+    "litellm with a cut image": Form(
+        lambda i: {**litellm(i), "messages": [{"role": "user", "content": [
+            {"type": "text", "text": ask(i)}, {"type": "image_url", "image_url": {"url": cut_by_litellm("data:")}}]}],
+            "proxy_server_request": {}},
+        CUT, request={"target_llm": "gpt-4o"},
+    ),
+    "litellm with redacted texts": Form(
+        lambda i: {**litellm(i), "messages": "{}", "proxy_server_request": json.dumps({
+            **chat_request(i), "messages": [{"role": "user", "content": "redacted-by-litellm"}]})},
+        refused="8 x record without its prompt .LiteLLM redacted its text",
+    ),
+    "litellm with cut answers": Form(
+        lambda i: {"id": f"l{i}", "messages": [user(i)], "response": {"choices": [
+            {"message": {"role": "assistant", "content": cut_by_litellm(say(i)) if i % 2 else say(i)}}]}},
+        lambda i: [] if i % 2 else counted()(i), counts={reasons.LOST_ANSWER: NUM // 2},
+    ),
+    "conversations with cut texts": Form(
+        lambda i: {"id": f"l{i}", "messages": [user(i), {**assistant(i), **(
+            {"content": cut_by_litellm(say(i))} if i % 2 else {})}]},
+        lambda i: [] if i % 2 else counted()(i), read_as="messages",
+        counts={reasons.no_prompt(log_losses.LITELLM_CUT): NUM // 2},
+    ),
     "langfuse": Form(langfuse, lambda i: [Row(100 + i, 60)], suffix=".json", request=FLAGS),
     "langfuse as CSV": Form(langfuse, lambda i: [Row(100 + i, 60)], suffix=".csv", request=FLAGS),
     "langfuse with texts": Form(
@@ -409,6 +455,10 @@ FORMS: dict[str, Form] = {
     "opentelemetry, OTLP": Form(lambda i: span(i, otlp=True), CUT, request=FLAGS),
     "opentelemetry, attributes": Form(lambda i: span(i, otlp=False), CUT, request=FLAGS),
     "opentelemetry, numbered attributes": Form(old_span, CUT, request=FLAGS),
+    "openllmetry": Form(
+        openllmetry, recorded(60, every_third),
+        request={**FLAGS, "thinking": True, "response_format": "json_schema"},
+    ),
     "opentelemetry as columns": Form(
         lambda i: {"span_id": f"s{i}", **{f"attributes.{k}": v for k, v in span(i, otlp=False)["attributes"].items()}},
         CUT, suffix=".csv", request=FLAGS,

@@ -18,6 +18,7 @@ import pytest
 
 from mope.cli import main
 from mope.errors import ConfigError, DataError
+from mope.log_losses import LITELLM_CUT, LITELLM_REDACTED, SGLANG_TEMPLATE
 from mope.request import Request
 from mope.request_files import read_request, reading
 
@@ -274,6 +275,19 @@ def test_a_server_log_is_refused_for_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "server.log").write_text(f"INFO starting\n{line}\n" * 3)
     with pytest.raises(DataError, match=r"server.log: this is vLLM's server log: .* neither prompts nor the lengths"):
         read(tmp_path / "server.log")
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"prompt": "a... (litellm_truncated skipped 9 chars. A safeguard.) ...b", "completion_tokens": 9}, LITELLM_CUT),
+        ({"messages": [{"role": "user", "content": "a... (litellm_truncated skipped 9 chars) ...b"}]}, LITELLM_CUT),
+        ({"messages": [{"role": "user", "content": "redacted-by-litellm"}]}, LITELLM_REDACTED),
+        ({"event": "request.finished", "obj": {"text": "<s>hi", "input_ids": [1]}, "out": {"text": "x"}}, SGLANG_TEMPLATE),
+    ],
+)  # fmt: skip
+def test_what_a_logger_did_not_keep_is_no_prompt(tmp_path: Path, record: Any, said: str) -> None:
+    assert one(tmp_path, record)[1] == f"line 1: {said}"
 
 
 def test_a_serving_installation_predicts_for_logs(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mope.errors import DataError
 from mope.log_answers import Answer, Usage, at
+from mope.log_losses import lost
 from mope.log_records import PROMPTS, Logged, logged
 from mope.reader import is_forced, number, parsed, read_flags, read_messages
 from mope.request import MAX_EARLIER_ANSWERS, ROLES, message_text
@@ -175,6 +176,8 @@ def _turn(turn: Turn, choice: int, answer: Answer, usage: Usage, found: Logged, 
     if usage.tokens or (usage.tokens == 0 and not known):
         made.response_tokens, made.thought_tokens = usage.tokens, usage.thoughts
         return made
+    if any(map(lost, made.texts())):
+        raise Unusable(reasons.LOST_ANSWER)
     hidden = answer.hidden or bool(found.usage.thoughts and not answer.thoughts and not made.thoughts_inside())
     if several and (not known or hidden):
         raise Unusable(reasons.SUM_OF_CHOICES)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from mope.engine_logs import refusal
 from mope.errors import DataError
 from mope.log_answers import ASSISTANT
+from mope.log_losses import lost
 from mope.log_records import NAMES, PROMPTS, PYTHON_REPR, logged, python_repr
 from mope.reader import is_forced, parsed, true_or_false
 from mope.request import role_of
@@ -135,6 +136,7 @@ FORMATS: dict[str, Format] = {
         (_MESSAGES, _LENGTH),
     ),
 }
+_LISTS = {"lmsys": "conversation", "sharegpt": "conversations", "messages": "messages"}
 KNOWN_FORMATS = {name: form.columns for name, form in FORMATS.items()}
 
 
@@ -225,6 +227,8 @@ def normaliser(data_format: str, problems: Problems, *, drop_redacted: bool, dro
             raise Unusable(reasons.FLAGGED)
         if python_repr(record):
             raise Unusable(reasons.PYTHON_REPR)
+        if data_format in _LISTS and (why := lost(parsed(record.get(_LISTS[data_format])))):
+            raise Unusable(reasons.no_prompt(why))
         chat = read(record, location)
         if is_forced(record, 0) and is_forced(record, _measured(chat)):  # few need their length looked at
             raise Unusable(reasons.FORCED)

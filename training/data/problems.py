@@ -39,6 +39,7 @@ MANY_ANSWERS = "row beyond max_rows_per_prompt answers to its prompt, dropped as
 LATER_TURN = "row of a later turn, dropped as asked"
 NO_TEXT = "row without any text of a prompt, dropped"
 HIDDEN_THOUGHTS = "answer with hidden thoughts and no recorded usage, dropped"
+LOST_ANSWER = "answer that the logger cut or redacted, without recorded usage, dropped"
 STRAY_ANSWER = "answer that follows neither a prompt nor a tool's result, no row"
 OTHER_SPEAKER = "message of an unknown role, passed over"
 FAILED = "failed request, skipped"
