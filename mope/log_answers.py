@@ -7,7 +7,8 @@ a further name, add it there: training and `mope predict --input` then read it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mope.log_streams import unstreamed
@@ -72,6 +73,26 @@ class Count(NamedTuple):
     prompt: tuple[str, ...] = ()
 
 
+_LANGFUSE = ("usageDetails", "usage_details")
+_GOOGLE = (
+    "candidatesTokenCount",
+    "thoughtsTokenCount",
+    "totalTokenCount",
+    "promptTokenCount",
+    "toolUsePromptTokenCount",
+)
+
+
+def _snake_case(name: str) -> str:
+    return re.sub("[A-Z]", lambda found: f"_{found[0].lower()}", name)
+
+
+def _google(spelled: Callable[[str], str]) -> Count:
+    """Google's count: as JSON has it, or as Python's clients spell it."""
+    tokens, thoughts, total, *prompt = (f"{spelled('usageMetadata')}.{spelled(name)}" for name in _GOOGLE)
+    return Count(tokens, (thoughts,), apart=True, total=total, prompt=tuple(prompt))
+
+
 # the first that says something counts
 USAGE: tuple[Count, ...] = (
     Count(
@@ -86,20 +107,8 @@ USAGE: tuple[Count, ...] = (
         total="usage.total_tokens",
         prompt=("usage.input_tokens",),
     ),
-    Count(
-        "usageMetadata.candidatesTokenCount",
-        ("usageMetadata.thoughtsTokenCount",),
-        apart=True,
-        total="usageMetadata.totalTokenCount",
-        prompt=("usageMetadata.promptTokenCount", "usageMetadata.toolUsePromptTokenCount"),
-    ),
-    Count(
-        "usage_metadata.candidates_token_count",
-        ("usage_metadata.thoughts_token_count",),
-        apart=True,
-        total="usage_metadata.total_token_count",
-        prompt=("usage_metadata.prompt_token_count", "usage_metadata.tool_use_prompt_token_count"),
-    ),
+    _google(str),
+    _google(_snake_case),
     Count("usage_metadata.output_tokens", ("usage_metadata.output_token_details.reasoning",)),
     *(
         Count(
@@ -109,8 +118,9 @@ USAGE: tuple[Count, ...] = (
             total=f"{name}.total",
             prompt=(f"{name}.input", f"{name}.input_cached_tokens"),
         )
-        for name in ("usageDetails", "usage_details", "usage")
+        for name in (*_LANGFUSE, "usage")
     ),
+    *(Count(f"{name}.{own}") for name in _LANGFUSE for own in ("output_tokens", "completion_tokens")),
     Count("usage.completionTokens"),
     Count("usage.outputTokens"),
     Count("meta_info.completion_tokens", ("meta_info.reasoning_tokens",)),

@@ -44,7 +44,9 @@ def lost(value: Any, depth: int = MAX_DEPTH) -> str:
 def lost_by_sglang(request: Mapping[str, Any]) -> str:
     """What SGLang did to the prompt of a request in its log; empty if it is whole."""
     text = request.get("text")
-    if isinstance(text, str) and isinstance(request.get("input_ids"), list):
+    if not isinstance(text, str):
+        return ""
+    if isinstance(request.get("input_ids"), list):
         return SGLANG_TEMPLATE  # it was decoded from the tokens
-    is_cut = isinstance(text, str) and len(text) == 2 * _SGLANG_HALF + 3
-    return SGLANG_CUT if is_cut and text[_SGLANG_HALF : _SGLANG_HALF + 3] == "..." else ""
+    is_cut = len(text) == 2 * _SGLANG_HALF + 3 and text[_SGLANG_HALF : _SGLANG_HALF + 3] == "..."
+    return SGLANG_CUT if is_cut else ""

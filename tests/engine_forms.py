@@ -1,4 +1,4 @@
-"""What serving engines write about requests, added to the forms of `log_forms` and `stream_forms`.
+"""What serving engines write about requests.
 
 The lines are those of vLLM 0.10 to 0.33 and SGLang 0.5, contents made up.
 """
@@ -21,9 +21,7 @@ from log_forms import (
     think,
     usage,
 )
-from stream_forms import FORMS
 
-from mope import log_losses
 from mope.training.data import problems as reasons
 
 PREFIX = "(APIServer pid=1234) INFO 12-02 09:00:00 [request_logger.py:65] "
@@ -109,21 +107,6 @@ ENGINES: dict[str, Form] = {
         lambda i: [{"event": "request.received", "rid": f"r{i}", "obj": sglang(i)["obj"]}, sglang(i)],
         recorded(60, every_third), counts={reasons.NO_RESPONSE: NUM}, request={"max_tokens": 900, "temperature": 0.5},
     ),
-    "sglang log of chats": Form(
-        lambda i: [
-            {"event": "request.received.openai", "obj": chat_request(i)},
-            sglang(i, text=f"<|im_start|>user\n{ask(i)}<|im_end|>\n<|im_start|>assistant\n", input_ids=[1, 2]),
-        ],
-        refused="8 x record without its prompt .SGLang logs prompts of chats after the chat template",
-    ),
-    "sglang log with long prompts": Form(
-        lambda i: sglang(i, text=f"{ask(i)} " * 60 if i % 2 else f"{'x' * 1024}...{'y' * 1024}"),
-        lambda i: recorded(60, every_third)(i) if i % 2 else [],
-        counts={reasons.no_prompt(log_losses.SGLANG_CUT): NUM // 2}, prompt=lambda i: f"{ask(i)} " * 60,
-    ),
-    "sglang log without texts": Form(
-        lambda i: sglang(i, text=None), refused="8 x record without its prompt .logged without texts",
-    ),
     "sglang log as text": Form(
         lambda i: lines(f"Receive: obj=GenerateReqInput(rid='r{i}', text={ask(i)!r})",
                         f"Finish: obj=GenerateReqInput(rid='r{i}', text={ask(i)!r}), out={{'text': {say(i)!r}}}",
@@ -131,4 +114,3 @@ ENGINES: dict[str, Form] = {
         suffix=".log", refused="SGLang's request log as text.*--log-requests-format json",
     ),
 }  # fmt: skip
-FORMS.update(ENGINES)  # whoever imports this module has them, too

@@ -1,6 +1,7 @@
 """Made-up files in the forms that public tools write, with the rows that training has to make of them.
 
-Each form says where its shape is from. `write` makes the file, `FORMS` has what is right.
+Each form says where its shape is from. `write` makes the file, `FORMS` has what is right; further forms are in
+`stream_forms`, `engine_forms` and `lossy_forms`, all of them in `all_log_forms`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mope import log_losses
 from mope.training.data import problems as reasons
 
 Record = dict[str, Any]
@@ -154,10 +154,6 @@ def litellm(i: int) -> Record:
         "completion_tokens": 100 + i, "model": "gpt-4o", "custom_llm_provider": "openai", "status": "success",
         "messages": [user(i)], "response": chat_response(i), "proxy_server_request": chat_request(i),
     }  # fmt: skip
-
-
-def cut_by_litellm(text: str) -> str:
-    return f"{text[:4]}... (litellm_truncated skipped 90 chars. Truncation is a DB storage safeguard.) ...{text[4:]}"
 
 
 def langfuse(i: int) -> Record:
@@ -407,35 +403,12 @@ FORMS: dict[str, Form] = {
         lambda i: {**litellm(i), "messages": {}, "response": {}, "proxy_server_request": {}}, suffix=".csv",
         refused="8 x record without its prompt .a spend log without texts; set store_prompts_in_spend_logs",
     ),
-    "litellm with cut texts": Form(
-        lambda i: {**litellm(i), "messages": [], "proxy_server_request": {
-            **chat_request(i), "messages": [{"role": "user", "content": cut_by_litellm(ask(i)) if i % 2 else ask(i)}]}},
-        lambda i: [] if i % 2 else CUT(i), request=FLAGS, counts={reasons.no_prompt(log_losses.LITELLM_CUT): NUM // 2},
-    ),
-    "litellm with a cut image": Form(
-        lambda i: {**litellm(i), "messages": [{"role": "user", "content": [
-            {"type": "text", "text": ask(i)}, {"type": "image_url", "image_url": {"url": cut_by_litellm("data:")}}]}],
-            "proxy_server_request": {}},
-        CUT, request={"target_llm": "gpt-4o"},
-    ),
-    "litellm with redacted texts": Form(
-        lambda i: {**litellm(i), "messages": "{}", "proxy_server_request": json.dumps({
-            **chat_request(i), "messages": [{"role": "user", "content": "redacted-by-litellm"}]})},
-        refused="8 x record without its prompt .LiteLLM redacted its text",
-    ),
-    "litellm with cut answers": Form(
-        lambda i: {"id": f"l{i}", "messages": [user(i)], "response": {"choices": [
-            {"message": {"role": "assistant", "content": cut_by_litellm(say(i)) if i % 2 else say(i)}}]}},
-        lambda i: [] if i % 2 else counted()(i), counts={reasons.LOST_ANSWER: NUM // 2},
-    ),
-    "conversations with cut texts": Form(
-        lambda i: {"id": f"l{i}", "messages": [user(i), {**assistant(i), **(
-            {"content": cut_by_litellm(say(i))} if i % 2 else {})}]},
-        lambda i: [] if i % 2 else counted()(i), read_as="messages",
-        counts={reasons.no_prompt(log_losses.LITELLM_CUT): NUM // 2},
-    ),
     "langfuse": Form(langfuse, lambda i: [Row(100 + i, 60)], suffix=".json", request=FLAGS),
     "langfuse as CSV": Form(langfuse, lambda i: [Row(100 + i, 60)], suffix=".csv", request=FLAGS),
+    "langfuse with counts of one's own": Form(
+        lambda i: {**langfuse(i), "usageDetails": {"input_tokens": 9, "output_tokens": 100 + i}}, recorded(),
+        request=FLAGS,
+    ),
     "langfuse with texts": Form(
         lambda i: {**langfuse(i), "input": ask(i), "output": say(i)}, lambda i: [Row(100 + i, 60)], request=FLAGS
     ),
@@ -568,9 +541,8 @@ FORMS: dict[str, Form] = {
 }  # fmt: skip
 
 
-def write(name: str, folder: Path) -> Path:
+def write(form: Form, folder: Path) -> Path:
     """The file of a form."""
-    form = FORMS[name]
     records: list[Record] = []
     for i in range(NUM):
         made = form.records(i)

@@ -1,4 +1,4 @@
-"""Logged streams of responses, added to the forms of `log_forms`: as text from the wire, or as lists of chunks."""
+"""Logged streams of responses: as text from the wire, or as lists of chunks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 from log_forms import (
     CUT,
     FLAGS,
-    FORMS,
     NUM,
     Form,
     Record,
@@ -129,4 +128,3 @@ STREAMS: dict[str, Form] = {
     ),
     "ollama, streamed": Form(lambda i: access_line(i, {"model": "m", "messages": [user(i)]}, ollama_lines(i)), CUT),
 }
-FORMS.update(STREAMS)  # whoever imports this module has them, too

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-from engine_forms import FORMS
+from all_log_forms import FORMS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from log_forms import NUM

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from engine_forms import FORMS
+from all_log_forms import FORMS
 from log_forms import NUM, Row, write
 from word_rows import WordRows
 
@@ -21,7 +21,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> WordRows:
 @pytest.mark.parametrize("name", [name for name, form in FORMS.items() if not form.refused])
 def test_a_log_gives_the_labels_that_the_engine_generated(name: str, rows: WordRows, tmp_path: Path) -> None:
     form = FORMS[name]
-    data = rows.of_file(write(name, tmp_path))
+    data = rows.of_file(write(FORMS[name], tmp_path))
     assert data.report.data_format == form.read_as
     assert dict(data.report.counts) == dict(form.counts)
     expected = {form.prompt(i): form.rows(i) for i in range(NUM)}
@@ -39,5 +39,5 @@ def test_a_log_gives_the_labels_that_the_engine_generated(name: str, rows: WordR
 @pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form.refused])
 def test_a_log_without_labels_is_refused_for_that_reason(name: str, rows: WordRows, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=FORMS[name].refused) as caught:
-        rows.of_file(write(name, tmp_path))
+        rows.of_file(write(FORMS[name], tmp_path))
     assert "\n" not in str(caught.value)
