@@ -16,8 +16,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from mope import console as terminal
 from mope.errors import ConfigError, DataError
+from mope.field_map import FieldMap, RequestFields
 from mope.files import check_output_file, opened, writable
-from mope.flags import Parser, add_flags, given, validated
+from mope.flags import Parser, add_flags, flag_name, given, validated
+from mope.record_folders import TRAIN, local_files
 from mope.request_files import STDIN, Ids, json_line, read_request, reading
 
 if TYPE_CHECKING:
@@ -34,18 +36,21 @@ PROMPT_WIDTH = 40
 PREDICT_EXAMPLE = """\
 mope predict chat-small "Explain TCP slow start." --target-llm llama-3-8b --max-tokens 512
 echo "Explain TCP slow start." | mope predict runs/demo --json
-mope predict runs/demo --input requests.jsonl --output predictions.jsonl"""
+mope predict runs/demo --input requests.jsonl --output predictions.jsonl
+mope predict runs/demo --input 'logs/*.jsonl.gz' --prompt-field request.question --llm-field served.by"""
 PREDICT_DETAILS = """\
 Predict how many tokens an LLM will answer.
 
-With --input, each record of the file becomes one line {"id", "median", "mean", "quantiles": {"0.1", "0.5", "0.9",
+With --input, each record of the files becomes one line {"id", "median", "mean", "quantiles": {"0.1", "0.5", "0.9",
 "0.99"}, "expert", "source"}, in the same order. A record is {"prompt" or "messages", "history"?, "target_llm"?,
 "max_tokens"?, ...}, the body of a request to OpenAI, Anthropic, vLLM, SGLang or Ollama, or what mope-train reads: a log
-of a gateway, a batch, a trace. Files are JSON, JSON Lines, CSV or TSV (also .gz or .zst), parquet, Arrow or Feather.
+of a gateway, a batch, a trace; in other forms --prompt-field and its like say where it holds what. Files are JSON, JSON
+Lines, CSV or TSV (also .gz or .zst), parquet, Arrow or Feather.
 
 A record that is no request becomes {"id", "error"}: it is counted on stderr, the others are predicted, and the exit
 status is 0. If none is a request, the status is 2 and no --output appears. The id is custom_id, id or request_id, a
-text or a number; a record on line 7 without one gets the id "line 7". Repeated ids are counted on stderr."""
+text or a number; a record on line 7 without one gets the id "line 7", of several files "FILE:7". Repeated ids are
+counted on stderr."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,8 +108,8 @@ def _predict(argv: list[str]) -> int:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; none or - reads one prompt from stdin")
     parser.add_argument(
         "--input",
-        metavar="FILE",
-        help="requests, or logs of them: JSON, CSV, parquet, ...; - for JSON from stdin",
+        metavar="PATH",
+        help="requests, or logs of them: a file, folder or glob of JSON, CSV, parquet, ...; - for JSON from stdin",
     )
     parser.add_argument("--output", metavar="FILE", help="JSON Lines with predictions (default: stdout)")
     parser.add_argument("--json", action="store_true", help="print JSON Lines instead of a table")
@@ -125,7 +130,17 @@ def _predict(argv: list[str]) -> int:
     parser.add_argument(
         "--precision", metavar="NAME", help="of what was exported, for example int8 (default: the backend's own)"
     )
+    add_flags(parser, "fields", RequestFields)
+    parser.add_argument(
+        "--hub-split",
+        default=TRAIN,
+        metavar="TEXT",
+        help=f"of a folder whose files are named by splits (default: {TRAIN})",
+    )
     arguments = parser.parse_intermixed_args(argv)  # prompts may stand behind flags
+    fields = given(arguments).get("fields", {})
+    if fields and not arguments.input:
+        raise ConfigError(f"{flag_name(next(iter(fields)))} goes with --input: it says where its records hold what")
     if arguments.input and arguments.prompts:
         raise ConfigError("got prompts and --input; give one of them")
     if arguments.output and not arguments.input:
@@ -135,8 +150,9 @@ def _predict(argv: list[str]) -> int:
             raise ConfigError(f"{flag}: got {value}; expected at least 1")
     if arguments.input:
         if arguments.output not in (None, STDIN):
-            check_output_file(Path(arguments.output), reads={"--input": arguments.input})
-        return _predict_lines(arguments)
+            found = None if arguments.input == STDIN else local_files(arguments.input, arguments.hub_split)
+            check_output_file(Path(arguments.output), reads={"--input": found[0] if found else arguments.input})
+        return _predict_lines(arguments, FieldMap.of(RequestFields(**fields)))
     prompts = _prompts(arguments.prompts)
     predictor = _load(arguments)
     predictions = predictor.predict_batch([{"prompt": prompt, **_defaults(arguments)} for prompt in prompts])
@@ -221,13 +237,13 @@ def _print_table(predictor: LengthPredictor, prompts: Sequence[str], predictions
     Console().print(table)
 
 
-def _predict_lines(arguments: Namespace) -> int:
-    """Predict every request of a file."""
+def _predict_lines(arguments: Namespace, fields: FieldMap) -> int:
+    """Predict every request of a file, a folder or a glob."""
     from rich.markup import escape
 
     num_records = num_bad = 0
     first_error, ids = "", Ids()
-    with reading(arguments.input, "--input") as (entries, total, told):
+    with reading(arguments.input, "--input", fields, arguments.hub_split) as (entries, total, told):
         predictor = _load(arguments)
         with _writing(arguments.output) as output, terminal.progress("predicting", total) as advance:
             while window := list(islice(entries, WINDOW_BATCHES * arguments.batch_size)):

@@ -9,7 +9,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -62,13 +62,15 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
-def check_output_file(path: Path, flag: str = "--output", reads: Mapping[str, str | Path] | None = None) -> None:
+def check_output_file(
+    path: Path, flag: str = "--output", reads: Mapping[str, str | Path | Sequence[Path]] | None = None
+) -> None:
     """Refuse a file that could not be written, or whose loss would hurt, before the work begins.
 
     Args:
         path: the file to write.
         flag: what the user typed it after.
-        reads: what the command reads, by the flag that it was typed after.
+        reads: what the command reads, one file or several, by the flag that it was typed after.
 
     Raises:
         ConfigError: a folder, a file that the command reads (by whatever name or link), a file of a saved predictor,
@@ -80,7 +82,7 @@ def check_output_file(path: Path, flag: str = "--output", reads: Mapping[str, st
             f"{flag} {path} is a folder; expected a file, for example {flag} {path / 'predictions.jsonl'}"
         )
     for other, read in (reads or {}).items():
-        if same_file(target, Path(read)):
+        if any(same_file(target, Path(one)) for one in ([read] if isinstance(read, str | Path) else read)):
             raise ConfigError(f"{flag} {path} is the file that {other} reads, which would be lost; choose another")
     for folder in list(target.parents)[:2]:
         if target.exists() and is_predictor(folder):

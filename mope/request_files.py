@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from hashlib import blake2b
 from itertools import chain
@@ -19,10 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mope.errors import ConfigError, DataError, UserError
+from mope.field_map import NO_FIELDS, FieldMap
 from mope.log_answers import Usage
-from mope.log_records import NAMES, PYTHON_REPR, Logged, logged, named, python_repr, unpacked
+from mope.log_records import NAMES, PYTHON_REPR, Logged, canonical, logged, named, python_repr, unpacked
 from mope.reader import TEXTS, TOP_NAMES, parsed, read_flags, read_messages
-from mope.record_files import ARROW_SUFFIXES, HEAD_BYTES, JSON_SUFFIXES, Entry, read_file, read_stream, suffix_of
+from mope.record_files import (
+    ARROW_SUFFIXES,
+    HEAD_BYTES,
+    JSON_SUFFIXES,
+    Entry,
+    location,
+    read_file,
+    read_stream,
+    suffix_of,
+)  # fmt: skip
+from mope.record_folders import TRAIN, left_out_warning, local_files
 from mope.record_json import is_one_a_line
 
 if TYPE_CHECKING:
@@ -171,37 +183,72 @@ def json_line(content: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def reading(name: str, flag: str) -> Iterator[Reading]:
-    """The records of a file or of stdin. The first is read at once, so that most mistakes show before any work.
+def reading(name: str, flag: str, fields: FieldMap = NO_FIELDS, split: str = TRAIN) -> Iterator[Reading]:
+    """The records of files or of stdin. The first is read at once, so that most mistakes show before any work.
 
     Args:
-        name: path of the file, or `STDIN`.
+        name: path of a file or folder, a glob, or `STDIN`.
         flag: what the user typed it after, for the message of an error.
+        fields: where the records hold what, if no form is known that fits them.
+        split: of a folder whose files are named by splits.
 
     Raises:
-        ConfigError: the file can't be read.
-        DataError: it is no file of records.
+        ConfigError: a file can't be read.
+        DataError: it is no file of records, or one without the fields.
         MissingExtraError: it needs pyarrow, which is not installed.
     """
-    told, total = Told(), None
+    told = Told()
     with ExitStack() as stack:
-        try:
-            if name == STDIN:
-                entries = read_stream("stdin", _stdin(), told, parts=NAMES)
-            elif suffix_of(name) in ARROW_SUFFIXES:
-                Path(name).open("rb").close()
-                entries, total = read_file(Path(name), told), _num_rows(name)
-            else:
-                file = stack.enter_context(Path(name).open("rb"))
-                total = _num_lines(file, suffix_of(name)) if file.seekable() else None
-                entries = read_stream(Path(name).name, file, told, parts=NAMES)
-        except OSError as error:
-            raise ConfigError(f"{flag} {name} can't be read: {error.strerror}") from error
+        paths, left_out = ((Path(name),), ()) if name == STDIN else local_files(name, split) or ((Path(name),), ())
+        if left_out:
+            told.warn(left_out_warning(left_out))
+        if len(paths) == 1:
+            entries, total = _opened(name if name == STDIN else str(paths[0]), flag, told, stack)
+        else:
+            entries, total = _of_all(paths, flag, told), None
         guarded = _guarded(entries, f"{flag} {name}")
         first = next(guarded, None)
         if first is not None and first.place.endswith(".0"):
             total = None  # a line holds several records
-        yield Reading(guarded if first is None else chain([first], guarded), total, told)
+        read = guarded if first is None else chain([first], guarded)
+        if fields.paths:
+            read = _mapped(read, fields, told, name)
+            read = chain([] if (begin := next(read, None)) is None else [begin], read)
+        yield Reading(read, total, told)
+
+
+def _mapped(entries: Iterator[Entry], fields: FieldMap, told: Told, source: str) -> Iterator[Entry]:
+    """Entries under known names. Names that are nobody's are left out: no typing mistake of ours can be among them."""
+    known = ((entry, entry.record) for entry in entries)
+    others = {"custom_id", "request_id"} if "id_field" in dict(fields.paths) else set()
+    for entry, record in fields.apply(known, told, source):
+        names = () if record is None else [name for name in record if canonical(name) in NAMES and name not in others]
+        yield entry if record is None else entry._replace(record={name: record[name] for name in names})
+
+
+def _of_all(paths: Sequence[Path], flag: str, told: Told) -> Iterator[Entry]:
+    """The records of several files, one file after the other; places begin with the file's name."""
+    top = Path(os.path.commonpath([path.parent for path in paths]))
+    for path in paths:
+        with ExitStack() as stack:
+            entries, _ = _opened(str(path), flag, told, stack)
+            inside = path.relative_to(top).as_posix()
+            yield from (entry._replace(place=location(inside, entry.place)) for entry in entries)
+
+
+def _opened(name: str, flag: str, told: Told, stack: ExitStack) -> tuple[Iterator[Entry], int | None]:
+    """The entries of one file, and how many there are, if that can be known."""
+    if name == STDIN:
+        return read_stream("stdin", _stdin(), told, parts=NAMES), None
+    try:
+        if suffix_of(name) in ARROW_SUFFIXES:
+            Path(name).open("rb").close()
+            return read_file(Path(name), told), _num_rows(name)
+        file = stack.enter_context(Path(name).open("rb"))  # noqa: SIM115
+        total = _num_lines(file, suffix_of(name)) if file.seekable() else None
+    except OSError as error:
+        raise ConfigError(f"{flag} {name} can't be read: {error.strerror}") from error
+    return read_stream(Path(name).name, file, told, parts=NAMES), total
 
 
 def _stdin() -> io.BufferedIOBase:

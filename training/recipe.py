@@ -14,9 +14,10 @@ from pydantic import BaseModel
 
 from mope.errors import ConfigError
 from mope.extras import require
+from mope.field_map import FIELD_MAP
 from mope.flags import flag_name, validated
 from mope.training.config import RECIPES, EvaluationConfig, FitConfig, ModelConfig, TrainConfig
-from mope.training.data.config import FIELD_MAP, DataConfig
+from mope.training.data.config import DataConfig
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataConfig,

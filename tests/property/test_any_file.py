@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mope.errors import DataError
+from mope.field_map import FieldMap, found, paths_of, rewritten
 from mope.record_csv import dialect_of
 from mope.record_files import Entry, read_file
 from mope.request import Request
 from mope.request_files import read_request
-from mope.training.data.field_map import FieldMap, found, paths_of, rewritten
 from mope.training.data.formats import detect_format, normaliser
 from mope.training.data.problems import Problems
 

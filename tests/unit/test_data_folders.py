@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from mope.errors import DataError
+from mope.record_folders import KEYWORDS, split_of
 from mope.training.data.build import build_rows
 from mope.training.data.config import DataConfig
-from mope.training.data.folders import KEYWORDS, split_of
 from mope.training.data.problems import Problems
 from mope.training.data.sources import open_source
 

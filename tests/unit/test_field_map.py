@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mope.errors import ConfigError, DataError
+from mope.field_map import FIELD_MAP, NAMES, SEARCH_RECORDS, FieldMap, found, rewritten
 from mope.training.data.build import build_rows
-from mope.training.data.config import FIELD_MAP, DataConfig
-from mope.training.data.field_map import NAMES, SEARCH_RECORDS, FieldMap, found, rewritten
+from mope.training.data.config import DataConfig
 from mope.training.data.sources import open_source
 from mope.training.recipe import load_recipe
 

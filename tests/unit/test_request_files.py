@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -18,6 +19,7 @@ import pytest
 
 from mope.cli import main
 from mope.errors import ConfigError, DataError
+from mope.field_map import FieldMap, RequestFields
 from mope.log_losses import LITELLM_CUT, LITELLM_REDACTED, SGLANG_TEMPLATE
 from mope.request import Request
 from mope.request_files import read_request, reading
@@ -29,8 +31,8 @@ ANSWER = {"choices": [{"message": {"role": "assistant", "content": "It is."}, "f
           "usage": {"completion_tokens": 9}}  # fmt: skip
 
 
-def read(path: Path | str, **defaults: Any) -> list[tuple[Any, Request | str]]:
-    with reading(str(path), "--input") as found:
+def read(path: Path | str, fields: dict[str, str] | None = None, **defaults: Any) -> list[tuple[Any, Request | str]]:
+    with reading(str(path), "--input", FieldMap.of(RequestFields(**(fields or {})))) as found:
         return [read_request(entry, defaults) for entry in found.entries]
 
 
@@ -288,6 +290,79 @@ def test_a_server_log_is_refused_for_what_it_lacks(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_a_logger_did_not_keep_is_no_prompt(tmp_path: Path, record: Any, said: str) -> None:
     assert one(tmp_path, record)[1] == f"line 1: {said}"
+
+
+# --- folders, globs and forms that nobody knows ---
+
+OWN = {"prompt_field": "in.0.q", "llm_field": "served.by", "id_field": "key"}
+
+
+def own(number: int) -> dict[str, Any]:
+    """A record of a form that nobody knows, with names that are not ours."""
+    asked = json.dumps([{"q": f"{ASK} {number}"}])
+    return {"in": asked, "served": {"by": "gpt-4o"}, "key": f"k{number}", "custom_id": "no", "promt": "no name of ours"}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_field_map_reads_what_nobody_knows(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"own{suffix}"
+    records = [own(number) for number in range(5)]
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    elif suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows({**record, "served": json.dumps(record["served"])} for record in records)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in [*records, 3]))
+    found = read(path, OWN, max_tokens=9)
+    if suffix == ".jsonl":
+        place, mistake = found.pop()
+        assert place == "line 6"
+        assert "expected an object" in str(mistake)
+    expected = [(f"k{i}", Request(prompt=f"{ASK} {i}", target_llm="gpt-4o", max_tokens=9)) for i in range(5)]
+    assert found == expected
+
+
+def test_a_path_that_no_record_has_is_told_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(own(number)) + "\n" for number in range(3)))
+    with pytest.raises(DataError, match=r"--prompt-field in.0.question: no record of .* has a value there"):
+        read(tmp_path / "own.jsonl", {"prompt_field": "in.0.question"})
+
+
+def test_folders_and_globs_are_read_as_in_training(tmp_path: Path) -> None:
+    for name in ("a/train-0.jsonl", "a/train-1.jsonl.gz", "a/test-0.jsonl", "b/more.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        container(tmp_path / name)
+    asked = [f"{ASK} {number}" for number in range(3)]
+    with reading(str(tmp_path / "a"), "--input") as found:
+        requests = [read_request(entry, {}) for entry in found.entries]
+    assert [request.prompt for _, request in requests if isinstance(request, Request)] == asked * 2
+    assert "files of other splits were left out (1): test-0.jsonl" in found.told.lines()[0]
+    with reading(str(tmp_path / "a"), "--input", split="test") as found:
+        assert len(list(found.entries)) == 3
+    with reading(str(tmp_path / "*" / "*.*"), "--input") as found:
+        places = [entry.place for entry in found.entries]
+    assert len(places) == 12
+    assert places[:4] == ["a/test-0.jsonl:1", "a/test-0.jsonl:2", "a/test-0.jsonl:3", "a/train-0.jsonl:1"]
+    with pytest.raises(DataError, match="no file matches"):
+        read(tmp_path / "*.tsv")
+
+
+def test_predictions_never_replace_a_file_of_the_folder_that_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    target = container(tmp_path / "logs" / "b.jsonl")
+    container(tmp_path / "logs" / "a.jsonl")
+    before = target.read_bytes()
+    for source in (tmp_path / "logs", tmp_path / "logs" / "*.jsonl"):
+        assert main(["predict", "nowhere", "--input", str(source), "--output", str(target)]) == 2
+        assert "which would be lost" in capsys.readouterr().err
+    assert target.read_bytes() == before
+    assert main(["predict", "nowhere", "--prompt-field", "q", "What is TCP?"]) == 2
+    assert "--prompt-field goes with --input" in capsys.readouterr().err
 
 
 def test_a_serving_installation_predicts_for_logs(tmp_path: Path) -> None:

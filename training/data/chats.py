@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from mope.errors import DataError
 from mope.log_answers import Answer, message_answer
+from mope.log_records import GROUP_COLUMNS, ID_COLUMNS
 from mope.reader import parsed
 from mope.request import ROLES, clean, content_of, message_text, role_of
 from mope.training.data import problems as reasons
@@ -19,8 +20,6 @@ from mope.training.data.problems import Problems
 
 Record = Mapping[str, Any]
 
-GROUP_COLUMNS = ("conversation_id", "conversation_hash", "conv_id", "session_id")
-ID_COLUMNS = ("id", "request_id", *GROUP_COLUMNS)
 _END_OF_THOUGHTS = "</think>"
 
 

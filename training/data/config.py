@@ -12,12 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from mope.config import Frozen
-
-# fields that say where a record holds what: dotted paths, see `mope.training.data.field_map`
-FIELD_MAP = (
-    "prompt_field", "messages_field", "response_field", "length_field", "thought_length_field", "llm_field",
-    "finish_field", "group_field", "id_field", "language_field",
-)  # fmt: skip
+from mope.field_map import FIELD_MAP
 
 DataFormat = Literal["auto", "lmsys", "sharegpt", "messages", "pairs", "lengths", "logs"]
 
@@ -41,26 +36,16 @@ class DataConfig(Frozen):
         "train", description="split to read of a Hugging Face data set, or of a folder whose files are named by splits"
     )
     hub_revision: str | None = Field(None, description="revision of a Hugging Face data set, for example a commit")
-    prompt_field: str | None = Field(
-        None,
-        description="where a record holds the prompt: a path such as request.question or turns.0.text, through lists "
-        "and JSON text; for records that no known format fits",
-    )
-    messages_field: str | None = Field(None, description="path to the messages, in place of --prompt-field")
-    response_field: str | None = Field(None, description="path to the answer: its text, a message or a response")
-    length_field: str | None = Field(
-        None, description="path to the tokens of the answer, for example usage.output_tokens"
-    )
-    thought_length_field: str | None = Field(
-        None, description="path to the tokens of thoughts, which are part of --length-field"
-    )
-    llm_field: str | None = Field(None, description="path to the name of the LLM that answered")
-    finish_field: str | None = Field(None, description="path to why the answer ended (length: it was cut off)")
-    group_field: str | None = Field(
-        None, description="path to the conversation or user whose records stay in one split"
-    )
-    id_field: str | None = Field(None, description="path to the id of a record")
-    language_field: str | None = Field(None, description="path to the language of a record, for --languages")
+    prompt_field: str | None = Field(None, description=FIELD_MAP["prompt_field"])
+    messages_field: str | None = Field(None, description=FIELD_MAP["messages_field"])
+    response_field: str | None = Field(None, description=FIELD_MAP["response_field"])
+    length_field: str | None = Field(None, description=FIELD_MAP["length_field"])
+    thought_length_field: str | None = Field(None, description=FIELD_MAP["thought_length_field"])
+    llm_field: str | None = Field(None, description=FIELD_MAP["llm_field"])
+    finish_field: str | None = Field(None, description=FIELD_MAP["finish_field"])
+    group_field: str | None = Field(None, description=FIELD_MAP["group_field"])
+    id_field: str | None = Field(None, description=FIELD_MAP["id_field"])
+    language_field: str | None = Field(None, description=FIELD_MAP["language_field"])
     turns: Literal["all", "first"] = Field("all", description="all answers of a conversation, or the first only")
     languages: tuple[str, ...] = Field((), description="keep these languages, as the data names them; empty: all")
     redacted: Literal["keep", "drop"] = Field("keep", description="conversations with redacted personal data")

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from mope.log_answers import CUT, finish_of, usage_of
+from mope.log_records import ID_COLUMNS
 from mope.reader import SYSTEM, parsed, read_flags
 from mope.request import MAX_EARLIER_ANSWERS, message_text
 from mope.training.data import problems as reasons
 from mope.training.data.chats import (
-    ID_COLUMNS,
     Chat,
     History,
     Message,

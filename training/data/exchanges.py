@@ -11,13 +11,12 @@ from typing import Any
 from mope.errors import DataError
 from mope.log_answers import Answer, Usage, at
 from mope.log_losses import lost
-from mope.log_records import PROMPTS, Logged, logged
+from mope.log_records import GROUP_COLUMNS, PROMPTS, Logged, logged
 from mope.reader import is_forced, number, parsed, read_flags, read_messages
 from mope.request import MAX_EARLIER_ANSWERS, ROLES, message_text
 from mope.token_estimate import estimate_tokens
 from mope.training.data import problems as reasons
 from mope.training.data.chats import (
-    GROUP_COLUMNS,
     Chat,
     History,
     Record,

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mope.field_map import NO_FIELDS, FieldMap
 from mope.log_records import canonical
 from mope.record_files import UNREADABLE, Selection, location, read_file
+from mope.record_folders import left_out_warning
 from mope.record_tables import num_rows
-from mope.training.data.field_map import NO_FIELDS, FieldMap
 from mope.training.data.formats import COLUMNS, MODERATION_COLUMN
 from mope.training.data.problems import Problems
 
 CHUNK_BYTES = 1 << 20
-MAX_NAMED = 5  # files that a warning names
 PARTS_OF_RECORDS = COLUMNS - {"dataset"}  # a list under one of these names is a part of one record
 
 Located = tuple[str, Mapping[str, Any]]  # "file:line" and the record
@@ -63,11 +63,7 @@ class Files:
     def records(self, problems: Problems, *, moderation: bool = False) -> Iterator[Located]:
         """Every record of every file; `moderation` also loads LMSYS's moderation flags."""
         if self.left_out:
-            names = ", ".join(self.left_out[:MAX_NAMED]) + (", ..." if len(self.left_out) > MAX_NAMED else "")
-            problems.warn(
-                f"files of other splits were left out ({len(self.left_out):,}): {names}; to read them give a path, a "
-                "glob, or --hub-split"
-            )
+            problems.warn(left_out_warning(self.left_out))
         source = self.paths[0].name if len(self.paths) == 1 else f"{len(self.paths):,} files"
         yield from self.fields.apply(self._raw(problems, moderation), problems, source)
 

@@ -14,13 +14,13 @@ from mope.engine_logs import refusal
 from mope.errors import DataError
 from mope.log_answers import ASSISTANT
 from mope.log_losses import lost
-from mope.log_records import NAMES, PROMPTS, PYTHON_REPR, logged, python_repr
+from mope.log_records import GROUP_COLUMNS, ID_COLUMNS, NAMES, PROMPTS, PYTHON_REPR, logged, python_repr
 from mope.reader import is_forced, parsed, true_or_false
 from mope.request import role_of
 from mope.token_estimate import estimate_tokens
 from mope.training.data import conversations
 from mope.training.data import problems as reasons
-from mope.training.data.chats import GROUP_COLUMNS, ID_COLUMNS, Chat, Record, Turn, Unusable, tidy
+from mope.training.data.chats import Chat, Record, Turn, Unusable, tidy
 from mope.training.data.exchanges import exchange, has_prompt_column
 from mope.training.data.problems import Problems
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from mope.errors import DataError
 from mope.extras import require
+from mope.field_map import NO_FIELDS, FieldMap
 from mope.log_records import canonical
-from mope.training.data.field_map import NO_FIELDS, FieldMap
 from mope.training.data.files import Located
 from mope.training.data.formats import COLUMNS, MODERATION_COLUMN
 from mope.training.data.problems import Problems

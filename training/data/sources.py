@@ -5,7 +5,6 @@ What files hold is read by `mope.record_files`, what records mean by `formats`.
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import ClassVar, Protocol
 
 from mope.errors import ConfigError, DataError
 from mope.extras import require
-from mope.record_files import KNOWN_SUFFIXES, SUFFIXES, is_known, read_file
+from mope.field_map import FieldMap
+from mope.record_files import SUFFIXES, is_known, read_file
+from mope.record_folders import known_suffix, local_files
 from mope.training.data.config import DataConfig
-from mope.training.data.field_map import FieldMap
 from mope.training.data.files import Files, Located
-from mope.training.data.folders import data_files
 from mope.training.data.hub import Hub
 from mope.training.data.problems import Problems
 
@@ -68,17 +67,12 @@ def open_source(config: DataConfig) -> Source:
         if fields.paths:
             raise ConfigError(f"{PUBLIC_LENGTHS} has known fields; leave out the flags that end in -field")
         return PublicLengths(config.cache_dir / PUBLIC_LENGTHS, config.cache_dir, config.num_workers)
-    path = Path(source).expanduser()
-    if path.is_file():
-        return Files((path if is_known(path.name) else _json_of_any_name(path),), fields=fields)
-    if path.is_dir():
-        paths, left_out = data_files(path, config.hub_split)
+    found = local_files(source, config.hub_split)
+    if found is not None:
+        paths, left_out = found
+        if len(paths) == 1 and not is_known(paths[0].name):
+            _check_json(paths[0])
         return Files(paths, fields=fields, left_out=left_out)
-    if glob.has_magic(source):
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        if not found:
-            raise DataError(f"no file matches {source!r}; expected files ending in {KNOWN_SUFFIXES}")
-        return Files(tuple(_known_suffix(name) for name in found), fields=fields)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.endswith(SUFFIXES) and not source.startswith("."):
         return Hub(source, config.hub_config, config.hub_split, config.hub_revision, fields)
     raise DataError(
@@ -87,13 +81,8 @@ def open_source(config: DataConfig) -> Source:
     )
 
 
-def _json_of_any_name(path: Path) -> Path:
-    """A file without a known suffix, if it begins with a record: `access.log`."""
+def _check_json(path: Path) -> None:
+    """Refuse a file without a known suffix, unless it begins with a record: `access.log`."""
     first = next(read_file(path, Problems()), None)
-    return path if first is not None and first.record is not None else _known_suffix(path)
-
-
-def _known_suffix(path: Path) -> Path:
-    if not is_known(path.name):
-        raise DataError(f"{path.name} has an unknown suffix; expected one of {KNOWN_SUFFIXES}")
-    return path
+    if first is None or first.record is None:
+        known_suffix(path)

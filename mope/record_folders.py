@@ -1,13 +1,15 @@
-"""Which files of a folder are data of a split: plain files, a copy of a Hub data set, or what `save_to_disk` wrote.
+"""Which local files a path, a folder or a glob names; of a folder those of a split: plain files, a copy of a Hub data
+set, or what `save_to_disk` wrote.
 
 Split names are those that `datasets` finds in names of files and folders.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -29,6 +31,55 @@ _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 # of the Hub and of `datasets`, and no data
 _NO_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "config.json", _STATE, _SPLITS})
+
+
+MAX_NAMED = 5  # files that a warning names
+
+
+def local_files(source: str, split: str) -> tuple[tuple[Path, ...], tuple[str, ...]] | None:
+    """The files that a source names, in order, and the names of files of other splits.
+
+    Args:
+        source: path of a file or folder, or a glob; a file may have any suffix.
+        split: see `data_files`.
+
+    Returns:
+        None: there is no such path, and it is no glob.
+
+    Raises:
+        DataError: a glob that matches nothing or unknown files, or a folder as `data_files` raises.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return data_files(path, split)
+    if path.exists():
+        return (path,), ()
+    if not glob.has_magic(source):
+        return None
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    if not found:
+        raise DataError(f"no file matches {source!r}; expected files ending in {KNOWN_SUFFIXES}")
+    return tuple(known_suffix(name) for name in found), ()
+
+
+def known_suffix(path: Path) -> Path:
+    """The path itself.
+
+    Raises:
+        DataError: its suffix is not known.
+    """
+    if not is_known(path.name):
+        raise DataError(f"{path.name} has an unknown suffix; expected one of {KNOWN_SUFFIXES}")
+    return path
+
+
+def left_out_warning(names: Sequence[str]) -> str:
+    """What to say of files of other splits."""
+    listed = ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
+    return (
+        f"files of other splits were left out ({len(names):,}): {listed}; to read them give a path, a glob, or "
+        "--hub-split"
+    )
 
 
 def data_files(folder: Path, split: str) -> tuple[tuple[Path, ...], tuple[str, ...]]:

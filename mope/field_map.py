@@ -11,18 +11,35 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, Field
+
+from mope.config import Frozen
 from mope.errors import ConfigError, DataError
 from mope.flags import flag_name
 from mope.log_answers import CALLS, FINISH, RESPONSES, THOUGHTS, TOKEN_LISTS, USAGE, Answer
-from mope.log_records import CONVERSATIONS, MORE, PROMPTS, Logged, logged, named
+from mope.log_records import CONVERSATIONS, GROUP_COLUMNS, ID_COLUMNS, MORE, PROMPTS, Logged, logged, named
 from mope.reader import TEXTS, parsed
-from mope.training.data.chats import GROUP_COLUMNS, ID_COLUMNS
-from mope.training.data.config import FIELD_MAP, DataConfig
-from mope.training.data.problems import Problems
+from mope.record_files import Findings
 
-Located = tuple[str, Mapping[str, Any]]
+PlaceT = TypeVar("PlaceT")
+RecordT = TypeVar("RecordT", Mapping[str, Any], "Mapping[str, Any] | None")
+
+# field of a config -> its help text; the paths go from a record to a value
+FIELD_MAP = {
+    "prompt_field": "where a record holds the prompt: a path such as request.question or turns.0.text, through lists "
+    "and JSON text; for records that no known format fits",
+    "messages_field": "path to the messages, in place of --prompt-field",
+    "response_field": "path to the answer: its text, a message or a response",
+    "length_field": "path to the tokens of the answer, for example usage.output_tokens",
+    "thought_length_field": "path to the tokens of thoughts, which are part of --length-field",
+    "llm_field": "path to the name of the LLM that answered",
+    "finish_field": "path to why the answer ended (length: it was cut off)",
+    "group_field": "path to the conversation or user whose records stay in one split",
+    "id_field": "path to the id of a record",
+    "language_field": "path to the language of a record, for --languages",
+}
 
 SEARCH_RECORDS = 1000  # among which each path has to be found
 MAX_DEPTH = 8  # of paths that are proposed
@@ -56,6 +73,15 @@ _KEPT = (*ID_COLUMNS, *GROUP_COLUMNS, "language", "dataset", "redacted", "censor
 _GROUPS = ("sessionId", "traceId", "trace_id")
 
 
+class RequestFields(Frozen):
+    """Where records that no known format fits hold a request: dotted paths."""
+
+    prompt_field: str | None = Field(None, description=FIELD_MAP["prompt_field"])
+    messages_field: str | None = Field(None, description=FIELD_MAP["messages_field"])
+    llm_field: str | None = Field(None, description="path to the name of the LLM that will answer")
+    id_field: str | None = Field(None, description=FIELD_MAP["id_field"])
+
+
 @dataclass(frozen=True)
 class FieldMap:
     """Paths into records.
@@ -70,13 +96,13 @@ class FieldMap:
     paths: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, config: DataConfig) -> FieldMap:
-        """The field map of a config.
+    def of(cls, config: BaseModel) -> FieldMap:
+        """The field map of a config that has fields of `FIELD_MAP`.
 
         Raises:
             ConfigError: fields that contradict each other, or a path that is none.
         """
-        given = {name: path for name in FIELD_MAP if (path := getattr(config, name)) is not None}
+        given = {name: path for name in FIELD_MAP if (path := getattr(config, name, None)) is not None}
         for name, path in given.items():
             if not all(path.split(".")):
                 raise ConfigError(
@@ -101,12 +127,14 @@ class FieldMap:
         """Whether a column of a table begins one of the paths."""
         return any(path == column or path.startswith(f"{column}.") for _, path in self.paths)
 
-    def apply(self, records: Iterable[Located], problems: Problems, source: str) -> Iterator[Located]:
-        """Records under known names.
+    def apply(
+        self, records: Iterable[tuple[PlaceT, RecordT]], findings: Findings, source: str
+    ) -> Iterator[tuple[PlaceT, RecordT]]:
+        """Records under known names, each with its place; what could not be read (None) stays as it is.
 
         Args:
             records: as they are in the files.
-            problems: is told about paths that the first records don't have.
+            findings: is told about paths that the first records don't have.
             source: what to call the data in messages.
 
         Raises:
@@ -116,26 +144,28 @@ class FieldMap:
         if not self.paths:
             yield from records
             return
-        head: list[Located] = []
+        head: list[tuple[PlaceT, RecordT]] = []
         missing = dict(self.paths)
         while missing and len(head) < SEARCH_RECORDS and (located := next(records, None)) is not None:
             head.append(located)
             missing = {name: path for name, path in missing.items() if next(found(located[1], path), None) is None}
-        if head and missing:
-            self._tell(missing, head, problems, source)
-        for location, record in chain(head, records):
-            yield location, self.mapped(record)
+        readable = [record for _, record in head if record is not None]
+        if readable and missing:
+            self._tell(missing, readable, len(head) < SEARCH_RECORDS, findings, source)
+        for place, record in chain(head, records):
+            yield place, record if record is None else self.mapped(record)
 
-    def _tell(self, missing: Mapping[str, str], head: list[Located], problems: Problems, source: str) -> None:
-        whole = len(head) < SEARCH_RECORDS
-        known = sorted(set(chain.from_iterable(paths_of(record) for _, record in head[:50])))
-        top = sorted({str(name) for _, record in head[:50] for name in record})
+    def _tell(
+        self, missing: Mapping[str, str], head: list[Mapping[str, Any]], whole: bool, findings: Findings, source: str
+    ) -> None:
+        known = sorted(set(chain.from_iterable(map(paths_of, head[:50]))))
+        top = sorted({str(name) for record in head[:50] for name in record})
         for name, path in missing.items():
             among = "no record" if whole else f"none of the first {SEARCH_RECORDS:,} records"
             said = f"{flag_name(name)} {path}: {among} of {source} has a value there; {nearest_paths(path, known, top)}"
             if whole or name in _ALL_OF_THEM:
                 raise DataError(said)
-            problems.warn(said)
+            findings.warn(said)
 
     def mapped(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """One record under known names."""
