@@ -19,7 +19,9 @@ from mope.errors import ConfigError, DataError
 from mope.field_map import FieldMap, RequestFields
 from mope.files import check_output_file, opened, writable
 from mope.flags import Parser, add_flags, flag_name, given, validated
+from mope.reader import read_flags
 from mope.record_folders import TRAIN, local_files
+from mope.request import TOKEN_UNITS
 from mope.request_files import STDIN, Ids, json_line, read_request, reading
 
 if TYPE_CHECKING:
@@ -116,6 +118,16 @@ def _predict(argv: list[str]) -> int:
     parser.add_argument("--target-llm", metavar="NAME", help="the LLM that will answer, where a request names none")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="cap on response tokens, where a request has none")
     parser.add_argument(
+        "--effort",
+        metavar="LEVEL",
+        help="reasoning effort (none, minimal, low, medium, high, xhigh, or 0 to 5), where a request says none",
+    )
+    parser.add_argument(
+        "--token-unit",
+        choices=TOKEN_UNITS,
+        help="count the LLM's own tokens, or those of cl100k_base (default: as trained)",
+    )
+    parser.add_argument(
         "--batch-size", type=int, default=64, metavar="N", help="requests predicted at once (default: 64)"
     )
     parser.add_argument(
@@ -200,7 +212,8 @@ def _check_device(device: str) -> None:
 
 def _defaults(arguments: Namespace) -> dict[str, Any]:
     """Flags of a request that were typed for all of them."""
-    typed = {"target_llm": arguments.target_llm, "max_tokens": arguments.max_tokens}
+    typed = {name: getattr(arguments, name) for name in ("target_llm", "max_tokens", "effort", "token_unit")}
+    typed |= read_flags({"effort": arguments.effort}, strict=True)
     return {name: value for name, value in typed.items() if value is not None}
 
 

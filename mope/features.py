@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mope.effort import level_of_budget
 from mope.errors import ArtifactError, DataError, is_panic
 from mope.forking import after_fork
 from mope.grid import Array
@@ -78,10 +79,29 @@ NUMBER_NAMES = (
     *(f"rule_{name}" for name in RULE_NAMES),
     "log_max_tokens", "has_max_tokens", "temperature", "has_temperature", "tools", "response_format", "thinking",
     "not_thinking", "log_thinking_budget", "has_thinking_budget", "log_llm_size", "has_llm_size", "llm_reasoning",
+    "has_effort", "effort", "log_num_tools", "log_tool_chars", "tool_choice_required", "last_is_tool_result",
+    "log_tool_results", "log_context_chars", "share_hangul", "share_kana", "share_han", "share_cyrillic",
+    "share_greek", "share_arabic", "counts_own", "counts_cl100k",
 )  # fmt: skip
+NUM_FIRST = NUMBER_NAMES.index("has_effort")  # numbers of the first predictors; `more_numbers` are the others
 LLM_NUMBERS = tuple(map(NUMBER_NAMES.index, ("log_llm_size", "has_llm_size", "llm_reasoning")))
 _NO_HISTORY = (0.0,) * (NUMBER_NAMES.index("log_same_beginning") - NUMBER_NAMES.index("has_history"))
 _NO_RULES = (0.0,) * len(RULE_NAMES)
+
+
+# scripts in the order of their numbers, each as the first bytes of its UTF-16 code units
+_SCRIPTS = (
+    (0x11, 0x31, *range(0xAC, 0xD8)),  # Hangul
+    (0x30,),  # kana, and CJK punctuation
+    (*range(0x34, 0xA0), 0xF9, 0xFA),  # Han
+    (0x04,),  # Cyrillic
+    (0x03, 0x1F),  # Greek, and combining marks
+    (0x06, 0xFC, 0xFD),  # Arabic
+)
+_CODES = tuple(bytes([number]) for number in range(1, len(_SCRIPTS) + 1))
+_SCRIPT_OF = bytes(
+    next((number for number, own in enumerate(_SCRIPTS, start=1) if first in own), 0) for first in range(256)
+)
 
 
 def ends(text: str, num_chars: int) -> str:
@@ -104,7 +124,7 @@ def _without_surrogates(text: str) -> str:
 def request_numbers(
     request: Request, words: Words, hits: RuleHits, compared_chars: int = COMPARED_CHARS
 ) -> list[float]:
-    """The numbers of `NUMBER_NAMES` for one request. Tens of microseconds.
+    """The first `NUM_FIRST` numbers of `NUMBER_NAMES` for one request. Tens of microseconds.
 
     Args:
         request: the request.
@@ -135,6 +155,55 @@ def request_numbers(
         0.0 if request.thinking_budget is None else log1p(max(request.thinking_budget, 0)),
         request.thinking_budget is not None, *_llm_numbers(request),
     ]  # fmt: skip
+
+
+_NO_TOOLS, _NO_SCRIPTS = (0.0,) * 5, (0.0,) * 6
+_UNITS = {None: (0.0, 0.0), "own": (1.0, 0.0), "cl100k_base": (0.0, 1.0)}
+
+
+def more_numbers(request: Request, window: str) -> list[float]:
+    """The numbers of `NUMBER_NAMES` from `NUM_FIRST` on. One or two microseconds where the window is ASCII.
+
+    Args:
+        request: the request.
+        window: its prompt, cut by `ends`.
+    """
+    effort = effort_of(request)
+    tools: Sequence[float] = _NO_TOOLS
+    if request.tools or request.tool_choice or request.num_tool_results:
+        tools = (
+            log1p(request.num_tools), log1p(request.tool_chars), request.tool_choice in ("required", "named"),
+            request.last_is_tool_result, log1p(request.num_tool_results),
+        )  # fmt: skip
+    num_chars = len(request.prompt) + len(request.system) + len(request.previous_prompt) + request.other_chars
+    return [
+        effort is not None, effort or 0.0, *tools, log1p(num_chars),
+        *(_NO_SCRIPTS if window.isascii() else _script_shares(window)), *_UNITS[request.token_unit],
+    ]  # fmt: skip
+
+
+def effort_of(request: Request) -> float | None:
+    """How hard the LLM thinks, from 0 to 5: as asked, or as its budget or its name says; None if unknown."""
+    if request.effort is not None:
+        return request.effort
+    if request.thinking_budget is not None:
+        return level_of_budget(request.thinking_budget)
+    if request.thinking is False:
+        return 0.0
+    named = describe(request.target_llm).effort_level
+    return None if named == 0.0 and request.thinking else named
+
+
+def _script_shares(window: str) -> list[float]:
+    """Shares of the letters of six scripts. Some microseconds for 2,000 characters."""
+    encoded = window.encode("utf-16-le", "surrogatepass")
+    scripts = encoded[1::2].translate(_SCRIPT_OF)
+    hangul, kana, han, cyrillic, greek, arabic = map(scripts.count, _CODES)
+    if kana or greek:
+        units = np.frombuffer(encoded, dtype="<u2")
+        kana = int(np.count_nonzero(units - np.uint16(0x3040) < 0xC0))  # wraps below
+        greek -= int(np.count_nonzero(units - np.uint16(0x0300) < 0x70))
+    return [count / len(window) for count in (hangul, kana, han, cyrillic, greek, arabic)]
 
 
 def _llm_numbers(request: Request) -> tuple[float, float, float]:
@@ -209,7 +278,7 @@ class EncodedRequests:
 
     Attributes:
         token_ids: per request, the ids with special tokens, unpadded.
-        numbers_BF: raw numbers of `NUMBER_NAMES`, float32, shape (B, F).
+        numbers_BF: raw numbers of the encoder's `number_names`, float32, shape (B, F).
         llm_B: index of the target LLM, 0 for an unknown one, int64, shape (B,).
         rule_hits: one per request.
     """
@@ -260,6 +329,10 @@ class RequestEncoder:
         chars_per_token: characters kept per input token before tokenising; English words have about 5.
         lexical_chars: characters of the prompt, from both ends, that rules and lexical numbers look at.
         target_llms: names of known target LLMs, see `mope.target_llm.LlmTable`.
+        number_names: the numbers to compute, in order.
+
+    Raises:
+        ArtifactError: a number that this version does not compute.
     """
 
     def __init__(
@@ -272,6 +345,7 @@ class RequestEncoder:
         chars_per_token: int,
         lexical_chars: int,
         target_llms: Sequence[str] = (),
+        number_names: Sequence[str] = NUMBER_NAMES,
     ) -> None:
         self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
@@ -285,6 +359,9 @@ class RequestEncoder:
         self._compared_chars = min(COMPARED_CHARS, lexical_chars)
         self._read_chars = max(lexical_chars, window_chars, ceil(self._compared_chars / HEAD_SHARE))
         self.llms = LlmTable(target_llms)
+        self.number_names = tuple(number_names)
+        self._takes_more = not set(NUMBER_NAMES[NUM_FIRST:]).isdisjoint(number_names)
+        self._picked = _picked(self.number_names, NUMBER_NAMES if self._takes_more else NUMBER_NAMES[:NUM_FIRST])
         after_fork(self._leave_threads)
 
     def _leave_threads(self) -> None:
@@ -303,6 +380,7 @@ class RequestEncoder:
             chars_per_token=config.chars_per_token,
             lexical_chars=config.lexical_chars,
             target_llms=config.target_llms,
+            number_names=config.number_names,
         )
 
     def encode(self, requests: Sequence[Request]) -> EncodedRequests:
@@ -317,13 +395,16 @@ class RequestEncoder:
         for request in requests:
             words = Words(ends(request.prompt, self._lexical_chars))
             hits.append(match_rules(words))
-            numbers.append(request_numbers(request, words, hits[-1], self._compared_chars))
+            row = request_numbers(request, words, hits[-1], self._compared_chars)
+            if self._takes_more:
+                row += more_numbers(request, words.text)
+            numbers.append(row if self._picked is None else [row[column] for column in self._picked])
         return EncodedRequests(
             token_ids=[
                 [self._cls, *prompt, self._sep, *context, *([self._sep] if context else [])]
                 for prompt, context in zip(prompts, contexts, strict=True)
             ],
-            numbers_BF=np.array(numbers, dtype=np.float32).reshape(len(requests), len(NUMBER_NAMES)),
+            numbers_BF=np.array(numbers, dtype=np.float32).reshape(len(requests), len(self.number_names)),
             llm_B=np.array([self.llms.find(request.target_llm, request.llm_family) for request in requests], np.int64),
             rule_hits=hits,
         )
@@ -333,16 +414,25 @@ class RequestEncoder:
 
         Holds no text, and costs microseconds for any prompt length.
         """
-        rest = (
+        rest: tuple[Any, ...] = (
             len(request.prompt), len(request.previous_prompt), len(request.system), request.answer_estimates,
             request.num_earlier_turns, self.llms.find(request.target_llm, request.llm_family), _llm_numbers(request),
             request.max_tokens, request.temperature, request.tools, bool(request.response_format), request.thinking,
             request.thinking_budget,
         )  # fmt: skip
+        if self._takes_more:
+            rest += (
+                effort_of(request), request.num_tools, request.tool_chars, request.tool_choice,
+                request.num_tool_results, request.last_is_tool_result, request.other_chars, request.token_unit,
+            )  # fmt: skip
         digest = blake2b(repr(rest).encode(), digest_size=16)
         for text in (request.prompt, request.previous_prompt, request.system):
             digest.update(ends(text, self._read_chars).encode("utf-8", "surrogatepass"))
         return digest.digest()
+
+    def knows(self, number: str) -> bool:
+        """Whether a number of `NUMBER_NAMES` is among those that are computed."""
+        return number in self.number_names
 
     def check_ids(self, vocab_size: int) -> None:
         """Raise ArtifactError if the tokenizer gives ids that a network of this many token vectors does not know."""
@@ -374,3 +464,13 @@ class RequestEncoder:
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(f"the tokenizer can't read a text: {cleaned(reason)}") from error
+
+
+def _picked(wanted: tuple[str, ...], computed: tuple[str, ...]) -> list[int] | None:
+    """Positions of the wanted numbers among those that are computed; None if they are the same."""
+    if unknown := [name for name in wanted if name not in computed]:
+        raise ArtifactError(
+            f"the predictor was trained on request features that this mope does not compute: {cleaned(unknown[0])}; "
+            "update mope, or train it anew"
+        )
+    return None if wanted == computed else [computed.index(name) for name in wanted]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from mope.errors import DataError
 from mope.reader import FIELDS, SYSTEM, TEXTS, TOP_NAMES, Field, read_flags, shown
-from mope.request import Request, clean
+from mope.request import TOKEN_UNITS, TOOL_CHOICES, Request, clean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,9 +27,15 @@ class RequestFlags(TypedDict, total=False):
         max_tokens: the request's cap on response tokens.
         temperature: sampling temperature, 0 to 100.
         tools: the tools that are offered, or whether there are any.
+        num_tools: how many tools are offered, where `tools` does not list them.
+        tool_chars: characters of their definitions as JSON, where `tools` does not list them.
+        tool_choice: `"auto"`, `"required"`, `"none"`, or OpenAI's mapping that names a tool.
         response_format: a name such as `"json_object"`, or OpenAI's mapping with `type`.
         thinking: whether the LLM is asked to think before it answers.
         thinking_budget: cap on the tokens of its thoughts.
+        effort: how hard it is asked to think: `"none"`, `"minimal"`, `"low"`, `"medium"`, `"high"`, `"xhigh"`, or a
+            number from 0 to 5.
+        token_unit: what response tokens are counted in: `"own"` (tokens of the target LLM) or `"cl100k_base"`.
         llm_family: family of the target LLM, such as `"qwen"`, where its name does not tell.
         llm_size: billions of parameters of the target LLM, where its name does not tell.
         llm_reasoning: whether the target LLM writes long thoughts, where its name does not tell.
@@ -41,9 +47,14 @@ class RequestFlags(TypedDict, total=False):
     max_tokens: int | None
     temperature: float | None
     tools: bool | Sequence[Any] | Mapping[str, Any] | None
+    num_tools: int | None
+    tool_chars: int | None
+    tool_choice: str | Mapping[str, Any] | None
     response_format: str | Mapping[str, Any] | None
     thinking: bool | None
     thinking_budget: int | None
+    effort: float | str | None
+    token_unit: str | None
     llm_family: str | None
     llm_size: float | None
     llm_reasoning: bool | None
@@ -54,7 +65,8 @@ LIKE = 0.8  # how like a known name a misspelt one is
 # fields of servers that are like known names and are none of them
 NOT_MISSPELT = frozenset({"rid", "models"})
 FLAGS = frozenset(RequestFlags.__annotations__)
-_VALUES = tuple((name, FIELDS[name][0]) for name in sorted(FLAGS - {"system", "tools", "response_format"}))
+_OTHER = {"system", "tools", "tool_choice", "response_format", "token_unit"}
+_VALUES = tuple((name, FIELDS[name][0]) for name in sorted(FLAGS - _OTHER))
 _FIELDS = TOP_NAMES.union(FLAGS, TEXTS, ("history", "id"))
 # names that servers have for what is named otherwise among the keywords of `predict`
 _OUR_NAMES = {
@@ -127,6 +139,8 @@ def request_from(body: Mapping[str, Any]) -> Request:
         raise DataError("give either a prompt or messages; got " + (" and ".join(texts) if texts else "neither"))
     (name,) = texts
     flags = read_flags(body, strict=True)
+    if (unit := body.get("token_unit")) is not None:
+        flags["token_unit"] = _unit(unit)
     given, earlier = body[name], body.get("history")
     earlier = [] if earlier is None else _listed(earlier, "history")
     if name == "prompt" and not isinstance(given, str):
@@ -151,6 +165,12 @@ def request_from(body: Mapping[str, Any]) -> Request:
                 conversation.insert(0, {"role": "system", "content": said})
                 break
     return Request.from_messages(conversation, **flags)
+
+
+def _unit(unit: Any) -> str:
+    if not isinstance(unit, str) or unit not in TOKEN_UNITS:
+        raise DataError(f"token_unit is {' or '.join(TOKEN_UNITS)}; got {shown(unit)}")
+    return unit
 
 
 def unknown_field(name: Any, known: Iterable[str]) -> str:
@@ -199,13 +219,23 @@ def _checked(request: Request) -> Request:
             raise DataError(f"{name} is {field.expected}; got {shown(value)}")
     if not isinstance(request.tools, bool):
         raise DataError(f"tools of a Request is true or false; got {shown(request.tools)}")
-    sizes = (
-        (request.num_earlier_turns, *request.answer_estimates)
-        if isinstance(request.answer_estimates, tuple)
-        else (None,)
-    )
-    if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+    if not isinstance(request.last_is_tool_result, bool):
+        raise DataError(f"last_is_tool_result is true or false; got {shown(request.last_is_tool_result)}")
+    if request.tool_choice not in TOOL_CHOICES:
         raise DataError(
-            "answer_estimates is a tuple of whole numbers, and num_earlier_turns one; none of them negative"
+            f"tool_choice of a Request is {', '.join(TOOL_CHOICES[1:])} or empty; got {shown(request.tool_choice)}"
+        )
+    if request.token_unit is not None:
+        _unit(request.token_unit)
+    for name in ("num_earlier_turns", "num_tool_results", "other_chars"):
+        if not _is_size(getattr(request, name)):
+            raise DataError(f"{name} is a whole number, 0 or more; got {shown(getattr(request, name))}")
+    if not isinstance(request.answer_estimates, tuple) or not all(map(_is_size, request.answer_estimates)):
+        raise DataError(
+            f"answer_estimates is a tuple of whole numbers, 0 or more; got {shown(request.answer_estimates)}"
         )
     return request
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63

@@ -25,7 +25,7 @@ from mope.cache import CacheStats, LruCache
 from mope.calibration import Calibration
 from mope.corrector import Answering, Corrector, as_carried, kind_of
 from mope.errors import ArtifactError, DataError
-from mope.features import NUMBER_NAMES, EncodedRequests, RequestEncoder
+from mope.features import EncodedRequests, RequestEncoder
 from mope.files import same_file, write_text
 from mope.forking import after_fork
 from mope.grid import Array
@@ -61,6 +61,8 @@ _TRAINED_FLAGS = {
     "response_format": ("response_format",),
     "thinking": ("thinking", "not_thinking"),
     "thinking_budget": ("log_thinking_budget", "has_thinking_budget"),
+    "effort": ("has_effort", "effort"),
+    "token_unit": ("counts_own", "counts_cl100k"),
     "llm_size": ("log_llm_size", "has_llm_size"),
     "llm_reasoning": ("llm_reasoning",),
     "llm_year": (),
@@ -160,10 +162,6 @@ class LengthPredictor:
         with artifact.loading(folder):
             saved = Sealed(folder)
             config = artifact.config_of(saved)
-            if config.number_names != NUMBER_NAMES:
-                raise ArtifactError(
-                    f"{shown(folder)} was trained on other request features than this mope computes; train it anew"
-                )
             from tokenizers import Tokenizer
 
             encoder = RequestEncoder.of(config, Tokenizer.from_buffer(saved.read("tokenizer.json")))
@@ -225,9 +223,9 @@ class LengthPredictor:
             history: the messages before `prompt`, OpenAI-style.
             **flags: what else is known of the request, see `mope.inputs.RequestFlags`: `target_llm` (and where its name
                 does not tell, `llm_family`, `llm_size` in billions of parameters, `llm_reasoning`, `llm_year`),
-                `max_tokens`, `temperature`, `tools`, `response_format`, `thinking`, `thinking_budget`, `system`. A
-                flag that this predictor was not trained on changes nothing and is logged once, as is a family that it
-                does not know.
+                `max_tokens`, `temperature`, `tools` (or `num_tools` and `tool_chars`), `tool_choice`,
+                `response_format`, `thinking`, `thinking_budget`, `effort`, `token_unit`, `system`. A flag that this
+                predictor was not trained on changes nothing and is logged once, as is a family that it does not know.
 
         Returns:
             A distribution over response tokens.

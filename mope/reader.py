@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+from mope.effort import HIGHEST, LEVELS
 from mope.errors import DataError
 from mope.request import ROLES, content_of, role_of
 from mope.target_llm import MAX_SIZE, describe
+from mope.tool_use import choice_of, json_chars, listed_tools
 
 MAX_TOKENS, MAX_TEMPERATURE, MAX_YEAR = 2**31 - 1, 100, 9999
 MAX_NAME_CHARS = 64  # of the name of a response format
@@ -137,6 +139,27 @@ def _tools(value: Any) -> bool | None:
     return _truth(value)
 
 
+def _num_listed(value: Any) -> int | None:
+    value = parsed(value)
+    return len(listed_tools(value)) or None if isinstance(value, list | tuple | Mapping) else None
+
+
+def _listed_chars(value: Any) -> int | None:
+    value = parsed(value)
+    return json_chars(listed_tools(value)) or None if isinstance(value, list | tuple | Mapping) else None
+
+
+def _count(value: Any) -> int:
+    found = number(value)
+    if found is None or not found.is_integer() or not 0 <= found <= MAX_TOKENS:
+        raise ValueError
+    return int(found)
+
+
+def _tool_choice(value: Any) -> str | None:
+    return choice_of(parsed(value)) or None
+
+
 def _format(value: Any) -> str | None:
     """The name of a format: what OpenAI writes as `{"type": name}`, or the name itself; None for free text."""
     value = parsed(value)
@@ -173,10 +196,25 @@ def _thinking(value: Any) -> bool | None:
     return None if value is None else _truth(value)
 
 
-def _effort(value: Any) -> bool | None:
-    if not isinstance(value, str):
+def _effort(value: Any) -> float | None:
+    """A level by its name, or as a number from 0 to `HIGHEST`."""
+    if isinstance(value, str) and value.lower() in LEVELS:
+        return LEVELS[value.lower()]
+    found = number(value)
+    if found is None or not 0 <= found <= HIGHEST:
         raise ValueError
-    return value != "none" if value else None
+    return found
+
+
+def _has_effort(value: Any) -> bool | None:
+    """Whether the LLM is to think at all; also for levels that are not known here."""
+    try:
+        found = _effort(value)
+    except ValueError:
+        if not isinstance(value, str):
+            raise
+        return True
+    return None if found is None else found > 0
 
 
 def _think(value: Any) -> bool | None:
@@ -184,10 +222,25 @@ def _think(value: Any) -> bool | None:
     return True if value in ("low", "medium", "high") else _thinking(value)
 
 
+def _think_level(value: Any) -> float | None:
+    return LEVELS[value] if value in ("low", "medium", "high") else None
+
+
 _COUNT = f"a whole number from 1 to {MAX_TOKENS}"
 _BUDGET_NAMES = (
     "thinking_budget", "thinking_token_budget", "max_thinking_tokens", "thinking.budget_tokens", "reasoning.max_tokens",
-    "thinkingConfig.thinkingBudget",
+    "thinkingConfig.thinkingBudget", "thinking_config.thinking_budget", "google.thinking_config.thinking_budget",
+)  # fmt: skip
+_EFFORT_NAMES = (
+    "effort", "reasoning_effort", "reasoning.effort", "output_config.effort", "thinking.effort",
+    "thinkingConfig.thinkingLevel", "thinking_config.thinking_level", "google.thinking_config.thinking_level",
+)  # fmt: skip
+_TOOL_NAMES = ("tools", "functions")
+_LEVEL = f'a level such as "high", or a number from 0 to {HIGHEST:g}'
+
+CHOICES = (
+    "tool_choice", "function_call", "toolConfig.functionCallingConfig.mode",
+    "tool_config.function_calling_config.mode",
 )  # fmt: skip
 
 # flag of `Request` -> where it stands; of several fields, the first that says something counts
@@ -202,7 +255,16 @@ FIELDS: Mapping[str, tuple[Field, ...]] = {
         ),
     ),
     "temperature": (Field(("temperature",), _temperature, f"a number from 0 to {MAX_TEMPERATURE}"),),
-    "tools": (Field(("tools", "functions"), _tools, "a list of tools, or true or false"),),
+    "tools": (Field(_TOOL_NAMES, _tools, "a list of tools, or true or false"),),
+    "num_tools": (
+        Field(("num_tools",), _count, f"a whole number from 0 to {MAX_TOKENS}"),
+        Field(_TOOL_NAMES, _num_listed, "a list of tools"),
+    ),
+    "tool_chars": (
+        Field(("tool_chars",), _count, f"a whole number from 0 to {MAX_TOKENS}"),
+        Field(_TOOL_NAMES, _listed_chars, "a list of tools"),
+    ),
+    "tool_choice": (Field(CHOICES, _tool_choice, "auto, required, none or the name of a tool"),),
     "response_format": (
         Field(("response_format", "text.format"), _format, 'a name such as "json_object"'),
         *(
@@ -220,17 +282,17 @@ FIELDS: Mapping[str, tuple[Field, ...]] = {
     ),
     "thinking": (
         Field(("enable_thinking", "thinking", "reasoning.enabled"), _thinking, "true or false"),
-        Field(("reasoning_effort", "reasoning.effort", "output_config.effort"), _effort, 'a level such as "high"'),
+        Field(_EFFORT_NAMES, _has_effort, _LEVEL),
         Field(("think",), _think, "true, false or a level"),
         Field(_BUDGET_NAMES, _off_at_zero, _COUNT),
     ),
     "thinking_budget": (Field(_BUDGET_NAMES, _budget, _COUNT),),
+    "effort": (Field(_EFFORT_NAMES, _effort, _LEVEL), Field(("think",), _think_level, "true, false or a level")),
     "llm_family": (Field(("llm_family", "model_family"), _name, "the family of an LLM"),),
     "llm_size": (Field(("llm_size", "model_size"), _size, f"billions of parameters, up to {MAX_SIZE:g}"),),
     "llm_year": (Field(("llm_year", "model_year"), _year, "the year of its release"),),
     "llm_reasoning": (Field(("llm_reasoning", "model_reasoning"), _truth, "true or false"),),
 }  # fmt: skip
-NO_TOOLS = ("tool_choice", "function_call")  # say "none" where tools are offered and may not be called
 SYSTEM = ("system", "instructions", "system_prompt")  # beside the messages
 TEXTS = ("prompt", "messages", "input", "text", "inputs")
 LEAST = ("min_tokens", "min_new_tokens")  # fewest tokens of an answer, as vLLM and SGLang have it
@@ -239,7 +301,7 @@ FORCING = ("ignore_eos", *LEAST)  # see `is_forced`
 _HOLDERS = frozenset(HOLDERS)
 TOP_NAMES = frozenset(
     name.partition(".")[0] for fields in FIELDS.values() for field in fields for name in field.names
-).union(HOLDERS, NO_TOOLS, SYSTEM, FORCING)
+).union(HOLDERS, SYSTEM, FORCING)
 
 # first part of a name -> what may stand there: the order of precedence, the flag, its field, the whole path
 _AT: dict[str, list[tuple[int, str, Field, list[str]]]] = {}
@@ -287,11 +349,18 @@ def read_flags(body: Mapping[str, Any], *, strict: bool = False) -> dict[str, An
             continue
         if said is not None:
             found[flag] = said
-    if "tools" in found and (
-        found["tools"] is False or any(_is_none(place.get(name)) for place in places for name in NO_TOOLS)
-    ):
-        del found["tools"]
+    if "tools" in found or "num_tools" in found:
+        _settle_tools(found)
     return found
+
+
+def _settle_tools(found: dict[str, Any]) -> None:
+    """Tools that are counted are offered; those that may not be called are not."""
+    if not found.get("tools", found.get("num_tools")) or found.get("tool_choice") == "none":
+        for flag in ("tools", "num_tools", "tool_chars"):
+            found.pop(flag, None)
+    else:
+        found["tools"] = True
 
 
 def _places(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -309,11 +378,6 @@ def _below(value: Any, path: Sequence[str]) -> Any:
         value = parsed(value)
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
-
-
-def _is_none(choice: Any) -> bool:
-    choice = parsed(choice)
-    return (choice.get("type") if isinstance(choice, Mapping) else choice) == "none"
 
 
 def is_forced(said: Mapping[str, Any], generated: float) -> bool:

@@ -16,6 +16,9 @@ from mope.token_estimate import estimate_tokens
 
 MAX_EARLIER_ANSWERS = 8  # earlier answers whose lengths are kept, counted from the newest
 
+TOOL_CHOICES = ("", "auto", "required", "named", "none")
+TOKEN_UNITS = ("own", "cl100k_base")
+
 # who speaks, in the words of OpenAI, Google and ShareGPT -> OpenAI's
 ROLES = {
     "user": "user", "human": "user",
@@ -40,9 +43,19 @@ class Request:
         max_tokens: the request's cap on response tokens, if any.
         temperature: sampling temperature, if known.
         tools: whether tools are offered.
+        num_tools: how many tools are offered; 0 also where nobody counted them.
+        tool_chars: characters of their definitions as JSON, estimated; 0 also where nobody counted them.
+        tool_choice: `"auto"`, `"required"` (any tool), `"named"` (a certain tool), `"none"`, or empty if not said.
+        num_tool_results: results of tools in the conversation.
+        last_is_tool_result: whether the response follows a result of a tool, not a message of the user.
+        other_chars: characters of all further messages: earlier prompts and responses, results of tools.
         response_format: `"json_object"`, `"json_schema"`, ... or empty for free text.
         thinking: whether a reasoning LLM is asked to think; None if unknown.
         thinking_budget: cap on the tokens of its thoughts, if any.
+        effort: how hard a reasoning LLM is asked to think, from 0 (none) over 1 (minimal), 2 (low), 3 (medium) and
+            4 (high) to 5 (xhigh); None if not said.
+        token_unit: what response tokens are counted in: `"own"` (tokens of the target LLM), `"cl100k_base"`, or None
+            for the unit of the training rows. No HTTP body says it.
         llm_family: family of the target LLM, such as `"qwen"`, where its name does not tell.
         llm_size: billions of parameters of the target LLM, where its name does not tell.
         llm_reasoning: whether the target LLM writes long thoughts, where its name does not tell.
@@ -58,9 +71,17 @@ class Request:
     max_tokens: int | None = None
     temperature: float | None = None
     tools: bool = False
+    num_tools: int = 0
+    tool_chars: int = 0
+    tool_choice: str = ""
+    num_tool_results: int = 0
+    last_is_tool_result: bool = False
+    other_chars: int = 0
     response_format: str = ""
     thinking: bool | None = None
     thinking_budget: int | None = None
+    effort: float | None = None
+    token_unit: str | None = None
     llm_family: str | None = None
     llm_size: float | None = None
     llm_reasoning: bool | None = None
@@ -79,36 +100,46 @@ class Request:
         Raises:
             DataError: no user message, or a message without role and content.
         """
-        system: list[str] = []
+        systems: list[str] = []
         prompts: deque[str] = deque(maxlen=2)
         answers: deque[str] = deque(maxlen=MAX_EARLIER_ANSWERS + 1)
-        num_answers, role = 0, None
+        num_answers = num_chars = num_results = results = results_before = 0
+        role = None
         for position, message in enumerate(messages):
             said = role_of(message) if isinstance(message, Mapping) else None
             role = ROLES.get(said) if isinstance(said, str) else None
             if role is None:
                 raise DataError(_no_role(position, message, said))
             text = message_text(content_of(message))
+            num_chars += num_letters(text)
+            results_before, results = results, results_in(message, role)
+            num_results += results
             if role == "user":
                 prompts.append(text)
             elif role == "assistant":
                 answers.append(text)
                 num_answers += 1
             elif role == "system":
-                system.append(text)
+                systems.append(text)
         if not prompts:
             raise DataError(
                 f"no message with role 'user' among {len(messages)} messages; the prompt is the last of them"
             )
         if role == "assistant":
-            answers.pop()
+            num_chars -= num_letters(answers.pop())
             num_answers -= 1
+            results = results_before
+        prompt, system = clean(prompts[-1]), clean("\n".join(systems))
+        before = clean(prompts[0]) if len(prompts) > 1 else ""
         return cls(
-            prompt=clean(prompts[-1]),
-            system=clean("\n".join(system)),
-            previous_prompt=clean(prompts[0]) if len(prompts) > 1 else "",
+            prompt=prompt,
+            system=system,
+            previous_prompt=before,
             answer_estimates=tuple(estimate_tokens(clean(text)) for text in list(answers)[-MAX_EARLIER_ANSWERS:]),
             num_earlier_turns=num_answers,
+            num_tool_results=num_results,
+            last_is_tool_result=results > 0,
+            other_chars=max(0, num_chars - len(prompt) - len(system) - len(before)),
             **flags,
         )
 
@@ -125,6 +156,25 @@ def role_of(message: Mapping[str, Any]) -> Any:
 def content_of(message: Mapping[str, Any]) -> Any:
     """What is said, as it is written: for `message_text`."""
     return message.get("content", message.get("value"))
+
+
+def results_in(message: Mapping[str, Any], role: str) -> int:
+    """Results of tools in a message: one of OpenAI's, any number of Anthropic's, also in front of a user's text.
+
+    Args:
+        message: as it is written.
+        role: who speaks, in OpenAI's words.
+    """
+    content = message.get("content")
+    if isinstance(content, list) and role in ("user", "tool"):
+        num_results = sum(isinstance(part, Mapping) and part.get("type") == "tool_result" for part in content)
+        return num_results or int(role == "tool")
+    return int(role == "tool")
+
+
+def num_letters(text: str) -> int:
+    """Characters of a text without NULs, which `clean` removes."""
+    return len(text) - text.count("\0")
 
 
 def _no_role(position: int, message: Any, said: Any) -> str:

@@ -15,6 +15,7 @@ from math import log2
 from typing import Literal
 
 from mope import llm_names as words
+from mope.effort import LEVELS, level_of_budget
 
 MAX_NAME_CHARS = words.MAX_NAME_CHARS
 MAX_SIZE = 10_000.0  # billions of parameters
@@ -60,6 +61,14 @@ class TargetLlm:
     thinking: bool | None = None
     effort: str | None = None
     plain: bool = True
+
+    @property
+    def effort_level(self) -> float | None:
+        """The stated effort, or budget of thinking tokens such as `16k`, as a number; 0 where it is not to think."""
+        if self.effort is None:
+            return 0.0 if self.thinking is False else None
+        last = self.effort.rpartition("-")[2]
+        return LEVELS[last] if last in LEVELS else level_of_budget(float(last.removesuffix("k")) * 1024)
 
     @property
     def reasoning(self) -> bool:

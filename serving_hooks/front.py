@@ -87,6 +87,8 @@ class Front:
         self.target_llm = options.target_llm or _telling(names, predictor)
         facts = {name: getattr(options, name) for name in ("llm_family", "llm_size", "llm_reasoning", "llm_year")}
         self._facts = {name: fact for name, fact in facts.items() if fact is not None}
+        if predictor is not None and predictor.encoder.knows("counts_own"):
+            self._facts["token_unit"] = "own"  # an engine counts the tokens of its LLM
         self._predictor = predictor
         self.corrector = predictor.corrector if predictor is not None else None
         self._serving = ServingPredictor(predictor) if predictor is not None else None

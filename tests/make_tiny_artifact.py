@@ -22,7 +22,7 @@ from mope.backends.network import MopeNetwork, load_encoder
 from mope.backends.torch_backend import TorchBackend, empty_networks
 from mope.calibration import Calibration
 from mope.config import FORMAT_VERSION, Design, PredictorConfig
-from mope.features import NUMBER_NAMES, RequestEncoder
+from mope.features import NUM_FIRST, NUMBER_NAMES, RequestEncoder
 from mope.grid import body_edges, tail_edges, tail_shares
 from mope.predictor import LengthPredictor
 from mope.request import Request
@@ -131,7 +131,7 @@ def make_config(encoder_folder: Path, design: Design = "shared", num_experts: in
         unknown_llms={},
         llm_dim=2,
         head_hidden=8,
-        number_names=NUMBER_NAMES,
+        number_names=NUMBER_NAMES[:NUM_FIRST],  # those of the first release: its artifacts go on
         number_mean=tuple(round(float(mean), 4) for mean in numbers.mean(axis=0)),
         number_scale=tuple(round(float(1 / d), 4) if d > 1e-4 else 0.0 for d in deviation),
         number_edges=number_edges(numbers, 4),
@@ -150,6 +150,7 @@ def make_encoder(source: EncoderSource) -> RequestEncoder:
         chars_per_token=10,
         lexical_chars=2000,
         target_llms=("llama-3-8b", "gpt-4"),
+        number_names=NUMBER_NAMES[:NUM_FIRST],
     )
 
 

@@ -14,10 +14,12 @@ from mope import Request
 from mope.inputs import as_request
 from mope.log_records import logged
 from mope.serving_hooks.bodies import Kind, read
+from mope.tool_use import json_chars
 from mope.training.data import splits
 
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
 Body = dict[str, Any]
+OFFERED: Body = {"tools": True, "num_tools": 1, "tool_chars": json_chars([TOOL])}
 
 # what the two readers of an earlier version read differently, and what it is
 PROBES: dict[str, tuple[Body, Body]] = {
@@ -27,15 +29,51 @@ PROBES: dict[str, tuple[Body, Body]] = {
         {"thinking": True, "thinking_budget": 1000},
     ),
     "reasoning.max_tokens": ({"reasoning": {"max_tokens": 2000}}, {"thinking_budget": 2000}),
-    "reasoning.effort": ({"reasoning": {"effort": "high"}}, {"thinking": True}),
-    "functions": ({"functions": [TOOL]}, {"tools": True}),
+    "reasoning.effort": ({"reasoning": {"effort": "high"}}, {"thinking": True, "effort": 4.0}),
+    "functions": ({"functions": [TOOL]}, OFFERED),
     "json_object as text": ({"response_format": "json_object"}, {"response_format": "json_object"}),
     "max_new_tokens": ({"max_new_tokens": 77}, {"max_tokens": 77}),
     "max_output_tokens": ({"max_output_tokens": 77}, {"max_tokens": 77}),
     "guided_json": ({"guided_json": {"type": "object"}}, {"response_format": "json_schema"}),
     "text.format": ({"text": {"format": {"type": "json_schema"}}}, {"response_format": "json_schema"}),
-    "tools that may not be called": ({"tools": [TOOL], "tool_choice": "none"}, {}),
+    "tools that may not be called": ({"tools": [TOOL], "tool_choice": "none"}, {"tool_choice": "none"}),
     "no effort said": ({"reasoning_effort": ""}, {}),
+    "no effort": ({"reasoning_effort": "none"}, {"thinking": False, "effort": 0.0}),
+    "xhigh": ({"reasoning_effort": "xhigh"}, {"thinking": True, "effort": 5.0}),
+    "effort of a chat template": (
+        {"chat_template_kwargs": {"reasoning_effort": "low"}},
+        {"thinking": True, "effort": 2.0},
+    ),
+    "Anthropic's effort": ({"output_config": {"effort": "medium"}}, {"thinking": True, "effort": 3.0}),
+    "Google's level": (
+        {"generationConfig": {"thinkingConfig": {"thinkingLevel": "HIGH"}}},
+        {"thinking": True, "effort": 4.0},
+    ),
+    "Google's budget": ({"generationConfig": {"thinkingConfig": {"thinkingBudget": 512}}}, {"thinking_budget": 512}),
+    "Google's budget in OpenAI's API": (
+        {"extra_body": {"google": {"thinking_config": {"thinking_budget": 512}}}},
+        {"thinking_budget": 512},
+    ),
+    "Ollama's level": ({"think": "medium"}, {"thinking": True, "effort": 3.0}),
+    "three tools": ({"tools": [TOOL] * 3}, {"tools": True, "num_tools": 3, "tool_chars": 3 * OFFERED["tool_chars"]}),
+    "Google's tools": (
+        {"tools": [{"functionDeclarations": [TOOL, TOOL]}]},
+        {"tools": True, "num_tools": 2, "tool_chars": 2 * OFFERED["tool_chars"]},
+    ),
+    "a call is required": ({"tools": [TOOL], "tool_choice": "required"}, {**OFFERED, "tool_choice": "required"}),
+    "Anthropic's any": ({"tools": [TOOL], "tool_choice": {"type": "any"}}, {**OFFERED, "tool_choice": "required"}),
+    "a certain tool": (
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "look_up"}}},
+        {**OFFERED, "tool_choice": "named"},
+    ),
+    "a certain function": (
+        {"functions": [TOOL], "function_call": {"name": "look_up"}},
+        {**OFFERED, "tool_choice": "named"},
+    ),
+    "Google's mode": (
+        {"tools": [TOOL], "toolConfig": {"functionCallingConfig": {"mode": "ANY"}}},
+        {**OFFERED, "tool_choice": "required"},
+    ),
     "Anthropic's budget": (
         {"thinking": {"type": "enabled", "budget_tokens": 1024}},
         {"thinking": True, "thinking_budget": 1024},
@@ -54,7 +92,9 @@ FLAGS: tuple[tuple[Body, ...], ...] = (
     ({"temperature": 0}, {"temperature": 0.7}, {"temperature": "0.3"}, {"temperature": 1.3333}),
     ({"tools": [TOOL]}, {"tools": []}, {"tools": [TOOL], "tool_choice": "none"}, {"functions": [TOOL]},
      {"functions": [TOOL], "function_call": "none"}, {"tools": [TOOL], "tool_choice": {"type": "auto"}},
-     {"tools": [TOOL], "tool_choice": {"type": "none"}}),
+     {"tools": [TOOL], "tool_choice": {"type": "none"}}, {"tools": [TOOL] * 20, "tool_choice": "required"},
+     {"tools": [TOOL, {**TOOL, "strict": True}], "tool_choice": {"type": "tool", "name": "look_up"}},
+     {"tool_choice": "auto"}, {"tools": True}),
     ({"response_format": {"type": "json_object"}}, {"response_format": "json_object"},
      {"response_format": {"type": "text"}}, {"text": {"format": {"type": "json_schema", "schema": {}}}},
      {"guided_json": {"type": "object"}}, {"guided_regex": "a+"}, {"structured_outputs": {"choice": ["a", "b"]}},
@@ -62,6 +102,7 @@ FLAGS: tuple[tuple[Body, ...], ...] = (
     ({"chat_template_kwargs": {"enable_thinking": False}}, {"chat_template_kwargs": {"thinking": True}},
      {"thinking": {"type": "enabled", "budget_tokens": 2048}}, {"thinking": {"type": "disabled"}},
      {"reasoning_effort": "none"}, {"reasoning_effort": "minimal"}, {"reasoning_effort": ""},
+     {"reasoning_effort": "XHIGH"}, {"output_config": {"effort": "max"}}, {"effort": 2.5},
      {"reasoning": {"effort": "low"}}, {"reasoning": {"enabled": False}}, {"enable_thinking": "true"},
      {"think": "high"}, {"extra_body": {"chat_template_kwargs": {"enable_thinking": True, "thinking_budget": 99}}}),
     ({"thinking_budget": 100}, {"thinking_token_budget": "200"}, {"reasoning": {"max_tokens": 300}},
@@ -100,6 +141,9 @@ def conversation(rng: random.Random, number: int) -> list[Body]:
         calls = [{"id": "1", "function": {"name": "look_up", "arguments": "{}"}}]
         messages.append({"role": "assistant", "content": None, "tool_calls": calls})
         messages.append({"role": "tool", "tool_call_id": "1", "content": "42"})
+        if rng.random() < 0.5:
+            results = [{"type": "tool_result", "tool_use_id": str(row), "content": "42"} for row in range(3)]
+            messages.append({"role": "user", "content": results})
     return messages
 
 
@@ -218,7 +262,7 @@ def not_reserved(count: int, start: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("envelope", ENVELOPES)
-def test_sixteen_probes(by_logs: Any, envelope: str) -> None:
+def test_each_probe_is_read_as_it_is_meant(by_logs: Any, envelope: str) -> None:
     numbers = not_reserved(len(PROBES))
     bodies = {
         f"r{number}": {"model": "gpt-4o", "messages": [{"role": "user", "content": f"question {number}"}], **flags}
@@ -241,7 +285,7 @@ def test_two_thousand_generated_bodies(by_logs: Any) -> None:
     for name, (kind, body) in made.items():
         in_python, in_http = as_request(body), by_http(kind, body)
         assert in_python == in_http == read_from[name], (kind, body)
-    assert len({request.mode for request in map(_Shape, read_from.values())}) > 100  # they are not all alike
+    assert len({request.mode for request in map(_Shape, read_from.values())}) > 300  # they are not all alike
 
 
 @pytest.mark.parametrize("envelope", ENVELOPES)
@@ -264,5 +308,8 @@ class _Shape:
     """What flags a request has."""
 
     def __init__(self, request: Request) -> None:
-        names = ("max_tokens", "temperature", "tools", "response_format", "thinking", "thinking_budget", "system")
+        names = (
+            "max_tokens", "temperature", "tools", "num_tools", "tool_choice", "num_tool_results", "response_format",
+            "thinking", "thinking_budget", "effort", "system",
+        )  # fmt: skip
         self.mode = tuple(getattr(request, name) for name in names)

@@ -147,8 +147,11 @@ def test_a_missing_field_is_named(copy):
 
 
 def test_other_features_than_this_version_computes_are_refused(copy):
-    rewrite(copy, "config.json", lambda config: config["number_names"].reverse())
-    with pytest.raises(ArtifactError, match="other request features"):
+    def rename(config):
+        config["number_names"][3] = "log_phase_of_the_moon"
+
+    rewrite(copy, "config.json", rename)
+    with pytest.raises(ArtifactError, match="does not compute: log_phase_of_the_moon; update mope"):
         LengthPredictor.from_pretrained(copy)
 
 

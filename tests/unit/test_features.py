@@ -4,23 +4,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_tiny_artifact import make_encoder, make_tokenizer
+from make_tiny_artifact import make_tokenizer
 from rows import table
 from timing import least_ratio
 
-from mope.features import NUMBER_NAMES, RequestEncoder, ends, pad
+from mope.effort import level_of_budget
+from mope.errors import ArtifactError
+from mope.features import NUM_FIRST, NUMBER_NAMES, RequestEncoder, effort_of, ends, pad
 from mope.inputs import as_request
 from mope.request import Request
 from mope.token_estimate import estimate_tokens
 from mope.training.batches import encode_rows
 from mope.training.data.formats import normaliser
 from mope.training.data.problems import Problems
-from mope.training.encoders import find_encoder
 
 CLS, SEP, PAD = 2, 3, 0
 
 
-def encoder(max_prompt_tokens=24, max_context_tokens=8):
+def encoder(max_prompt_tokens=24, max_context_tokens=8, number_names=NUMBER_NAMES):
     return RequestEncoder(
         make_tokenizer(),
         special_ids=(CLS, SEP, PAD),
@@ -29,6 +30,7 @@ def encoder(max_prompt_tokens=24, max_context_tokens=8):
         chars_per_token=10,
         lexical_chars=2000,
         target_llms=("llama-3-8b", "gpt-4"),
+        number_names=number_names,
     )
 
 
@@ -132,7 +134,14 @@ def test_numbers_say_what_they_are_named():
         max_tokens=99,
         temperature=0.5,
         tools=True,
+        num_tools=4,
+        tool_chars=2500,
+        tool_choice="named",
+        num_tool_results=3,
+        last_is_tool_result=True,
+        other_chars=64,
         thinking=False,
+        token_unit="own",
     )
     found = numbers(request)
     expected = {
@@ -146,9 +155,69 @@ def test_numbers_say_what_they_are_named():
         "log_digits": np.log1p(2), "wh_question": 1, "asks_long": 1, "asks_short": 1, "ends_with_question": 0,
         "log_asked_tokens": np.log1p(67.5), "rule_units": 1, "rule_code": 0, "log_max_tokens": np.log1p(99),
         "has_max_tokens": 1, "temperature": 0.5, "has_temperature": 1, "tools": 1, "response_format": 0, "thinking": 0,
-        "not_thinking": 1, "upper_share": 9 / 33,
+        "not_thinking": 1, "upper_share": 9 / 33, "has_effort": 1, "effort": 0, "log_num_tools": np.log1p(4),
+        "log_tool_chars": np.log1p(2500), "tool_choice_required": 1, "last_is_tool_result": 1,
+        "log_tool_results": np.log1p(3), "log_context_chars": np.log1p(100), "share_hangul": 0, "counts_own": 1,
+        "counts_cl100k": 0,
     }  # fmt: skip
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "effort"),
+    [
+        ({}, None),
+        ({"effort": 3.0}, 3),
+        ({"effort": 0.0, "target_llm": "o3-high"}, 0),
+        ({"thinking_budget": 8192, "target_llm": "gpt-5 (low)"}, 3),
+        ({"thinking": False, "target_llm": "gpt-5-high"}, 0),
+        ({"thinking": True}, None),
+        ({"target_llm": "o4-mini-high"}, 4),
+        ({"target_llm": "claude-opus-4.5_medium"}, 3),
+        ({"target_llm": "x-ai/grok-4.20-beta@reasoning=xhigh"}, 5),
+        ({"target_llm": "gpt-5-minimal"}, 1),
+        ({"target_llm": "claude-3-7-sonnet-20250219-thinking-64k"}, 5),
+        ({"target_llm": "Qwen__Qwen3-8B-nothink"}, 0),
+        ({"target_llm": "Qwen__Qwen3-8B-nothink", "thinking": True}, None),
+        ({"target_llm": "anthropic/claude-3.7-sonnet:thinking"}, None),
+        ({"target_llm": "mistral-medium-3"}, None),
+        ({"target_llm": "gpt-4-32k"}, None),
+    ],
+)
+def test_effort_is_what_is_asked_or_else_what_the_name_says(flags, effort):
+    request = Request(prompt="a", **flags)
+    assert effort_of(request) == effort
+    found = numbers(request)
+    assert (found["has_effort"], found["effort"]) == (effort is not None, effort or 0)
+
+
+@given(st.integers(1, 10**7), st.integers(1, 10**7))
+def test_a_larger_budget_is_no_less_effort(one, other):
+    low, high = (level_of_budget(tokens) for tokens in sorted((one, other)))
+    assert 1 <= low <= high <= 5
+
+
+def test_an_artifact_gets_the_numbers_that_it_names_and_no_others():
+    requests = [
+        Request(prompt="Why? 안녕", effort=2.0, tools=True, num_tools=2, target_llm="gpt-4"),
+        Request(prompt="hello", max_tokens=5),
+    ]
+    everything = ENCODER.encode(requests).numbers_BF
+    first = encoder(number_names=NUMBER_NAMES[:NUM_FIRST])
+    assert np.array_equal(first.encode(requests).numbers_BF, everything[:, :NUM_FIRST])
+    some = ("effort", "log_prompt_chars", "share_hangul", "temperature")
+    chosen = encoder(number_names=some).encode(requests).numbers_BF
+    assert np.array_equal(chosen, everything[:, [NUMBER_NAMES.index(name) for name in some]])
+    with pytest.raises(ArtifactError, match="does not compute: phase_of_the_moon"):
+        encoder(number_names=(*some, "phase_of_the_moon"))
+
+
+def test_requests_that_are_encoded_alike_have_one_digest():
+    plain, more = Request(prompt="hello"), Request(prompt="hello", tools=True, num_tools=3, effort=3.0, other_chars=9)
+    fewer = Request(prompt="hello", tools=True, num_tools=2, effort=3.0, other_chars=9)
+    assert len({ENCODER.digest(request) for request in (plain, more, fewer)}) == 3
+    first = encoder(number_names=NUMBER_NAMES[:NUM_FIRST])
+    assert first.digest(more) == first.digest(fewer) != first.digest(plain)
 
 
 def test_unknown_llms_share_index_zero():
@@ -200,22 +269,27 @@ def test_a_training_row_and_a_served_request_give_the_same_input(turns, system, 
         previous_prompt=last.previous_prompt,
         answer_estimates=tuple(map(estimate_tokens, chat.answers[: last.num_known][-8:])),
         num_earlier_turns=last.num_earlier_turns,
+        other_chars=last.context_chars - len(last.prompt) - len(last.previous_prompt) - len(chat.system),
         **chat.flags,
     )
     assert read == served
 
 
-def test_a_row_of_a_table_is_encoded_as_its_request_is(tiny_encoder):
+def test_a_row_of_a_table_is_encoded_as_its_request_is():
     requests = [
         Request(prompt="Explain TCP slow start.", target_llm="gpt-4", max_tokens=100, temperature=0.7),
         Request(
             prompt="and now?", previous_prompt="why", answer_estimates=(7, 900), num_earlier_turns=2, thinking=True
         ),
-        Request(prompt="", system="list", tools=True, response_format="json_object"),
-    ]
-    own = make_encoder(find_encoder(str(tiny_encoder)))
+        Request(prompt="", system="list", tools=True, num_tools=3, tool_chars=900, response_format="json_object"),
+        Request(
+            prompt="Γειά", effort=2.0, tool_choice="required", tools=True, num_tool_results=2, last_is_tool_result=True,
+            other_chars=5000,
+        ),
+    ]  # fmt: skip
+    own = ENCODER
     served = own.encode(requests)
-    rows = encode_rows(table(requests, [1, 2, 3]), own, "encoding").requests(np.arange(3))
+    rows = encode_rows(table(requests, [1, 2, 3, 4]), own, "encoding").requests(np.arange(4))
     assert rows.token_ids == served.token_ids
     assert np.array_equal(rows.numbers_BF, served.numbers_BF)
     assert np.array_equal(rows.llm_B, served.llm_B)

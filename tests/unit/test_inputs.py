@@ -178,3 +178,68 @@ def test_what_is_no_length_teaches_nothing(predictor: LengthPredictor, actual: A
     with pytest.raises(DataError):
         predictor.observe(prediction, actual)
     assert len(predictor.recalibrator) == 0
+
+
+def test_effort_and_tools_are_read_as_people_write_them():
+    listed = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}] * 2
+    request = as_request({"prompt": "a", "effort": "HIGH", "tools": listed, "tool_choice": "required"})
+    assert (request.effort, request.thinking, request.tools, request.num_tools) == (4.0, True, True, 2)
+    assert request.tool_choice == "required"
+    assert as_request({"prompt": "a", "effort": 2.5}).effort == 2.5
+    assert as_request({"prompt": "a", "num_tools": 7, "tool_chars": 900}).tools
+    assert as_request({"prompt": "a", "token_unit": "own"}).token_unit == "own"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"effort": "enormous"}, "effort is a level such as"),
+        ({"effort": 6}, "number from 0 to 5; got 6"),
+        ({"reasoning_effort": "enormous"}, "reasoning_effort is a level such as"),
+        ({"num_tools": -1}, "num_tools is a whole number"),
+        ({"token_unit": "words"}, "token_unit is own or cl100k_base; got 'words'"),
+    ],
+)
+def test_an_effort_or_unit_that_does_not_exist_is_said(body, message):
+    with pytest.raises(DataError, match=message):
+        as_request({"prompt": "a", **body})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"effort": "high"}, {"effort": 5.5}, {"num_tools": -1}, {"tool_choice": "maybe"}, {"tool_choice": None},
+        {"last_is_tool_result": 1}, {"num_tool_results": 1.0}, {"other_chars": -1}, {"token_unit": "o200k"},
+        {"tool_chars": "9"},
+    ],
+)  # fmt: skip
+def test_a_request_with_wrong_tools_or_effort_is_refused(wrong):
+    with pytest.raises(DataError, match=next(iter(wrong))):
+        as_request(Request(prompt="a", **wrong))
+
+
+def test_results_of_tools_and_all_messages_are_counted():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": {"name": "f"}}]}
+    asked = [
+        {"role": "system", "content": "s" * 5},
+        {"role": "developer", "content": "d" * 3},
+        {"role": "user", "content": "u" * 7},
+    ]
+    openai = Request.from_messages(
+        [*asked, call, {"role": "tool", "content": "r" * 11}, {"role": "tool", "content": "r"}]
+    )
+    results = [{"type": "tool_result", "content": "r" * 11}, {"type": "tool_result", "content": "r"}]
+    anthropic = Request.from_messages([*asked, call, {"role": "user", "content": results}])
+    mixed = Request.from_messages(
+        [*asked, call, {"role": "user", "content": [*results, {"type": "text", "text": "and?"}]}]
+    )
+    for request in (openai, anthropic, mixed):
+        assert (request.num_tool_results, request.last_is_tool_result) == (2, True)
+    assert (len(openai.system), openai.other_chars) == (9, 11)  # 27 characters in all, 16 of them known
+    begun = Request.from_messages(
+        [*asked, call, {"role": "tool", "content": "r"}, {"role": "assistant", "content": "So"}]
+    )
+    assert (begun.last_is_tool_result, begun.other_chars) == (True, 0)
+    assert not Request.from_messages(
+        [*asked, call, {"role": "tool", "content": "r"}, {"role": "user", "content": "ok"}]
+    ).last_is_tool_result

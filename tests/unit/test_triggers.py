@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mope import features, rules
-from mope.features import NUMBER_NAMES, request_numbers
+from mope.features import NUM_FIRST, NUMBER_NAMES, more_numbers, request_numbers
 from mope.request import Request
 from mope.rules import RULE_NAMES, RULES, RuleHits, match_rules
 from mope.triggers import Triggers, Words
@@ -71,6 +71,16 @@ CHANGES = (
 fragments = st.builds(lambda word, change: change(word), st.sampled_from(FRAGMENTS), st.sampled_from(CHANGES))
 texts = st.lists(fragments | st.sampled_from(BETWEEN) | st.sampled_from(DIGITS), max_size=40).map("".join) | st.text()
 
+# what most text of a script is written with
+SCRIPTS = {
+    "hangul": "\u1100-\u11ff\u3100-\u31ff\uac00-\ud7ff",
+    "kana": "\u3040-\u30ff",
+    "han": "\u3400-\u9fff\uf900-\ufaff",
+    "cyrillic": "\u0400-\u04ff",
+    "greek": "\u0370-\u03ff\u1f00-\u1fff",
+    "arabic": "\u0600-\u06ff\ufc00-\ufdff",
+}
+
 
 def plain_rules(prompt: str) -> RuleHits:
     names, counts = [], []
@@ -97,6 +107,8 @@ def plain_numbers(request: Request, hits: RuleHits) -> dict[str, float]:
         "non_ascii_share": len(re.findall(r"[^\x00-\x7f]", text)) / num_chars,
         "upper_share": len(re.findall("[A-Z]", text)) / num_chars,
         "ends_with_question": text.rstrip().endswith("?"),
+        **{f"share_{script}": len(re.findall(f"[{letters}]", text)) / num_chars for script, letters in SCRIPTS.items()},
+        "log_context_chars": np.log1p(len(text) + len(request.previous_prompt) + len(request.system)),
         "asks_long": min(len(features._LONG_ASK.findall(text)), 3),
         "asks_short": min(len(features._SHORT_ASK.findall(text)), 3),
         "code_signs": np.log1p(len(features._CODE_SIGNS.findall(text))),
@@ -134,7 +146,9 @@ def check(request: Request) -> None:
     words = Words(request.prompt)
     hits = match_rules(words)
     assert hits == plain_rules(request.prompt)
-    found = dict(zip(NUMBER_NAMES, request_numbers(request, words, hits), strict=True))
+    row = request_numbers(request, words, hits)
+    assert len(row) == NUM_FIRST
+    found = dict(zip(NUMBER_NAMES, [*row, *more_numbers(request, request.prompt)], strict=True))
     plain = plain_numbers(request, hits)
     assert {name: found[name] for name in plain} == pytest.approx(plain, rel=1e-12, abs=1e-12)
 
@@ -191,6 +205,7 @@ def test_no_word_of_a_pattern_is_forgotten(name: str) -> None:
 @example("50words")
 @example("a 2k\u212a word story")
 @example("TypeError: x")
+@example("안녕, 世界: こんにちは、мир Ελλάδα ἀρχή سلام 🙂 ß \ud800")
 def test_any_text_has_the_rules_and_numbers_of_the_plain_patterns(text: str) -> None:
     check(Request(prompt=text))
 

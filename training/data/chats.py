@@ -14,7 +14,7 @@ from mope.errors import DataError
 from mope.log_answers import Answer, message_answer
 from mope.log_records import GROUP_COLUMNS, ID_COLUMNS
 from mope.reader import parsed
-from mope.request import ROLES, clean, content_of, message_text, role_of
+from mope.request import ROLES, clean, content_of, message_text, results_in, role_of
 from mope.training.data import problems as reasons
 from mope.training.data.problems import Problems
 
@@ -41,6 +41,9 @@ class Turn:
         turn_index: of the turn in the whole conversation, 0 for its first.
         num_earlier_turns: answers before this one, known or not.
         num_known: how many of `Chat.answers` came before.
+        num_tool_results: results of tools before the answer, as far as they are known.
+        last_is_tool_result: whether the answer follows a result of a tool.
+        context_chars: characters of all messages before the answer, as far as they are known.
         answer: visible text of the answer; None: not known.
         thoughts: text of its reasoning, where it stands apart from the answer.
         calls: its tool calls as text.
@@ -55,6 +58,9 @@ class Turn:
     turn_index: int
     num_earlier_turns: int
     num_known: int
+    num_tool_results: int = 0
+    last_is_tool_result: bool = False
+    context_chars: int = 0
     choice: int = 0
     answer: str | None = None
     thoughts: str = ""
@@ -126,16 +132,21 @@ class History:
     answers: list[str] = field(default_factory=list)  # the newest ones that are known, oldest first
     num_answers: int = 0
     num_prompts: int = 0
+    num_chars: int = 0  # of all messages but the system prompt, as far as they are known
     last_prompt: str = ""
     system: str = ""
 
 
 class Message(NamedTuple):
-    """One message: who speaks in OpenAI's words, its text as a later request carries it, and what was generated."""
+    """One message: who speaks in OpenAI's words, its text as a later request carries it, and what was generated.
+
+    `num_results` are the results of tools in it.
+    """
 
     role: str
     text: str
     answer: Answer | None = None
+    num_results: int = 0
 
 
 def read_messages_of(value: Any, location: str, problems: Problems) -> list[Message]:
@@ -167,7 +178,7 @@ def read_messages_of(value: Any, location: str, problems: Problems) -> list[Mess
             answer = answer or tidied(message_answer(message), raw, text, location, problems)
         elif said not in ROLES:
             problems.add(reasons.OTHER_SPEAKER, location)
-        messages.append(Message(role, text, answer))
+        messages.append(Message(role, text, answer, results_in(message, role)))
     return messages
 
 
@@ -192,13 +203,16 @@ def pair_up(
     first_prompt = ""
     systems = [before.system] if before.system else []
     num_prompts, prompt, previous_prompt = before.num_prompts, before.last_prompt, ""
-    last_role = None
-    for position, (role, text, answer) in enumerate(messages):
+    last_role, num_results, last_results = None, 0, 0
+    num_chars = before.num_chars + len(before.system)
+    for position, (role, text, answer, results) in enumerate(messages):
         if role == "system":
             systems.append(text)
         elif role == "assistant":
             if num_prompts and last_role in ("user", "tool"):
                 turn = next_turn(position - 1, prompt, previous_prompt, num_prompts, before, answers)
+                turn.num_tool_results, turn.last_is_tool_result = num_results, last_results > 0
+                turn.context_chars = num_chars
                 turns.append(_with_answer(turn, answer or Answer(text), location, problems))
             elif position or not repeated:
                 problems.add(reasons.STRAY_ANSWER, location)
@@ -207,7 +221,8 @@ def pair_up(
             if num_prompts == 0 and not answers:
                 first_prompt = text
             num_prompts, previous_prompt, prompt = num_prompts + 1, prompt, text
-        last_role = role
+        last_role, last_results = role, results
+        num_results, num_chars = num_results + results, num_chars + len(text)
     return Chat(
         chat_id="", group="", location=location, answers=answers, turns=turns, first_prompt=first_prompt,
         system="\n".join(systems),

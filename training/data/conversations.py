@@ -5,6 +5,7 @@ Every answer of a conversation is a row. Logs of single requests are read by `ex
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mope.log_answers import CUT, finish_of, usage_of
@@ -56,9 +57,9 @@ class ShareGPT:
         if follows and (start == self._end or repeats):
             before = self._history
             if repeats and messages[0].role == "assistant":  # said again as the first message of this piece
-                before = History(
-                    before.answers[:-1], before.num_answers - 1, before.num_prompts, before.last_prompt, before.system
-                )
+                before = replace(before, answers=before.answers[:-1], num_answers=before.num_answers - 1)
+            if repeats:
+                before = replace(before, num_chars=before.num_chars - len(messages[0].text))
         else:
             before = History(num_answers=start // 2, num_prompts=(start + 1) // 2)  # who speaks alternates
         before.system = before.system or text_or_none(record, "system") or ""
@@ -73,6 +74,7 @@ class ShareGPT:
             chat.answers[-MAX_EARLIER_ANSWERS - 1 :],  # one more: the next piece may repeat the last
             before.num_answers + num_new_answers,
             before.num_prompts + len(prompts),
+            before.num_chars + sum(len(message.text) for message in messages if message.role != "system"),
             prompts[-1] if prompts else before.last_prompt,
             chat.system,
         )
@@ -132,7 +134,11 @@ def _measure_last(chat: Chat, said: list[Message], record: Record, location: str
         if not prompts:
             raise Unusable(reasons.NO_ANSWER)
         before = prompts[-2] if len(prompts) > 1 else ""
-        chat.turns.append(next_turn(len(said) - 1, prompts[-1], before, len(prompts), History(), chat.answers))
+        turn = next_turn(len(said) - 1, prompts[-1], before, len(prompts), History(), chat.answers)
+        turn.num_tool_results = sum(message.num_results for message in said)
+        turn.last_is_tool_result = said[-1].num_results > 0
+        turn.context_chars = sum(len(message.text) for message in said) + len(_system(record, location, problems))
+        chat.turns.append(turn)
     else:
         return
     last = chat.turns[-1]

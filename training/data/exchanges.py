@@ -6,6 +6,7 @@ What a record holds is read by `mope.log_records`, what a request asks for by `m
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mope.errors import DataError
@@ -13,7 +14,7 @@ from mope.log_answers import Answer, Usage, at
 from mope.log_losses import lost
 from mope.log_records import GROUP_COLUMNS, PROMPTS, Logged, logged
 from mope.reader import is_forced, number, parsed, read_flags, read_messages
-from mope.request import MAX_EARLIER_ANSWERS, ROLES, message_text
+from mope.request import MAX_EARLIER_ANSWERS, ROLES, message_text, results_in
 from mope.token_estimate import estimate_tokens
 from mope.training.data import problems as reasons
 from mope.training.data.chats import (
@@ -46,9 +47,9 @@ def exchange(record: Record, location: str, problems: Problems) -> Chat:
         raise Unusable(reasons.WRONG_COLUMNS)
     _check(found)
     flags = read_flags(found.request)
-    said = _asked(found.request, location, problems)
+    said, results = _asked(found.request, location, problems)
     if said[-1][0] == "assistant" and len(said) > 1:
-        said = said[:-1]  # the beginning of the answer, or the answer as it was logged
+        said, results = said[:-1], results[:-1]  # the beginning of the answer, or the answer as it was logged
     prompts = [text for role, text in said if role == "user"]
     answers = [text for role, text in said if role == "assistant"]
     is_prompt = not any(isinstance(parsed(found.request.get(name)), list) for name in ("messages", "input"))
@@ -60,6 +61,8 @@ def exchange(record: Record, location: str, problems: Problems) -> Chat:
         History(),
         answers,
     )
+    turn.num_tool_results, turn.last_is_tool_result = sum(results), results[-1] > 0
+    turn.context_chars = sum(len(text) for _, text in said)
     chat = Chat(
         chat_id="", group="", location=location, answers=answers, turns=[], system=_joined(said, "system"),
         first_prompt=prompts[0] if not any(role == "assistant" for role, _ in said[: _first_user(said)]) else "",
@@ -93,17 +96,19 @@ def _check(found: Logged) -> None:
         raise Unusable(reasons.WRONG_COLUMNS if is_flat else reasons.NO_RESPONSE)
 
 
-def _asked(request: Record, location: str, problems: Problems) -> list[tuple[str, str]]:
-    """(role, text) of what was sent, as servers read it."""
+def _asked(request: Record, location: str, problems: Problems) -> tuple[list[tuple[str, str]], list[int]]:
+    """(role, text) of what was sent, as servers read it, and the results of tools in each message."""
     try:
-        said = [(message["role"], message_text(message["content"])) for message in read_messages(request)]
+        messages = read_messages(request)
+        said = [(message["role"], message_text(message["content"])) for message in messages]
     except DataError as error:
         raise Unusable(reasons.WRONG_COLUMNS) from error
     if not any(ROLES[role] == "user" for role, _ in said):
         prompt = parsed(request.get("prompt"))
         several = isinstance(prompt, list) and len(prompt) > 1 and isinstance(prompt[0], str | list)
         raise Unusable(reasons.MANY_PROMPTS if several else reasons.NO_TEXT)
-    return [(ROLES[role], tidy(text, location, problems)) for role, text in said]
+    results = [results_in(message, ROLES[message["role"]]) for message in messages]
+    return [(ROLES[role], tidy(text, location, problems)) for role, text in said], results
 
 
 def _joined(said: list[tuple[str, str]], wanted: str) -> str:
@@ -166,9 +171,8 @@ def _turn(turn: Turn, choice: int, answer: Answer, usage: Usage, found: Logged, 
     Raises:
         Unusable: its length cannot be told.
     """
-    made = Turn(
-        position=turn.position, prompt=turn.prompt, previous_prompt=turn.previous_prompt, turn_index=turn.turn_index,
-        num_earlier_turns=turn.num_earlier_turns, num_known=turn.num_known, choice=choice, answer=answer.text,
+    made = replace(
+        turn, choice=choice, answer=answer.text,
         thoughts=answer.thoughts, calls=answer.calls, censored=answer.cut or Answer(finish=found.finish).cut,
     )  # fmt: skip
     known = bool(made.texts())

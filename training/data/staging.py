@@ -135,6 +135,11 @@ class Staging:
                 "answer_estimates": estimates[earlier],
                 "answer_tokens": tokens[earlier],
                 "num_earlier_turns": turn.num_earlier_turns,
+                "num_tool_results": turn.num_tool_results,
+                "last_is_tool_result": turn.last_is_tool_result,
+                "other_chars": max(
+                    0, turn.context_chars - sum(map(len, (turn.prompt, chat.system, turn.previous_prompt)))
+                ),
                 "language": chat.language,
                 "dataset": chat.dataset,
                 **{name: chat.flags.get(name, default) for name, default in NO_FLAGS.items()},

@@ -37,9 +37,16 @@ SCHEMA = pa.schema(
         pa.field("max_tokens", pa.int32()),
         pa.field("temperature", pa.float64()),
         pa.field("tools", pa.bool_(), nullable=False),
+        pa.field("num_tools", pa.int32(), nullable=False),
+        pa.field("tool_chars", pa.int32(), nullable=False),
+        pa.field("tool_choice", pa.string(), nullable=False),
+        pa.field("num_tool_results", pa.int32(), nullable=False),
+        pa.field("last_is_tool_result", pa.bool_(), nullable=False),
+        pa.field("other_chars", pa.int64(), nullable=False),  # of messages whose text the row does not have
         pa.field("response_format", pa.string(), nullable=False),
         pa.field("thinking", pa.bool_()),
         pa.field("thinking_budget", pa.int32()),
+        pa.field("effort", pa.float64()),  # 0 (none) to 5 (xhigh)
         pa.field("llm_family", pa.string()),
         pa.field("llm_size", pa.float64()),  # billions of parameters
         pa.field("llm_reasoning", pa.bool_()),
@@ -51,6 +58,14 @@ SCHEMA = pa.schema(
     ]
 )
 
+# columns that tables of an earlier version lack, and what stands in them then
+ADDED = {
+    name: Request.__dataclass_fields__[name].default
+    for name in (
+        "num_tools", "tool_chars", "tool_choice", "num_tool_results", "last_is_tool_result", "other_chars", "effort"
+    )
+}  # fmt: skip
+
 # flags of `mope.reader.FIELDS`, and what a request has that does not say them
 NO_FLAGS = {name: Request.__dataclass_fields__[name].default for name in FIELDS}
 
@@ -59,10 +74,13 @@ class RowTable:
     """Rows of one or more splits, in a fixed order.
 
     Args:
-        table: an Arrow table with the columns of `SCHEMA`.
+        table: an Arrow table with the columns of `SCHEMA`; those of `ADDED` may be missing.
     """
 
     def __init__(self, table: pa.Table) -> None:
+        for name in ADDED.keys() - set(table.column_names):
+            values = pa.array([ADDED[name]] * table.num_rows, SCHEMA.field(name).type)
+            table = table.append_column(SCHEMA.field(name), values)
         self.table = table.select(SCHEMA.names)
 
     def __len__(self) -> int:
@@ -125,7 +143,12 @@ class RowTable:
 
     def requests(self) -> list[Request]:
         """What a server would have known of each row."""
-        columns = self.table.select([field.name for field in fields(Request)])
+        columns = self.table.select([field.name for field in fields(Request) if field.name in SCHEMA.names])
         return [
-            Request(**{**row, "answer_estimates": tuple(row["answer_estimates"] or ())}) for row in columns.to_pylist()
+            Request(
+                **{name: value for name, value in row.items() if value is not None},
+                answer_estimates=tuple(estimates or ()),
+            )
+            for row in columns.to_pylist()
+            for estimates in [row.pop("answer_estimates")]
         ]
