@@ -163,6 +163,7 @@ def _build(config: DataConfig, source: Source, counter: TokenCounter, folder: Pa
                 config,
                 problems,
                 partial / "staged.arrow",
+                counted_with=counter.name,
                 keep_evaluation_prompts=source.keeps_evaluation_prompts,
             ) as staging,
             progress("reading records", source.num_records()) as advance,
@@ -182,7 +183,7 @@ def _build(config: DataConfig, source: Source, counter: TokenCounter, folder: Pa
         report = DataReport(
             source=config.source,
             data_format=records.data_format,
-            label_tokenizer=source.recorded_in or staging.label_tokenizer(counter.name),
+            label_tokenizer=source.recorded_in or staging.label_tokenizer(),
             num_records=records.num_read,
             num_chats=staging.num_chats,
             num_rows=num_rows,
@@ -212,11 +213,15 @@ class _Records:
         self._problems = problems
         self._others: dict[str | None, tuple[int, str]] = {}  # other formats that records look like, count and first
         self.families: Counter[str] = Counter()  # forms of logs among the chats
-        self._records = opened(source.records(problems, moderation=config.moderation == "drop"), problems)
+        self._reader = source.reader
+        records = source.records(problems, moderation=config.moderation == "drop")
+        self._records = records if self._reader else opened(records, problems)
         self._head: list[Located] = list(islice(self._records, DETECTION_RECORDS))
         self.data_format = self._format()
 
     def _format(self) -> str:
+        if self._reader:
+            return "lengths"
         if self._config.data_format != "auto":
             return self._config.data_format
         if not self._head:
@@ -230,7 +235,7 @@ class _Records:
         """Chats that pass the filters, each with an id of its own."""
         config = self._config
         languages = {language.lower() for language in config.languages}
-        normalise = normaliser(
+        normalise = self._reader or normaliser(
             self.data_format,
             self._problems,
             drop_redacted=config.redacted == "drop",

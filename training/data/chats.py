@@ -49,6 +49,8 @@ class Turn:
         calls: its tool calls as text.
         response_tokens: length as the server recorded it; None: count answer, thoughts and calls.
         thought_tokens: how many of them are thoughts, as the server recorded it.
+        token_unit: whose tokens `response_tokens` are, where the source says so; else the LLM's own.
+        samples: lengths of several answers to the same request, `response_tokens` their median; empty for one.
         censored: the record says that the answer was cut off.
     """
 
@@ -67,6 +69,8 @@ class Turn:
     calls: str = ""
     response_tokens: int | None = None
     thought_tokens: int | None = None
+    token_unit: str | None = None
+    samples: tuple[int, ...] = ()
     censored: bool = False
 
     def texts(self) -> tuple[str, ...]:
@@ -85,7 +89,8 @@ class Chat:
     """A conversation, or a piece of one: all answers whose text is known, and the turns to predict.
 
     `chat_id` and `group` (the conversation it is a piece of) are empty where the record has none; `first_prompt` is
-    empty if the piece does not begin the conversation.
+    empty if the piece does not begin the conversation. `answer_tokens` are the lengths of earlier answers whose text
+    is not known, in place of `answers`. `split` is the chat's own, empty where the split rule decides.
     """
 
     chat_id: str
@@ -97,6 +102,9 @@ class Chat:
     system: str = ""
     language: str | None = None
     dataset: str | None = None
+    task: str | None = None
+    split: str = ""
+    answer_tokens: tuple[int, ...] = ()
     flags: dict[str, Any] = field(default_factory=dict)  # of `Request`, as `mope.reader` read them
     family: str = ""  # of the log that it is from, as `mope.log_records` has it
 

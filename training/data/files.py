@@ -39,6 +39,7 @@ class Files:
     left_out: tuple[str, ...] = ()
 
     recorded_in: ClassVar[str | None] = None
+    reader: ClassVar[None] = None
     keeps_evaluation_prompts: ClassVar[bool] = False
 
     def identity(self) -> str:

@@ -27,6 +27,7 @@ class Hub:
     fields: FieldMap = NO_FIELDS
 
     recorded_in: ClassVar[str | None] = None
+    reader: ClassVar[None] = None
     keeps_evaluation_prompts: ClassVar[bool] = False
 
     def identity(self) -> str:

@@ -1,42 +1,62 @@
-"""The source `public-lengths`: answer lengths of many LLMs to public prompts, from the cache or fetched once.
+"""The sources `public-lengths`, `modern-lengths` and every public set by its name, from the cache or fetched once.
 
-Turns the rows of each set's parquet file into records of the format `lengths`, with the group that decides their
-split. Knows files and groups; the sets are listed in `public_sets`, fetched by `public_fetch`.
+Turns the rows of each set's parquet file into chats of one answer, with the group or the split that keeps them apart.
+Knows files, groups and splits; the sets are listed in `public_sets` and `modern_sets`, fetched by `public_fetch`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mope.errors import DataError
-from mope.record_tables import open_parquet
+from mope.reader import read_flags
+from mope.record_files import location
+from mope.record_tables import open_parquet, read_table
+from mope.request import MAX_EARLIER_ANSWERS
+from mope.training.data import problems as reasons
 from mope.training.data import splits
+from mope.training.data.chats import Chat, Turn, text_or_none, tidy
+from mope.training.data.formats import Normaliser
+from mope.training.data.modern_sets import MODERN_SETS
 from mope.training.data.problems import Problems
 from mope.training.data.public_fetch import OPTIONAL, REQUIRED, fetch, path_of
+from mope.training.data.public_labels import LABEL_TOKENIZER, label_of
 from mope.training.data.public_sets import PUBLIC_SETS, PublicSet
-from mope.training.data.sources import Files, Located
+from mope.training.data.sources import MODERN_LENGTHS, PUBLIC_LENGTHS, Files, Located
 from mope.training.data.tokens import load_counter
 
-LABEL_TOKENIZER = "cl100k_base"
+_FLAGS = ("target_llm", "temperature", "max_tokens", "thinking", "tools")
+
+
+def sets_of(source: str) -> tuple[PublicSet, ...]:
+    """The public sets that a source is made of; empty for any other source."""
+    if source == PUBLIC_LENGTHS:
+        return PUBLIC_SETS
+    if source == MODERN_LENGTHS:
+        return tuple(public for public in MODERN_SETS if public.is_fair)
+    return tuple(public for public in (*PUBLIC_SETS, *MODERN_SETS) if public.name == source)
 
 
 @dataclass(frozen=True)
 class PublicLengths:
-    """The public sets, each a parquet file in `folder`.
+    """Public sets, each a parquet file in `folder`.
 
     Attributes:
         folder: where the files lie; what is missing is fetched into it by `identity`.
         cache_dir: where the tokenizer's vocabulary is kept.
         num_workers: threads that count tokens.
+        sets: in the order of their rows.
     """
 
     folder: Path
     cache_dir: Path
     num_workers: int = 1
+    sets: tuple[PublicSet, ...] = PUBLIC_SETS
 
     recorded_in: ClassVar[str | None] = LABEL_TOKENIZER
     keeps_evaluation_prompts: ClassVar[bool] = True  # its rows are such prompts; the split of each keeps it apart
@@ -48,8 +68,8 @@ class PublicLengths:
             DataError: a set can't be fetched, or its file lacks columns.
         """
         counter = load_counter(LABEL_TOKENIZER, num_workers=self.num_workers, cache_dir=self.cache_dir)
-        fetch(PUBLIC_SETS, self.folder, counter)
-        for public in PUBLIC_SETS:
+        fetch(self.sets, self.folder, counter)
+        for public in self.sets:
             _check_columns(path_of(public, self.folder))
         return self._files().identity()
 
@@ -57,29 +77,43 @@ class PublicLengths:
         """Rows of all files."""
         return self._files().num_records()
 
+    @property
+    def reader(self) -> Normaliser | None:
+        """Turns what `records` gives into chats of one answer."""
+        return _chat
+
     def records(self, problems: Problems, *, moderation: bool = False) -> Iterator[Located]:
-        """Every row of every set, with an id, its set as `dataset`, and the group of its prompt."""
-        for public in PUBLIC_SETS:
-            number = 0
+        """Every row of every set that has a place in a split, with its id, set, group and label."""
+        for public in self.sets:
+            path = path_of(public, self.folder)
+            prompts = _prompts_by_turn(path)
             groups: dict[str, str] = {}
-            for location, row in Files((path_of(public, self.folder),)).records(problems):
-                record = {name: row.get(name) for name in (*REQUIRED, *OPTIONAL)}
-                record |= {"id": f"{public.name}/{number}", "dataset": public.name}
-                prompt = record["prompt"]
-                if isinstance(prompt, str):
-                    if prompt not in groups:
-                        groups[prompt] = group_of(public, prompt)
-                    record["conversation_id"] = groups[prompt]
-                yield location, record
+            number = 0
+            for entry in read_table(path, None):
+                row, place = entry.record or {}, location(path.name, entry.place)
+                group = row.get("group") or (public.group_of_id and public.group_of_id(row["prompt_id"]))
+                if not group and row["prompt"] not in groups:
+                    groups[row["prompt"]] = group_of(public, row["prompt"])
+                group = group or groups[row["prompt"]]
+                split = _split(row, group) if public.has_own_split else ""
                 number += 1
+                if split is None:
+                    problems.add(reasons.LEFT_OUT, place)
+                    continue
+                yield place, {
+                    **row, "id": f"{public.name}/{number - 1}", "dataset": public.name, "group": group, "split": split,
+                    "task": row.get("dataset") or row.get("task"), "history": _history(row),
+                    "previous_prompt": prompts.get(_turn_of(row, -1), ""), "tells_thoughts": public.tells_thoughts,
+                    "token_unit": public.token_unit,
+                }  # fmt: skip
             if not number:
                 problems.warn(
-                    f"{path_of(public, self.folder).name} has no rows: no file of the set was in the archive of "
-                    f"{public.repository} at {public.commit[:12]}"
+                    f"{path.name} has no rows: no file of the set was in the archive of {public.repository} at "
+                    f"{public.commit[:12]}"
                 )
 
     def _files(self) -> Files:
-        return Files(tuple(path_of(public, self.folder) for public in PUBLIC_SETS))
+        return Files(tuple(path_of(public, self.folder) for public in self.sets))
 
 
 def group_of(public: PublicSet, prompt: str) -> str:
@@ -88,9 +122,63 @@ def group_of(public: PublicSet, prompt: str) -> str:
     return hashlib.sha1(key.encode("utf-8", "replace")).hexdigest()
 
 
+def _chat(row: Mapping[str, Any], place: str) -> Chat:
+    """The chat of one row."""
+    uncounted = Problems()
+    history = row["history"]
+    label = label_of(row, unit=row["token_unit"], tells_thoughts=row["tells_thoughts"])
+    prompt = tidy(row["prompt"], place, uncounted)
+    earlier = history[-MAX_EARLIER_ANSWERS:]
+    turn = Turn(
+        position=0, prompt=prompt, previous_prompt=tidy(row["previous_prompt"], place, uncounted),
+        turn_index=len(history), num_earlier_turns=len(history), num_known=len(earlier),
+        response_tokens=label.tokens, thought_tokens=label.thoughts, token_unit=label.unit,
+        samples=tuple(row.get("output_sizes") or ()), censored=label.censored,
+    )  # fmt: skip
+    return Chat(
+        chat_id=row["id"], group=row["group"], location=place, answers=[], answer_tokens=tuple(earlier), turns=[turn],
+        first_prompt="" if history else prompt, language=text_or_none(row, "language"), dataset=row["dataset"],
+        task=text_or_none(row, "task"), split=row["split"],
+        flags=read_flags({name: row[name] for name in _FLAGS if row.get(name) is not None}),
+    )  # fmt: skip
+
+
+def _split(row: Mapping[str, Any], group: str) -> str | None:
+    """The split that a row has by itself, or by the set's own test split; None if it has no place in any."""
+    by_rule = row.get("split") or splits.SPLITS[splits.split_of(group)]
+    if row.get("castillo_split") is None or by_rule == "reserved":
+        return by_rule
+    if row["castillo_split"] == "test":
+        return "test"
+    return None if by_rule == "test" else by_rule
+
+
+def _history(row: Mapping[str, Any]) -> list[int]:
+    """Lengths of the earlier answers of the conversation, oldest first."""
+    history = row.get("history") or []
+    return json.loads(history) if isinstance(history, str) else history
+
+
+def _turn_of(row: Mapping[str, Any], step: int) -> tuple[str, str, int]:
+    """Which turn of a conversation a row is, or one some steps from it: chat, LLM, number."""
+    return row["prompt_id"].rpartition(":")[0], row["target_llm"], len(_history(row)) + step
+
+
+def _prompts_by_turn(path: Path) -> dict[tuple[str, str, int], str]:
+    """The prompts of the turns of all conversations in a file; empty where the file has none."""
+    with open_parquet(path) as file:
+        if "history" not in file.schema_arrow.names:
+            return {}
+        rows = file.read(["prompt_id", "target_llm", "prompt", "history"]).to_pylist()
+    return {_turn_of(row, 0): row["prompt"] for row in rows}
+
+
 def _check_columns(path: Path) -> None:
     with open_parquet(path) as file:
-        lacking = [name for name in REQUIRED if name not in file.schema_arrow.names]
+        names = set(file.schema_arrow.names)
+    if "output_sizes" in names:  # several samples to a row: none was cut off
+        names.add("censored")
+    lacking = [name for name in REQUIRED if name not in names]
     if lacking:
         raise DataError(
             f"{path} lacks the columns {', '.join(lacking)}; expected {', '.join(REQUIRED)} and, where known, "

@@ -44,6 +44,17 @@ SCHEMA = pa.schema(
         pa.field("censored", pa.bool_(), nullable=False),
         pa.field("temperature", pa.float32()),
         pa.field("max_tokens", pa.int32()),
+        pa.field("reasoning_tokens", pa.int32()),  # of the thoughts, next to `response_tokens`
+        pa.field("reasoning_source", pa.string()),  # text, usage or difference (usage minus the visible answer)
+        pa.field("completion_tokens", pa.int32()),  # as the API recorded it, in the LLM's own tokens
+        pa.field("thinking", pa.bool_()),
+        pa.field("tools", pa.bool_()),
+        pa.field("language", pa.string()),
+        pa.field("task", pa.string()),  # part of the set
+        pa.field("history", pa.list_(pa.int32())),  # lengths of the conversation's earlier answers
+        pa.field("group", pa.string()),  # what decides the split, where it is not the prompt
+        pa.field("castillo_split", pa.string()),  # train, validate or test, as CASTILLO has it
+        pa.field("output_sizes", pa.list_(pa.int32())),  # of several answers, `response_tokens` their median
     ]
 )
 REQUIRED = tuple(field.name for field in SCHEMA if not field.nullable)
@@ -159,12 +170,17 @@ def _write(public: PublicSet, files: Sequence[RepositoryFile], path: Path, count
                     num_repeated += 1
                 else:
                     seen.add(asked)
-                    row = (
-                        answer.prompt_id, answer.prompt, answer.target_llm, num_tokens,
-                        public.cap_rule.is_cut_off(answer, num_tokens), answer.temperature, answer.max_tokens,
-                    )  # fmt: skip
-                    for values, value in zip(columns.values(), row, strict=True):
-                        values.append(value)
+                    row = {
+                        "prompt_id": answer.prompt_id,
+                        "prompt": answer.prompt,
+                        "target_llm": answer.target_llm,
+                        "response_tokens": num_tokens,
+                        "censored": public.cap_rule.is_cut_off(answer, num_tokens),
+                        "temperature": answer.temperature,
+                        "max_tokens": answer.max_tokens,
+                    }
+                    for name, values in columns.items():
+                        values.append(row.get(name))
             advance(len(batch))
     with replaced(path) as whole:
         pq.write_table(pa.table(columns, schema=SCHEMA), whole, compression="zstd")

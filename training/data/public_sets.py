@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mope.training.data.public_labels import LABEL_TOKENIZER
 from mope.training.data.public_readers import (
     Answer,
     CapRule,
@@ -55,6 +56,11 @@ class PublicSet:
         cap_rule: when an answer counts as cut off.
         question: the part of a prompt that decides its split: what is left without a template.
         has_repeats: whether an LLM answered a prompt several times; else the first answer to each prompt id is kept.
+        has_own_split: whether the split of a row is that of its file's `split` or `group`, whatever other sets hold.
+        group_of_id: the group of a prompt id, where neither prompt nor a column `group` decides the split.
+        token_unit: of the column `response_tokens`: a tokenizer, or `own` for tokens of the LLM that answered.
+        tells_thoughts: whether the set says which LLMs thought before they answered.
+        is_fair: whether a predictor could know what the lengths depend on; else the set is for evaluation alone.
     """
 
     name: str
@@ -67,6 +73,11 @@ class PublicSet:
     cap_rule: CapRule = NO_CAP
     question: Callable[[str], str] = _whole
     has_repeats: bool = False
+    has_own_split: bool = False
+    group_of_id: Callable[[str], str] | None = None
+    token_unit: str = LABEL_TOKENIZER
+    tells_thoughts: bool = False
+    is_fair: bool = True
 
 
 def public_sets() -> list[dict[str, str]]:

@@ -40,6 +40,7 @@ class Interleaved:
     num_rows: int
 
     recorded_in: ClassVar[str | None] = None
+    reader: ClassVar[None] = None
     keeps_evaluation_prompts: ClassVar[bool] = False
 
     def identity(self) -> str:

