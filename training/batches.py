@@ -24,6 +24,7 @@ from mope.rules import RuleHits
 from mope.training.data.table import RowTable
 
 ENCODE_CHUNK = 2048
+MAX_REPEATS = 8  # answers of one LLM to one request that count as one text's
 WIDTH_STEP = 8  # batches are padded to a multiple of this: few shapes, so that kernels built for one serve again
 
 
@@ -91,16 +92,22 @@ class EncodedRows:
     def text_R(self) -> Array:
         """Which text each row has, shape (R,): the same for answers of several LLMs to one text, else one for each.
 
-        Two answers of one LLM to the same text stay apart, so that a text that comes a thousand times ("continue")
-        does not end up in one batch.
+        Answers of one LLM to the same request are together, too, up to `MAX_REPEATS`; but a text that comes a
+        thousand times ("continue") after other turns stays apart, so that it does not end up in one batch.
         """
         texts: dict[tuple[bytes, int], int] = {}
-        seen: Counter[tuple[bytes, int]] = Counter()
+        taken: Counter[tuple[bytes, int]] = Counter()
+        places: dict[tuple[bytes, int, bytes], list[int]] = {}
         found = np.empty(len(self), dtype=np.int64)
         for row, llm in enumerate(self.llm_R.tolist()):
             text = self.flat_ids[self.offsets[row] : self.offsets[row + 1]].tobytes()
-            found[row] = texts.setdefault((text, seen[text, llm]), len(texts))
-            seen[text, llm] += 1
+            request = (text, llm, self.numbers_RF[row].tobytes())
+            place = places.get(request)
+            if place is None or place[1] == MAX_REPEATS:
+                place = places[request] = [taken[text, llm], 0]
+                taken[text, llm] += 1
+            place[1] += 1
+            found[row] = texts.setdefault((text, place[0]), len(texts))
         return found
 
     @property

@@ -212,10 +212,9 @@ def prepare(
         weighed = [replace(part, scale_R=np.full(len(part), mean)) for part in encoded[:2]]
     else:
         medians = set_medians(_sets(train), train.response_tokens)
-        weighed = [
-            _balanced(part, _sets(table), medians, set_power)
-            for part, table in zip(encoded, (train, validation), strict=False)
-        ]
+        weighed = [_balanced(encoded[0], _sets(train), medians, set_power)]
+        held_out = _balanced(encoded[1], _sets(validation), medians, set_power)  # whose texts all come each time
+        weighed.append(replace(held_out, weight_R=held_out.weight_R * held_out.keep_R, keep_R=None))
     return Prepared(config, encoder, *weighed, encoded[2], has_history)
 
 

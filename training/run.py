@@ -55,7 +55,7 @@ from mope.training.routing import (
 from mope.training.rows import RunRows
 from mope.training.teacher import Teacher, lessons
 from mope.training.teachers import named_teachers
-from mope.training.trunks import find_trunk
+from mope.training.trunks import find_trunk, with_vocabulary
 from mope.training.unknown_llms import llm_factors, unknown_llms, without_llms
 from mope.training.work import begin, check_output, end, is_helper, locked
 
@@ -130,6 +130,7 @@ def _train(
     for line in data.lines():
         console().print(line, highlight=False, soft_wrap=True)
     rows = sample(data.table, config)
+    source = with_vocabulary(source, config.model, rows.split("train").strings("prompt"))
     grid = None if teacher is None else Grid.of(teacher.settings)
     prepared = prepare(rows, config.model, source, config.data.label_tokenizer, grid, config.fit.set_power)
     _say_plan(prepared, config)

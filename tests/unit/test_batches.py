@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import learnable
 
-from mope.training.batches import ENCODE_CHUNK, BucketLoader, EncodedRows, encode_rows
+from mope.training.batches import ENCODE_CHUNK, MAX_REPEATS, BucketLoader, EncodedRows, encode_rows
 
 
 def encoded(num_rows, seed=0):
@@ -204,6 +204,16 @@ def test_a_text_that_several_llms_answered_is_one_and_comes_with_all_its_rows():
         for batch in batches:
             others = np.setdiff1d(np.arange(len(rows)), batch)
             assert not set(rows.text_R[batch]) & set(rows.text_R[others])
+
+
+def test_answers_of_one_llm_to_the_same_request_are_one_text_up_to_a_limit():
+    rows = shared_texts()
+    again = replace(
+        rows.take(np.array([3] * (MAX_REPEATS + 1))), numbers_RF=np.ones((MAX_REPEATS + 1, 1), dtype=np.float32)
+    )
+    assert again.text_R.tolist() == [0] * MAX_REPEATS + [1]
+    after_other_turns = replace(again, numbers_RF=np.arange(len(again), dtype=np.float32)[:, None])
+    assert after_other_turns.text_R.tolist() == list(range(len(again)))
 
 
 def test_text_positions_of_a_batch_point_to_equal_texts():
