@@ -40,7 +40,7 @@ from mope.training.rows import RunRows
 from mope.training.run import SPLITS, sample
 from mope.training.teacher import Teacher
 from mope.training.teachers import NamedTeacher, named_teachers
-from mope.training.trunks import find_trunk
+from mope.training.trunks import find_trunk, with_vocabulary
 
 SAMPLE_ROWS = {"train": 4096, "validation": 512, "test": 64}  # encoded for the estimate
 MEASURE_S = 8.0
@@ -184,9 +184,9 @@ def make_plan(config: TrainConfig, *, measure_s: float | None = None) -> Plan:
     num_rows = {name: len(rows.split(name)) for name in SPLITS}
     if tested:
         num_rows["other test"] = sum(len(data.rows.split("test")) for data in tested)
-    prepared = prepare(
-        _few(rows, config.fit.seed), model, encoder, config.data.label_tokenizer, grid, config.fit.set_power
-    )
+    encoder = with_vocabulary(encoder, model, rows.split("train").strings("prompt"))
+    few, power = _few(rows, config.fit.seed), config.fit.set_power
+    prepared = prepare(few, model, encoder, config.data.label_tokenizer, grid, power)
     network = _network(prepared, encoder, config.fit)
     num_parameters = sum(p.numel() for p in network.parameters())
     measured = None if measure_s is None else _measure(network, prepared, config.fit, measure_s)
