@@ -158,7 +158,7 @@ def request_numbers(
 
 
 _NO_TOOLS, _NO_SCRIPTS = (0.0,) * 5, (0.0,) * 6
-_UNITS = {None: (0.0, 0.0), "own": (1.0, 0.0), "cl100k_base": (0.0, 1.0)}
+_NO_UNIT, _UNITS = (0.0, 0.0), {"own": (1.0, 0.0), "cl100k_base": (0.0, 1.0)}
 
 
 def more_numbers(request: Request, window: str) -> list[float]:
@@ -178,7 +178,7 @@ def more_numbers(request: Request, window: str) -> list[float]:
     num_chars = len(request.prompt) + len(request.system) + len(request.previous_prompt) + request.other_chars
     return [
         effort is not None, effort or 0.0, *tools, log1p(num_chars),
-        *(_NO_SCRIPTS if window.isascii() else _script_shares(window)), *_UNITS[request.token_unit],
+        *(_NO_SCRIPTS if window.isascii() else _script_shares(window)), *_UNITS.get(request.token_unit, _NO_UNIT),
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from mope import LengthPredictor, Request
 from mope.errors import ArtifactError, ConfigError, DataError
 from mope.inputs import as_request
 from mope.target_llm import LlmTable
+from mope.tool_use import json_chars
 
 HISTORY = [{"role": "user", "content": "Why is the sky blue?"}, {"role": "assistant", "content": "Scattering. " * 40}]
 
@@ -110,7 +111,8 @@ def test_content_may_come_in_parts(predictor):
 def test_openai_flags_are_understood():
     tools = [{"type": "function"}]
     request = as_request({"prompt": "a", "response_format": {"type": "json_object"}, "tools": tools, "thinking": False})
-    assert request == Request(prompt="a", response_format="json_object", tools=True, thinking=False)
+    offered = {"tools": True, "num_tools": 1, "tool_chars": json_chars(tools)}
+    assert request == Request(prompt="a", response_format="json_object", thinking=False, **offered)
     assert as_request({"prompt": "a", "response_format": {"type": "text"}, "tools": []}) == Request(prompt="a")
     assert as_request({"prompt": "a", "response_format": None, "max_tokens": None}) == Request(prompt="a")
 
