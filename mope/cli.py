@@ -324,7 +324,8 @@ def _evaluate(argv: list[str]) -> int:
         "Lengths are counted with the tokenizer that it was trained for.",
         "ARTIFACT --data SOURCE [options]",
         "mope evaluate runs/demo --data sharegpt\n"
-        "mope evaluate runs/demo --data chats.jsonl --turns first --output runs/demo-on-chats",
+        "mope evaluate runs/demo --data chats.jsonl --turns first --output runs/demo-on-chats\n"
+        "mope evaluate chat-small --data castillo --observe 20 200 --baselines none",
     )
     parser.add_argument("artifact", metavar="ARTIFACT", help="folder of a saved predictor, or one that comes with mope")
     parser.add_argument("--data", required=True, metavar="SOURCE", help=DataConfig.model_fields["source"].description)
@@ -334,6 +335,14 @@ def _evaluate(argv: list[str]) -> int:
         metavar="NAMES",
         help="baselines to fit on the data's training rows and show beside it, or none (default: all but those that "
         "need an encoder)",
+    )
+    parser.add_argument(
+        "--observe",
+        type=_num_answers,
+        nargs="+",
+        default=(),
+        metavar="N",
+        help="predict the test rows again after N training answers of each LLM were observed; several N are possible",
     )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON on stdout instead of tables")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
@@ -352,10 +361,19 @@ def _evaluate(argv: list[str]) -> int:
         data,
         arguments.output,
         baselines=named_baselines(arguments.baselines),
+        observe=arguments.observe,
         device=arguments.device,
     )
     show(found, as_json=arguments.json)
     return 0
+
+
+def _num_answers(text: str) -> int:
+    from argparse import ArgumentTypeError
+
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ArgumentTypeError(f"got {text!r}; expected a number of answers, at least 1")
+    return int(text)
 
 
 def _export(argv: list[str]) -> int:

@@ -23,7 +23,9 @@ from mope.training.batches import encode_rows
 from mope.training.config import Baseline
 from mope.training.data.build import DataSet, build_rows, resolve_label_tokenizer
 from mope.training.data.config import DataConfig
+from mope.training.data.public import is_modern
 from mope.training.evaluate import Evaluation, EvaluationRows, draw, evaluate_mope
+from mope.training.evaluate_observed import evaluate_observed
 from mope.training.report import print_metrics
 from mope.training.routing import collect
 
@@ -52,6 +54,7 @@ def evaluate_artifact(
     output: Path | None = None,
     *,
     baselines: Sequence[str] = BASELINES,
+    observe: Sequence[int] = (),
     samples: int = 1000,
     device: str = "cpu",
 ) -> dict[str, Any]:
@@ -64,6 +67,8 @@ def evaluate_artifact(
         data: where rows come from; the split rule makes its test rows disjoint from training rows of the same source.
         output: folder for `metrics.json` and plots, None to write nothing.
         baselines: names of baselines to fit on the data's training rows, of those in `BASELINES`.
+        observe: numbers of answers of each LLM to observe before test rows are predicted, see
+            `evaluate_observed.evaluate_observed`; without any, this is done for sets of modern LLMs alone, cold.
         samples: bootstrap samples.
         device: where the predictor runs.
 
@@ -83,6 +88,8 @@ def evaluate_artifact(
     found = build_rows(resolve_label_tokenizer(data, predictor.encoder.tokenizer_json(), cache))
     console().print(f"{folder} is run by {predictor.backend_reason}", highlight=False, soft_wrap=True)
     evaluation, rows = evaluate_on(predictor, found, samples=samples, baselines=baselines)
+    if observe or is_modern(data.source):
+        evaluation.metrics["observed"] = evaluate_observed(predictor, found.rows, observe, samples=samples)
     if output is not None:
         with working("drawing plots"), room_for(f"--output {output}"):
             artifact.write_json(output / "metrics.json", evaluation.metrics)

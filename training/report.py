@@ -180,6 +180,7 @@ def _sections(metrics: Metrics) -> Iterator[Section]:
     yield from _router(metrics.get("router", {}))
     for key, heading in BREAKDOWNS.items():
         yield from _breakdown(metrics.get(key, {}), heading, f"MoPE by {heading}")
+    yield from _observed(metrics.get("observed", {}))
     yield from _calibration(metrics.get("calibration", {}))
     yield from _seconds(metrics)
     for source, found in metrics.get("other_data", {}).items():
@@ -192,6 +193,43 @@ def _other(metrics: Metrics) -> Iterator[Section]:
     yield from _coverage(distinct_parts(metrics.get("test", {})))
     for key in ("by_dataset", "by_length", "by_target_llm"):
         yield from _breakdown(metrics.get(key, {}), BREAKDOWNS[key], f"MoPE by {BREAKDOWNS[key]}")
+    yield from _observed(metrics.get("observed", {}))
+
+
+def _observed(sets: Metrics) -> Iterator[Section]:
+    """Errors, ranking and coverage on each set, cold and after observed answers, see `evaluate_observed`."""
+    if not sets:
+        return
+    numbers = sorted({int(number) for found in sets.values() for number in found["states"]})
+    headings = {number: f"after\n{number:,}" if number else "cold" for number in numbers}
+    constants = {number: f"median\nof {number:,}" for number in numbers if number}
+    errors: list[tuple[str, ...]] = []
+    ranks: list[tuple[str, ...]] = []
+    for name, found in sets.items():
+        states = [found["states"].get(str(number), {}) for number in numbers]
+        told = [_or_dash(state.get("observed_constant_mae"), _tokens) for state in states[1:]]
+        own = found.get("constant_by_task_mae", found["constant_mae"])
+        maes = [_or_dash(state.get("mae"), _tokens) for state in states]
+        errors.append((name, _count(found["num_rows"]), _count(found["median_tokens"]), _tokens(own), *told, *maes))
+        taus = [_or_dash(state.get("kendall_tau_within_llm"), _three_digits) for state in states]
+        below = [_or_dash(state.get("coverage_90"), _percent) for state in states]
+        ranks.append((name, _three_digits(states[0]["kendall_tau"]), *taus, *below))
+    shown = [headings[number] for number in numbers]
+    yield Section(
+        "MAE before and after observed answers of each LLM",
+        ("set", "rows", "median", "constant\n(1)", *constants.values(), *shown),
+        errors,
+        note="(1) the median training answer of each LLM, where rows have samples of each task and LLM",
+    )
+    yield Section(
+        "Kendall's tau (of all rows, then within one LLM), and share of answers below the 90 % quantile",
+        ("set", "all rows\ncold", *(f"tau\n{one}" for one in shown), *(f"≤ q90\n{one}" for one in shown)),
+        ranks,
+    )
+
+
+def _or_dash(value: float | None, write: Callable[[float], str]) -> str:
+    return "-" if value is None else write(value)
 
 
 def _predictors(part: str, results: Metrics) -> Section:

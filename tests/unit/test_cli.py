@@ -531,9 +531,9 @@ def test_evaluate_hands_data_over_and_prints_json(run: Run, monkeypatch: pytest.
     asked: list[Any] = []
 
     def evaluate(
-        folder: str, data: Any, output: Path | None, *, baselines: Sequence[str], device: str
+        folder: str, data: Any, output: Path | None, *, baselines: Sequence[str], observe: Sequence[int], device: str
     ) -> dict[str, Any]:
-        asked.append((folder, data, output, device, baselines))
+        asked.append((folder, data, output, device, baselines, observe))
         return {"test": {"first_turn": {"mope": {"mae": 1.5}}}}
 
     monkeypatch.setattr("mope.training.evaluate_saved.evaluate_artifact", evaluate)
@@ -546,13 +546,17 @@ def test_evaluate_hands_data_over_and_prints_json(run: Run, monkeypatch: pytest.
         "first",
         "--languages",
         "en,de",
+        "--observe",
+        "20",
+        "200",
         "--output",
         "o",
         "--json",
     )
     assert status == 0
     assert json.loads(out) == {"test": {"first_turn": {"mope": {"mae": 1.5}}}}
-    ((folder, data, output, device, baselines),) = asked
+    ((folder, data, output, device, baselines, observe),) = asked
+    assert observe == [20, 200]
     assert baselines == ("constant", "prompt_length", "previous_answers", "lexical_gbm", "tfidf_ridge")
     assert (folder, output, device) == ("runs/demo", Path("o"), "cpu")
     assert (data.source, data.turns, data.languages) == ("chats.jsonl", "first", ("en", "de"))
@@ -568,6 +572,7 @@ def test_evaluate_hands_data_over_and_prints_json(run: Run, monkeypatch: pytest.
         ),
         (["{tiny}", "--data", "x.jsonl", "--turns", "last"], "--turns: invalid choice: 'last'"),
         (["{tiny}", "--data", "x.jsonl", "--label-tokenizer", "cl100k_base"], "--label-tokenizer"),
+        (["{tiny}", "--data", "x.jsonl", "--observe", "0"], "--observe: got '0'; expected a number of answers"),
         (["nowhere", "--data", "x.jsonl"], "nowhere"),
         (["{tiny}", "--data", "nofile.jsonl"], "nofile.jsonl"),
     ],

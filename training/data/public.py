@@ -42,6 +42,11 @@ def sets_of(source: str) -> tuple[PublicSet, ...]:
     return tuple(public for public in (*PUBLIC_SETS, *MODERN_SETS) if public.name == source)
 
 
+def is_modern(source: str) -> bool:
+    """Whether a source is made of sets of LLMs of 2024 to 2026."""
+    return any(public in MODERN_SETS for public in sets_of(source))
+
+
 @dataclass(frozen=True)
 class PublicLengths:
     """Public sets, each a parquet file in `folder`.
