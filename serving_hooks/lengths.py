@@ -1,7 +1,8 @@
 """How long an answer is taken to be, and what finished requests teach, for the hook of any engine.
 
-Predictions are corrected by `mope.corrector`, the same as in Python, and learned from in a thread of its own. For
-requests without a prediction there is a running mean of each client's answers, as in VTC's artifact (p becomes
+Predictions are corrected by `mope.corrector`, the same as in Python, and learned from in a thread of its own. That
+thread also corrects predictions that are needed some steps later, between two lessons and many in a row. For requests
+without a prediction there is a running mean of each client's answers, as in VTC's artifact (p becomes
 (4 p + n) / 5). Knows no engine.
 """
 
@@ -10,8 +11,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mope.corrector import Answering, Corrector
 from mope.errors import DataError, UserError
@@ -22,9 +25,11 @@ from mope.serving_hooks.carried import Carried, unpack
 _MAX_CLIENTS = 10_000  # with a running mean of their own
 _MAX_MEAN = 10_000_000  # response tokens of a running mean that is restored
 _MAX_WAITING = 10_000  # finished requests that wait to be learned from; more are dropped
-_LOOK_EVERY_S = 0.1  # between looks for finished requests
+_LOOK_EVERY_S = 0.2  # between looks for finished requests and for work to do ahead
 _SHARE = 0.2  # of the newest answer in a running mean
 _ALL_OF, _ONE_IN = 1_000, 8  # corrections learn from so many finished requests, then from one in eight
+
+T = TypeVar("T")
 
 logger = logging.getLogger("mope")
 
@@ -61,6 +66,7 @@ class Lengths:
         self.num_observed = self.num_dropped = self.num_seen = self.num_refused = self.num_forced = 0
         self._means: OrderedDict[str, float] = OrderedDict()
         self._finished: deque[tuple[str, str, int, bool, str]] = deque()
+        self._ahead: deque[tuple[Callable[[Any], object], Any]] = deque()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._num_offered = 0
@@ -118,13 +124,39 @@ class Lengths:
             return
         self._finished.append((carried.raw, carried.answering, tokens, censored, client))
         if self._thread is None:
-            self._thread = threading.Thread(target=self._learn, name="mope-learning", daemon=True)
-            self._thread.start()
+            self._start()
+
+    @property
+    def corrects(self) -> bool:
+        """Whether `expected` takes tens of microseconds, because a prediction has to be corrected."""
+        return self.corrector is not None and self.num_observed > 0
+
+    def work_ahead(self, work: Callable[[T], object], on: T) -> None:
+        """Has the learning thread call `work(on)` soon. What it raises is dropped.
+
+        Whoever needs the result does the work again if it is not there in time: the thread may be busy or at its end.
+        """
+        if len(self._ahead) < _MAX_WAITING:
+            self._ahead.append((work, on))
+            if self._thread is None:
+                self._start()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._learn, name="mope-learning", daemon=True)
+        self._thread.start()
+
+    def _do_ahead(self) -> None:
+        while self._ahead:
+            work, on = self._ahead.popleft()
+            with suppress(Exception):  # raised again where the result is needed, which has the means to deal with it
+                work(on)
 
     def _learn(self) -> None:
         """Looks now and then, so that the scheduling thread has nobody to wake."""
         while not (self._closed.wait(_LOOK_EVERY_S) and not self._finished):
+            self._do_ahead()
             while self._finished and self.corrector is not None:
+                self._do_ahead()
                 raw, answering, tokens, censored, client = self._finished.popleft()
                 try:
                     read = self._read(Carried(raw=raw, answering=answering))

@@ -5,7 +5,8 @@ prepends it after the step; or stops at the head if there is no memory. So a cha
 vLLM could not run is refunded and set aside (`aside.Aside`), which keeps later steps short. A request whose adapter
 would be one too many is not offered at all (`adapters.AdapterTurns`). A request that stands behind another of its
 client's changes nobody's turn, so the policy is told of it some steps later, of several at once, which takes a third
-of the time. Whatever goes wrong, the guard turns this into a plain queue in order of arrival.
+of the time. Until then the learning thread has worked out how long its answer will be. Whatever goes wrong, the guard
+turns this into a plain queue in order of arrival.
 """
 
 from __future__ import annotations
@@ -32,7 +33,25 @@ from mope.serving_hooks.vllm.holding import HoldingQueue, adapter_of
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+_PATIENCE = 8  # occasions at which a request that stands behind others may wait to be foreseen
 _MAX_SKIPPED = 64  # requests that a step skips before it ends, beside as many as it had room for
+
+
+class _Later:
+    """A request that the policy has yet to be told of.
+
+    Attributes:
+        request: it.
+        arrived_s: when it came, by the steward's clock.
+        foreseen: what was carried with it and what is expected of it, see `FairQueue._foresee`; None until then.
+        patience: occasions that it may miss because it is not foreseen.
+    """
+
+    __slots__ = ("arrived_s", "foreseen", "patience", "request")
+
+    def __init__(self, request: Request, arrived_s: float, patience: int) -> None:
+        self.request, self.arrived_s, self.patience = request, arrived_s, patience
+        self.foreseen: tuple[Carried, Expected] | None = None
 
 
 class FairQueue(RequestQueue):
@@ -75,8 +94,8 @@ class FairQueue(RequestQueue):
         self.head: Ticket | None = None
         self._next: Ticket | None = None  # who comes next, once that was worked out
         self._first: list[Ticket] = []  # who comes before all in this step, see `let_holders_go_first`; the last first
-        # requests that the policy has yet to be told of and when they came, by the account whose others they are behind
-        self._later: dict[Account, list[tuple[Request, float]]] = {}
+        # requests that the policy has yet to be told of, by the account whose others they are behind
+        self._later: dict[Account, list[_Later]] = {}
         self._ordering = steward.options.policy
         self._chooses = steward.options.predicted_admission or adapters is not None  # who may be admitted, by more
 
@@ -234,17 +253,37 @@ class FairQueue(RequestQueue):
         """By what the policy orders a request's client, or the request: the less, the sooner its turn."""
         return self._steward.policy.standing(ticket)
 
-    def catch_up(self) -> None:
-        """Tells the policy of the requests that it was not told of yet."""
-        if self._later:
-            later, self._later = self._later, {}
-            self._tell([one for waiting in later.values() for one in waiting])
+    def catch_up(self, *, leave: bool = False) -> None:
+        """Tells the policy of the requests that it was not told of yet.
 
-    def _tell(self, later: list[tuple[Request, float]]) -> None:
+        Args:
+            leave: whether those that are not foreseen yet may be left for the next time.
+        """
+        if not self._later:
+            return
+        later, self._later = self._later, {}
+        told: list[_Later] = []
+        for account, waiting in later.items():
+            if leave and waiting[-1].foreseen is None:  # a client's requests are foreseen in order
+                for place, one in enumerate(waiting):
+                    if one.foreseen is None and one.patience:
+                        self._later[account] = left = waiting[place:]
+                        for still in left:
+                            still.patience = max(still.patience - 1, 0)
+                        waiting = waiting[:place]
+                        break
+            told += waiting
+        self._tell(told)
+
+    def _tell(self, later: list[_Later]) -> None:
         """What is expected of all is worked out first: in a row that takes a third of the time."""
-        load, foreseen = self._load(), [self._foresee(request) for request, _ in later]
-        for (request, arrived_s), one in zip(later, foreseen, strict=True):
-            self.announce(request, load, arrived_s, one)
+        load, foreseen = self._load(), [one.foreseen or self._foresee(one.request) for one in later]
+        for one, found in zip(later, foreseen, strict=True):
+            self.announce(one.request, load, one.arrived_s, found)
+
+    def _look_ahead(self, later: _Later) -> None:
+        """In the learning thread."""
+        later.foreseen = self._foresee(later.request)
 
     def _foresee(self, request: Request) -> tuple[Carried, Expected]:
         """What was carried with a request, and how long its answer is expected to be."""
@@ -261,7 +300,11 @@ class FairQueue(RequestQueue):
             self._forget_next()
             self._steward.policy.preempt(request.request_id, self._generated(request))
         elif (account := self._stands_behind(request)) is not None:
-            self._later.setdefault(account, []).append((request, self._steward.clock()))
+            lengths = self._steward.lengths
+            later = _Later(request, self._steward.clock(), _PATIENCE if lengths.corrects else 0)
+            self._later.setdefault(account, []).append(later)
+            if later.patience:
+                lengths.work_ahead(self._look_ahead, later)
         else:
             self._forget_next()
             self.announce(request)

@@ -281,7 +281,7 @@ class FairMixin(_Base):
         # tokens are charged as they are delivered, or late; the engine may be idle from here on
         late = 1 if steward.options.policy == "vtc" else _STEPS_LATE
         if self._step - self._caught_up >= late or not self.running:
-            self._catch_up()
+            self._catch_up(leave=bool(self.running))
         if steward.store is not None:
             steward.exchange()
 
@@ -292,13 +292,13 @@ class FairMixin(_Base):
             if not self.running:
                 self._catch_up()
 
-    def _catch_up(self) -> None:
-        """Books what has happened since the last time."""
+    def _catch_up(self, *, leave: bool = False) -> None:
+        """Books what has happened since the last time; `leave` is that of `FairQueue.catch_up`."""
         steward = self.mope
         if steward is None:
             return
         self._caught_up = self._step
-        self._queue.catch_up()
+        self._queue.catch_up(leave=leave)
         if self._started:
             started, self._started = self._started, []
             for request, cached_tokens, at_s in started:

@@ -24,10 +24,11 @@ from typing import Any
 import pytest
 
 from mope.fairness.clients import client_path
-from mope.serving_hooks.carried import Carried
+from mope.serving_hooks.carried import Carried, pack
 from mope.serving_hooks.replay.engine import Batch, EngineSettings
 from mope.serving_hooks.replay.engine_vllm import END, WORD, VllmEngine
 from mope.serving_hooks.steward import ANYBODY
+from tests.raw_predictions import KNOWN, lognormal
 
 pytestmark = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vllm is not installed; tests/engines/releases.py fetches it and runs this file"
@@ -43,6 +44,7 @@ MAX_LEN = 640
 
 NESTED = ("acme", "acme/alice", "acme/bob", "acme/bob/x", "acme/", "/", "x", "x/y", "lora/a", ANYBODY, "a" * 300, None)
 MANY = tuple(f"client-{number}" for number in range(220))
+RAW = (pack(lognormal(20.0)), pack(lognormal(300.0)), "AAAA")
 PREDICTIONS = (None, 1.0, 20.0, 60.0, 1e9, 0.0, -5.0, float("nan"), float("inf"), -float("inf"))
 
 
@@ -249,7 +251,8 @@ class Fuzz:
         if draw.random() < 0.1:
             sampling.update(min_tokens=min(sampling["max_tokens"], 10))
         client, tokens = draw.choice(self.clients), draw.choice(PREDICTIONS)
-        sampling["extra_args"] = carried = dict(Carried(client, tokens, draw.choice((None, 9.0, 1e9))).write())
+        raw = (draw.choice(RAW), KNOWN.write()) if draw.random() < 0.5 else ()  # then it is corrected, and teaches
+        sampling["extra_args"] = carried = dict(Carried(client, tokens, draw.choice((None, 9.0, 1e9)), *raw).write())
         if draw.random() < 0.1 and carried:
             forged = {"mope_client": 7, "mope_seal": "f" * 32, "mope_tokens": "many", "mope_raw": b"x"}
             carried.update([draw.choice(list(forged.items()))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 
 import numpy as np
@@ -234,6 +235,27 @@ def test_lessons_are_restored_exactly():
     for rubbish in (None, [], {"means": 5}, {}):
         with pytest.raises(UserError):
             Lengths().restore(rubbish)
+
+
+def test_work_is_done_ahead_and_what_it_raises_ends_nothing(monkeypatch):
+    monkeypatch.setattr("mope.serving_hooks.lengths._LOOK_EVERY_S", 0.001)
+    lengths = Lengths(corrector())
+    assert not lengths.corrects
+    done: list[object] = []
+
+    def work(on: object) -> None:
+        done.append((on, threading.current_thread().name))
+        raise ValueError("no such thing")
+
+    for number in range(3):
+        lengths.work_ahead(work, number)
+    lengths.observe(PREDICTED, "a", 10, censored=False)
+    ends = time.monotonic() + 60
+    while not (lengths.corrects and len(done) == 3) and time.monotonic() < ends:
+        time.sleep(0.001)
+    lengths.close(60)
+    assert done == [(number, "mope-learning") for number in range(3)]
+    assert lengths.num_observed == 1
 
 
 def test_learning_that_fails_stops_and_predictions_go_on(monkeypatch, caplog):
