@@ -85,6 +85,15 @@ NUMBER_NAMES = (
 )  # fmt: skip
 NUM_FIRST = NUMBER_NAMES.index("has_effort")  # numbers of the first predictors; `more_numbers` are the others
 LLM_NUMBERS = tuple(map(NUMBER_NAMES.index, ("log_llm_size", "has_llm_size", "llm_reasoning")))
+# what logs say of a request and callers seldom do; each group is known or not as a whole
+OPTIONAL_NUMBERS = tuple(
+    tuple(map(NUMBER_NAMES.index, names))
+    for names in (
+        ("log_max_tokens", "has_max_tokens"),
+        ("temperature", "has_temperature"),
+        ("counts_own", "counts_cl100k"),
+    )
+)
 _NO_HISTORY = (0.0,) * (NUMBER_NAMES.index("log_same_beginning") - NUMBER_NAMES.index("has_history"))
 _NO_RULES = (0.0,) * len(RULE_NAMES)
 

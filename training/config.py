@@ -105,6 +105,13 @@ class FitConfig(Frozen):
         description="share of the rows that are learned as if the LLM were unknown, and as many as if "
         "only a relative of it were known",
     )
+    flag_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the rows that are learned as if their temperature were not known, and as many for their "
+        "max_tokens and the unit of their lengths, so that a request that does not say them is predicted as well",
+    )
     freeze_embeddings: bool = Field(True, description="leave the token embeddings as they were pre-trained")
     set_power: float | None = Field(
         None,

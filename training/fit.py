@@ -30,7 +30,7 @@ from mope.backends.network import MopeNetwork
 from mope.backends.static_encoder import StaticEncoder
 from mope.console import console
 from mope.errors import MopeError
-from mope.features import LLM_NUMBERS
+from mope.features import LLM_NUMBERS, OPTIONAL_NUMBERS
 from mope.files import replaced, write_text
 from mope.target_llm import LlmTable
 from mope.training.batches import BucketLoader, EncodedRows, padded_width
@@ -130,6 +130,7 @@ class FitModule(L.LightningModule):
         """One optimiser step."""
         if self._llm_parents is not None:
             batch = without_some_llms(batch, self._llm_parents, self._config.llm_dropout)
+            batch = without_some_flags(batch, self._config.flag_dropout)
         return self._loss(batch, "train")
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
@@ -190,6 +191,17 @@ def without_some_llms(batch: dict[str, Tensor], parents: Tensor, share: float) -
         "llm_B": torch.where(draw_B < share, torch.zeros_like(llm_B), relative_B),
         "numbers_BF": numbers_BF.masked_fill(hidden_BF, 0.0),
     }
+
+
+def without_some_flags(batch: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """A batch where a share of the rows doesn't say one of `OPTIONAL_NUMBERS`, drawn for each group by itself."""
+    if not share:
+        return batch
+    numbers_BF = batch["numbers_BF"]
+    hidden_BF = torch.zeros_like(numbers_BF, dtype=torch.bool)
+    for group in OPTIONAL_NUMBERS:
+        hidden_BF[:, list(group)] = (torch.rand(len(numbers_BF), device=numbers_BF.device) < share).unsqueeze(-1)
+    return {**batch, "numbers_BF": numbers_BF.masked_fill(hidden_BF, 0.0)}
 
 
 class _Rows(L.LightningDataModule):

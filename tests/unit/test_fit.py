@@ -13,7 +13,7 @@ from make_tiny_artifact import make_encoder
 from rows import learnable
 
 from mope.backends.network import MopeNetwork
-from mope.features import LLM_NUMBERS, NUMBER_NAMES
+from mope.features import LLM_NUMBERS, NUMBER_NAMES, OPTIONAL_NUMBERS
 from mope.training import fit as fitting
 from mope.training.batches import encode_rows
 from mope.training.config import FitConfig
@@ -336,3 +336,18 @@ def test_rows_that_share_a_text_are_encoded_once_and_come_out_the_same(train, ro
         expected = network(batch["input_ids_BS"], batch["attention_mask_BS"], batch["numbers_BF"], batch["llm_B"])
     torch.testing.assert_close(gate, expected[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(heads, expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_some_rows_do_not_say_their_flags():
+    torch.manual_seed(0)
+    numbers = torch.ones(20_000, len(NUMBER_NAMES))
+    batch = {"numbers_BF": numbers}
+    found = fitting.without_some_flags(batch, 0.3)["numbers_BF"]
+    optional = [number for group in OPTIONAL_NUMBERS for number in group]
+    assert torch.nonzero((found == 0).any(dim=0)).flatten().tolist() == sorted(optional)
+    for group in OPTIONAL_NUMBERS:
+        of_group = found[:, list(group)]
+        assert (of_group.max(dim=1).values == of_group.min(dim=1).values).all()  # known or not as a whole
+        assert of_group.mean().item() == pytest.approx(0.7, abs=0.02)
+    assert torch.equal(numbers, torch.ones_like(numbers))  # the rows themselves stay
+    assert fitting.without_some_flags(batch, 0.0) is batch
