@@ -91,6 +91,7 @@ OPTIONAL_NUMBERS = tuple(
     for names in (
         ("log_max_tokens", "has_max_tokens"),
         ("temperature", "has_temperature"),
+        ("thinking", "not_thinking"),
         ("counts_own", "counts_cl100k"),
     )
 )

@@ -110,7 +110,7 @@ class FitConfig(Frozen):
         ge=0,
         lt=1,
         description="share of the rows that are learned as if their temperature were not known, and as many for their "
-        "max_tokens and the unit of their lengths, so that a request that does not say them is predicted as well",
+        "max_tokens, thinking and the unit of their lengths: what a request does not say is then no surprise",
     )
     freeze_embeddings: bool = Field(True, description="leave the token embeddings as they were pre-trained")
     set_power: float | None = Field(
