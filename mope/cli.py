@@ -7,32 +7,28 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from mope import console as terminal
-from mope.errors import ConfigError, DataError
+from mope.errors import ConfigError
 from mope.field_map import FieldMap, RequestFields
-from mope.files import check_output_file, opened, writable
+from mope.files import check_output_file
 from mope.flags import Parser, add_flags, flag_name, given, validated
+from mope.predict_files import LEVELS, InterruptedPredictionsError, PredictedFiles, answer_of
 from mope.reader import read_flags
 from mope.record_folders import TRAIN, local_files
 from mope.request import TOKEN_UNITS
-from mope.request_files import STDIN, Ids, json_line, read_request, reading
+from mope.request_files import STDIN
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
     from mope.prediction import LengthPrediction
     from mope.predictor import LengthPredictor
-    from mope.request import Request
 
-LEVELS = (0.1, 0.5, 0.9, 0.99)
-WINDOW_BATCHES = 32  # batches that are read at once, so that requests of like length are predicted together
 PROMPT_WIDTH = 40
 
 PREDICT_EXAMPLE = """\
@@ -114,6 +110,11 @@ def _predict(argv: list[str]) -> int:
         help="requests, or logs of them: a file, folder or glob of JSON, CSV, parquet, ...; - for JSON from stdin",
     )
     parser.add_argument("--output", metavar="FILE", help="JSON Lines with predictions (default: stdout)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="with --output: go on where Ctrl-C ended the same command, with what it kept in OUTPUT.partial",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON Lines instead of a table")
     parser.add_argument("--target-llm", metavar="NAME", help="the LLM that will answer, where a request names none")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="cap on response tokens, where a request has none")
@@ -157,6 +158,8 @@ def _predict(argv: list[str]) -> int:
         raise ConfigError("got prompts and --input; give one of them")
     if arguments.output and not arguments.input:
         raise ConfigError("--output goes with --input; to save predictions of prompts type --json > FILE")
+    if arguments.resume and arguments.output in (None, STDIN):
+        raise ConfigError("--resume goes with --output: what an interrupted command predicted is kept beside it")
     for flag, value in (("--batch-size", arguments.batch_size), ("--max-tokens", arguments.max_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{flag}: got {value}; expected at least 1")
@@ -164,13 +167,13 @@ def _predict(argv: list[str]) -> int:
         if arguments.output not in (None, STDIN):
             found = None if arguments.input == STDIN else local_files(arguments.input, arguments.hub_split)
             check_output_file(Path(arguments.output), reads={"--input": found[0] if found else arguments.input})
-        return _predict_lines(arguments, FieldMap.of(RequestFields(**fields)))
+        return _predict_lines(arguments, FieldMap.of(RequestFields(**fields)), argv)
     prompts = _prompts(arguments.prompts)
     predictor = _load(arguments)
     predictions = predictor.predict_batch([{"prompt": prompt, **_defaults(arguments)} for prompt in prompts])
     if arguments.json:
         for number, prediction in enumerate(predictions, start=1):
-            print(json.dumps(_answer(number, prediction)))
+            print(json.dumps(answer_of(number, prediction)))
     else:
         _print_table(predictor, prompts, predictions)
     return 0
@@ -217,19 +220,6 @@ def _defaults(arguments: Namespace) -> dict[str, Any]:
     return {name: value for name, value in typed.items() if value is not None}
 
 
-def _answer(request_id: Any, prediction: LengthPrediction) -> dict[str, Any]:
-    """What is written about one request."""
-    quantiles = dict(zip(map(str, LEVELS), prediction.quantiles(LEVELS).round(2).tolist(), strict=True))
-    return {
-        "id": request_id,
-        "median": quantiles["0.5"],
-        "mean": round(prediction.mean, 2),
-        "quantiles": quantiles,
-        "expert": prediction.expert,
-        "source": prediction.source,
-    }
-
-
 def _print_table(predictor: LengthPredictor, prompts: Sequence[str], predictions: Sequence[LengthPrediction]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -250,69 +240,28 @@ def _print_table(predictor: LengthPredictor, prompts: Sequence[str], predictions
     Console().print(table)
 
 
-def _predict_lines(arguments: Namespace, fields: FieldMap) -> int:
+def _predict_lines(arguments: Namespace, fields: FieldMap, argv: list[str]) -> int:
     """Predict every request of a file, a folder or a glob."""
     from rich.markup import escape
 
-    num_records = num_bad = 0
-    first_error, ids = "", Ids()
-    with reading(arguments.input, "--input", fields, arguments.hub_split) as (entries, total, told):
-        predictor = _load(arguments)
-        with _writing(arguments.output) as output, terminal.progress("predicting", total) as advance:
-            while window := list(islice(entries, WINDOW_BATCHES * arguments.batch_size)):
-                known = [read_request(entry, _defaults(arguments)) for entry in window]
-                for entry, (request_id, _) in zip(window, known, strict=True):
-                    ids.add(entry.place, request_id)
-                for answer in _answers(predictor, known, arguments.batch_size):
-                    num_records += 1
-                    if "error" in answer:
-                        num_bad += 1
-                        first_error = first_error or answer["error"]
-                    output.write(json_line(answer))
-                advance(len(window))
-            if num_bad == num_records:
-                reason = f"the first: {first_error}" if num_records else "; ".join(told.lines()) or "it is empty"
-                raise DataError(f"{arguments.input}: none of {num_records:,} records is a request; {reason}")
-    warnings = told.lines()
-    if num_bad:
-        warnings.append(
-            f"{num_bad:,} of {num_records:,} records are no requests and have an error instead of a prediction; the "
-            f"first: {first_error}"
-        )
-    if ids.num_repeated:
-        warnings.append(
-            f"{ids.num_repeated:,} of {num_records:,} records have an id that a record before them has; the first: "
-            f"{ids.first_repeated}; predictions are written in the order of the records"
-        )
+    files = PredictedFiles(
+        source=arguments.input,
+        output=arguments.output,
+        fields=fields,
+        split=arguments.hub_split,
+        defaults=_defaults(arguments),
+        batch_size=arguments.batch_size,
+        resume=arguments.resume,
+    )
+    try:
+        warnings = files.write(lambda: _load(arguments))
+    except InterruptedPredictionsError as interrupted:
+        command = "" if "--resume" not in str(interrupted) else f": {terminal.resumed('mope predict', argv)}"
+        terminal.console().print(f"{interrupted}{command}", highlight=False, markup=False, soft_wrap=True)
+        return terminal.EXIT_INTERRUPTED
     for warning in warnings:
         terminal.console().print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     return 0
-
-
-def _answers(
-    predictor: LengthPredictor, known: Sequence[tuple[Any, Request | str]], batch_size: int
-) -> Iterator[dict[str, Any]]:
-    """What is written about each record, in order; requests of like length are predicted together."""
-    requests = {row: request for row, (_, request) in enumerate(known) if not isinstance(request, str)}
-    order = sorted(requests, key=lambda row: len(requests[row].prompt))
-    predictions: dict[int, LengthPrediction] = {}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        predictions.update(zip(rows, predictor.predict_batch([requests[row] for row in rows]), strict=True))
-    for row, (request_id, request) in enumerate(known):
-        yield (
-            {"id": request_id, "error": request} if isinstance(request, str) else _answer(request_id, predictions[row])
-        )
-
-
-@contextmanager
-def _writing(name: str | None) -> Iterator[IO[str]]:
-    """Stdout, or a file that appears under its name when all of it is written."""
-    if name is None or name == STDIN:
-        yield sys.stdout
-        return
-    with writable(f"--output {name}"), opened(Path(name)) as file:
-        yield file
 
 
 def _evaluate(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ stdout stays free for what a command prints as its result.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import threading
 import time
@@ -71,6 +72,16 @@ def run(main: Callable[[list[str]], int], arguments: list[str] | None = None) ->
         _say_error(f"{error.filename or 'a file'}: {reason(error)}{_elsewhere(error.filename)}")
         return EXIT_USER_ERROR
     return status
+
+
+def resumed(prog: str, arguments: list[str]) -> str:
+    """The command line that goes on with what an interrupted one did.
+
+    Args:
+        prog: the command, such as `"mope predict"`.
+        arguments: of the interrupted one.
+    """
+    return f"{prog} {shlex.join([*(one for one in arguments if one != '--resume'), '--resume'])}"
 
 
 def _say_error(text: str) -> None:

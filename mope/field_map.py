@@ -19,7 +19,7 @@ from mope.config import Frozen
 from mope.errors import ConfigError, DataError
 from mope.flags import flag_name
 from mope.log_answers import CALLS, FINISH, RESPONSES, THOUGHTS, TOKEN_LISTS, USAGE, Answer
-from mope.log_records import CONVERSATIONS, GROUP_COLUMNS, ID_COLUMNS, MORE, PROMPTS, Logged, logged, named
+from mope.log_records import CONVERSATIONS, GROUP_COLUMNS, ID_COLUMNS, MORE, PROMPTS, Logged, canonical, logged, named
 from mope.reader import TEXTS, parsed
 from mope.record_files import Findings
 
@@ -167,10 +167,16 @@ class FieldMap:
                 raise DataError(said)
             findings.warn(said)
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """Known name -> the path that leads to its value."""
+        return {NAMES[name]: path for name, path in self.paths}
+
     def mapped(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """One record under known names."""
         values = {name: next(found(record, path), None) for name, path in self.paths}
-        return rewritten(record, {name: value for name, value in values.items() if value is not None}, set(values))
+        known = {name: value for name, value in values.items() if value is not None}
+        return rewritten(record, known, set(values), {path for _, path in self.paths})
 
 
 NO_FIELDS = FieldMap()
@@ -233,17 +239,24 @@ def nearest_paths(path: str, known: list[str], top: list[str]) -> str:
     return f"on top there are {', '.join(top[:20])}{', ...' if len(top) > 20 else ''}"
 
 
-def rewritten(record: Mapping[str, Any], values: Mapping[str, Any], mapped: set[str]) -> dict[str, Any]:
+def rewritten(
+    record: Mapping[str, Any], values: Mapping[str, Any], mapped: set[str], paths: Iterable[str] = ()
+) -> dict[str, Any]:
     """A record with values under known names, in place of what else would speak of the same.
 
     Args:
         record: as it was logged, in any form.
         values: field of the config and what its path led to.
         mapped: fields that have a path, also those whose path leads nowhere in this record.
+        paths: of these fields. A column that is one of them says nothing else, whatever its name means to us.
     """
     record = named(record)
     call = logged(record)
-    base = dict(record) if call is None or call.family in _FLAT else opened(record, call)
+    if call is None or call.family in _FLAT:
+        columns = set(map(canonical, paths))
+        base = {name: value for name, value in record.items() if name not in columns}
+    else:
+        base = opened(record, call)
     dropped = frozenset().union(*(_INSTEAD.get(name, ()) for name in mapped), (NAMES[name] for name in mapped))
     kept = {name: value for name, value in base.items() if name not in dropped}
     return {**kept, **{NAMES[name]: value for name, value in values.items()}}

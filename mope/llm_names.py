@@ -41,6 +41,7 @@ FAMILIES: Mapping[str, str] = {
     word: family for family, others in _FAMILIES.items() for word in (family, *others.split())
 }
 FAMILY_NAMES = frozenset(_FAMILIES)
+KNOWN_FAMILIES = FAMILY_NAMES | {"o"}  # with OpenAI's o1, o3 and o4, whose family is part of the version's word
 FAMILY_PAIRS = frozenset({("llm", "jp"), ("t", "lite"), ("t", "pro")})  # families of two words
 
 # Families that others tune. A name that starts with other words and has one of these is a tuned LLM of that family.

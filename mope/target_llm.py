@@ -105,7 +105,7 @@ def _read(text: str, organisation: str | None, effort: str | None) -> TargetLlm:
             text = pattern.sub(replacement, text)
     parts, stamped, quantised = words.cut(words.TWO_DIGITS.sub(r"\1.\2", text))
     at, family = words.family_of(parts)
-    known = family in words.FAMILY_NAMES or family == "o"
+    known = family in words.KNOWN_FAMILIES
     kinds = _kinds(parts, stamped, at, family)
     if effort is not None:
         kinds.append((effort, "effort"))

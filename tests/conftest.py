@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
+    from commands import Run
+
     from mope.predictor import LengthPredictor
 
 _caches = tempfile.TemporaryDirectory(prefix="mope-tests-")  # removed when Python exits
@@ -49,6 +51,21 @@ def seeded() -> None:
     np.random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process; its status, stdout and stderr."""
+    from mope import console as terminal
+    from mope.cli import main
+
+    def call(*arguments: str, program: Callable[[list[str]], int] = main) -> tuple[int, str, str]:
+        terminal.console.cache_clear()  # its stderr is the one that was there when it was made
+        status = program([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(autouse=True)

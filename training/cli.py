@@ -86,7 +86,7 @@ def _train(argv: list[str], prog: str) -> int:
         _list_recipes()
         return 0
     _check_installed(prog)
-    from mope.training.recipe import dump, load_recipe
+    from mope.training.recipe import load_recipe
     from mope.training.teachers import named_teachers
 
     overrides: dict[str, Any] = {**given(arguments)}
@@ -113,32 +113,63 @@ def _train(argv: list[str], prog: str) -> int:
         if data is not None:
             open_source(data)  # a mistyped path is told before the slow imports
 
-    from mope.training.quiet import quiet
-
     if arguments.dry_run:
-        _show_data(config)
-        print(dump(config), end="", flush=True)
-    quiet()
-    _check_hardware(config.fit)
-    if arguments.dry_run:
-        return _show_plan(config, measure_speed=arguments.measure_speed)
-
-    from mope.training.fit import TrainingInterruptedError
-    from mope.training.run import train
-
+        return _dry_run(config, measure_speed=arguments.measure_speed)
     output: Path = arguments.output
     work = arguments.work or Path(f"{output}.work")
     try:
-        command = [*prog.split(), *argv]
-        train(config, output, work=work, resume=arguments.resume, overwrite=arguments.overwrite, command=command)
-    except TrainingInterruptedError as interrupted:
-        _say(f"{interrupted}: {prog} {_with_resume(argv)}")
+        _load_training(config)
+        from mope.training.fit import TrainingInterruptedError
+        from mope.training.run import train
+
+        try:
+            command = [*prog.split(), *argv]
+            train(config, output, work=work, resume=arguments.resume, overwrite=arguments.overwrite, command=command)
+        except TrainingInterruptedError as interrupted:
+            _say(f"{interrupted}: {terminal.resumed(prog, argv)}")
+            return terminal.EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        _say(_interrupted(work, prog, argv))
         return terminal.EXIT_INTERRUPTED
     return 0
 
 
+def _interrupted(work: Path, prog: str, argv: list[str]) -> str:
+    """What is kept where Ctrl-C ended a run beside the training of a network, and what goes on with it."""
+    from mope.training.work import networks
+
+    if not networks(work):
+        return f"interrupted before anything was trained; to begin again: {shlex.join([*prog.split(), *argv])}"
+    return f"interrupted; what was trained is kept in {work}; add --resume to go on: {terminal.resumed(prog, argv)}"
+
+
+def _load_training(config: TrainConfig) -> None:
+    """Import what trains, which takes seconds, and refuse devices that are not there."""
+    _say("loading torch and Lightning ...")
+    from mope.training.quiet import quiet
+
+    quiet()
+    _check_hardware(config.fit)
+
+
+def _dry_run(config: TrainConfig, *, measure_speed: bool) -> int:
+    """Show the data, then the settings on stdout, then steps and parameters."""
+    from mope.training.recipe import dump
+
+    _say(f"reading {config.data.source} ...")
+    _show_data(config)
+    print(dump(config), end="", flush=True)
+    _load_training(config)
+    return _show_plan(config, measure_speed=measure_speed)
+
+
 def _show_data(config: TrainConfig) -> None:
-    """The screen of `mope data` for the main data set. Without the encoder's tokenizer, it needs no torch."""
+    """The screen of `mope data` for the main data set. Without the encoder's tokenizer, it needs no torch.
+
+    Raises:
+        DataError: the run would refuse these rows.
+    """
+    from mope.training.data.build import build_rows, check_learnable
     from mope.training.data.cli import summed_up
     from mope.training.data.screen import show
 
@@ -149,12 +180,11 @@ def _show_data(config: TrainConfig) -> None:
         quiet()
         data = main_rows(config)
     else:
-        from mope.training.data.build import build_rows
-
         data = build_rows(config.data, learnable=False)
     summary, _ = summed_up(data, config.data.min_rows)
     show(summary, terminal.console())
     _say("")
+    check_learnable(config.data, data)
 
 
 def _show_plan(config: TrainConfig, *, measure_speed: bool) -> int:
@@ -195,10 +225,6 @@ def _check_installed(prog: str) -> None:
     missing = [module for module, extra in EXTRAS.items() if extra in ("torch", "train") and find_spec(module) is None]
     if missing:
         raise MissingExtraError(f"{prog} needs {', '.join(missing)}, not installed: pip install 'mope-llm[train]'")
-
-
-def _with_resume(argv: list[str]) -> str:
-    return shlex.join([*(argument for argument in argv if argument != "--resume"), "--resume"])
 
 
 def _label(source: str) -> str:

@@ -163,6 +163,28 @@ def test_llms_are_shown_as_they_are_read() -> None:
     assert found[None].canonical == ""
 
 
+@pytest.mark.parametrize("name", ["o1", "o3-mini", "openai/o4-mini-2025-04-16"])
+def test_openai_s_reasoning_llms_have_a_family(name: str) -> None:
+    requests = [Request(prompt=str(number), target_llm=name) for number in range(3)]
+    (llm,) = summary_of(table(requests, [1, 2, 3])).llms
+    assert (llm.family, llm.family_known, llm.reasoning) == ("o", True, True)
+
+
+def test_ctrl_c_is_one_line_with_a_quicker_command(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "build_rows", stopped)
+    status, out, err = run(write_lengths(tmp_path / "my rows.jsonl", 60), "--languages", "English")
+    assert (status, out) == (130, "")
+    assert err.splitlines()[-1].startswith(
+        "interrupted; nothing was changed. A look at fewer rows is quicker: mope data '"
+    )
+    assert err.splitlines()[-1].endswith("my rows.jsonl' --languages English --rows 1000")
+
+
 def test_what_the_data_say_of_an_unknown_llm_is_taken() -> None:
     said = {"llm_family": "qwen", "llm_size": 32.0, "llm_reasoning": True}
     requests = [Request(prompt=str(number), target_llm="house-blend", **said) for number in range(3)]
@@ -348,6 +370,7 @@ def test_the_screen_has_numbers_examples_and_warnings(run: Callable[..., Any], t
     assert out.count("  prompt:  question ") == 3
     assert "about [bold] things" in out
     assert "max_tokens 900" in out
+    assert "CONVERSATION/N answers message N of it" in out
     assert "warning: " in out
     assert "expected at least 500 (--min-rows)" in out
     assert len(out.splitlines()) <= 40
@@ -398,6 +421,7 @@ def test_a_large_source_is_sampled_from_all_its_files_unless_it_is_cached(
     found = json.loads(run(tmp_path / "logs", "--json")[1])
     assert sum(found["report"]["num_rows"].values()) == 160
     assert found["sample"].startswith("about the first 160 rows of 4 files (")
+    assert "from their beginnings alone: what comes later may differ; --rows all" in found["sample"]
     assert "few_rows" not in {doubt["kind"] for doubt in found["doubts"]}  # the source has more
     files = sample.Interleaved(sample.open_source(DataConfig(source=str(tmp_path / "logs"))), 160)  # type: ignore[arg-type]
     places = [place.split(":")[0] for place, _ in files.records(Problems())]
@@ -447,7 +471,7 @@ def test_mistakes_are_one_line(run: Callable[..., Any], tmp_path: Path, argument
     rows = write_lengths(tmp_path / "rows.jsonl", 60)
     status, out, err = run(*(argument.format(rows=rows) for argument in arguments))
     assert (status, out) == (2, "")
-    errors = [line for line in err.splitlines() if not line.startswith("reading records")]
+    errors = [line for line in err.splitlines() if not line.startswith("reading ")]
     assert len(errors) == 1
     assert errors[0].startswith("error: ")
     assert said in errors[0]

@@ -230,3 +230,20 @@ def test_every_field_has_a_name() -> None:
 def test_batches_keep_what_joins_them() -> None:
     half = {"custom_id": "a", "body": {"messages": [{"role": "user", "content": "q"}]}, "lang": "en"}
     assert rewritten(half, {"language_field": "en"}, {"language_field"}) == {**half, "language": "en"}
+
+
+def test_a_column_of_the_map_says_nothing_else_whatever_its_name_means(tmp_path: Path) -> None:
+    """A length in a column `n` is no number of choices, and one in `max_tokens` no cap."""
+    for column in ("n", "max_tokens", "Best Of"):
+        records = [{"q": f"What is {number}?", column: number % 11 + 5} for number in range(NUM)]
+        path = lines(tmp_path / f"{column}.jsonl", records)
+        table = build(path, prompt_field="q", length_field=column).rows.table
+        for row in table.to_pylist():
+            assert row["response_tokens"] == int(row["prompt"].removeprefix("What is ").removesuffix("?")) % 11 + 5
+            assert row["max_tokens"] is None
+
+
+def test_the_columns_of_an_error_are_those_of_the_file(tmp_path: Path) -> None:
+    path = lines(tmp_path / "own.jsonl", [{"q": "What is a?", "words": "of it"}] * 3)
+    with pytest.raises(DataError, match=r"columns q, words fit no known format; .* misses an answer or its length"):
+        build(path, prompt_field="q")

@@ -24,6 +24,7 @@ from rich.console import Console
 from mope.console import console as shared_console
 from mope.console import progress
 from mope.errors import ConfigError, DataError
+from mope.field_map import FieldMap
 from mope.training.data import problems as reasons
 from mope.training.data.batches import opened
 from mope.training.data.config import DataConfig
@@ -107,9 +108,10 @@ def build_rows(
     )
     with pa.memory_map(str(folder / "rows.arrow")) as file:
         rows = RowTable(pa.ipc.open_file(file).read_all())
+    data = DataSet(rows, report, fingerprint)
     if learnable:
-        _check_learnable(config, rows, report)
-    return DataSet(rows, report, fingerprint)
+        check_learnable(config, data)
+    return data
 
 
 def is_cached(config: DataConfig) -> bool:
@@ -134,7 +136,13 @@ def _fingerprint(config: DataConfig, source: Source, counter: TokenCounter) -> s
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _check_learnable(config: DataConfig, rows: RowTable, report: DataReport) -> None:
+def check_learnable(config: DataConfig, data: DataSet) -> None:
+    """Refuse rows that nothing can be learned from.
+
+    Raises:
+        DataError: too few training rows, or all of one length.
+    """
+    rows, report = data.rows, data.report
     num_train = report.num_rows["train"]
     if num_train < config.min_rows:
         dropped = sum(report.counts.values())
@@ -228,8 +236,13 @@ class _Records:
             raise self.nothing_found()
         found = detect_format(record for _, record in self._head)
         if found is None:
-            raise unknown_format(self._config.source, [record for _, record in self._head], "auto")
+            raise self._unknown_format()
         return found
+
+    def _unknown_format(self) -> DataError:
+        config = self._config
+        records = [record for _, record in self._head]
+        return unknown_format(config.source, records, config.data_format, FieldMap.of(config).columns)
 
     def chats(self, staging: Staging) -> Iterator[Chat]:
         """Chats that pass the filters, each with an id of its own."""
@@ -268,7 +281,7 @@ class _Records:
         """Why there is not a single row."""
         counts = self._problems.counts
         if self._head and counts[reasons.WRONG_COLUMNS] == self.num_read:
-            return unknown_format(self._config.source, [record for _, record in self._head], self._config.data_format)
+            return self._unknown_format()
         why = [f"{count:,} x {reason}" for reason, count in counts.most_common(3)]
         said = "; ".join(why + self._problems.warnings) or "it is empty"
         return DataError(f"{self._config.source}: no row in {self.num_read:,} records: {said}")

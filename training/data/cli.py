@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ EXAMPLES = """\
 mope data chats.jsonl
 mope data logs/ --response-cap 2048 --plot lengths.png
 mope data logs.parquet --rows all --json"""
+FEW_ROWS = 1000
 NEEDED = ("pyarrow", "tiktoken")
 
 
@@ -43,7 +45,21 @@ def main(argv: list[str] | None = None, *, prog: str = "mope data") -> int:
         argv: arguments; the command line's if not given.
         prog: the name it was called by.
     """
-    return terminal.run(lambda arguments: _data(arguments, prog), argv)
+
+    def command(arguments: list[str]) -> int:
+        try:
+            return _data(arguments, prog)
+        except KeyboardInterrupt:
+            again = shlex.join([*arguments, *([] if "--rows" in arguments else ["--rows", str(FEW_ROWS)])])
+            terminal.console().print(
+                f"interrupted; nothing was changed. A look at fewer rows is quicker: {prog} {again}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+            return terminal.EXIT_INTERRUPTED
+
+    return terminal.run(command, argv)
 
 
 def _data(argv: list[str], prog: str) -> int:
@@ -68,6 +84,7 @@ def _data(argv: list[str], prog: str) -> int:
     if arguments.plot:
         check_output_file(arguments.plot, "--plot", {"DATA": arguments.data})
 
+    terminal.console().print(f"reading {arguments.data} ...", highlight=False, markup=False, soft_wrap=True)
     from mope.training.data.sample import look
 
     data, sample = look(config, arguments.rows)

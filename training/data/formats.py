@@ -165,20 +165,24 @@ def detect_format(records: Iterable[Record]) -> str | None:
     return None
 
 
-def unknown_format(source: str, records: Sequence[Record], asked: str) -> DataError:
+def unknown_format(
+    source: str, records: Sequence[Record], asked: str, mapped: Mapping[str, str] | None = None
+) -> DataError:
     """The error that names the columns found, the nearest format and what it misses.
 
     Args:
         source: where the records are from.
         records: the first of them.
         asked: the format asked for, or auto.
+        mapped: names that come from a field map, and the paths that lead to them.
     """
     if any(python_repr(record) for record in records):
         return DataError(f"{source}: {PYTHON_REPR}")
     if said := refusal(value for record in records for value in record.values() if isinstance(value, str)):
         return DataError(f"{source}: {said}")
     columns = sorted({str(name) for record in records for name in record})
-    found = ", ".join(columns[:20]) + (", ..." if len(columns) > 20 else "")
+    there = sorted({(mapped or {}).get(name, name) for name in columns})
+    found = ", ".join(there[:20]) + (", ..." if len(there) > 20 else "")
     misfit = "fit no known format" if asked == "auto" else f"do not hold what the format {asked!r} needs"
     begin = f"{source}: columns {found or '(none)'} {misfit}"
     other = detect_format(records) if asked != "auto" else None

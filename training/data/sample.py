@@ -102,8 +102,10 @@ def look(config: DataConfig, num_rows: int | None = None) -> tuple[DataSet, str 
         return data, None
     of = ""
     if isinstance(source, Files):
-        of = f" of {len(source.paths):,} file{'s' * (len(source.paths) != 1)} ({filesize.decimal(size)})"
-    return data, f"about the first {num_rows:,} rows{of}; --rows all reads everything"
+        num_files = len(source.paths)
+        of = f" of {num_files:,} files" if num_files > 1 else " of the file"
+        of += f" ({filesize.decimal(size)}), from {'their beginnings' if num_files > 1 else 'its beginning'} alone"
+    return data, f"about the first {num_rows:,} rows{of}: what comes later may differ; --rows all reads everything"
 
 
 def _num_bytes(source: Files) -> int:

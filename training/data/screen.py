@@ -35,8 +35,12 @@ def show(summary: Summary, console: Console) -> None:
     console.print(_lengths(summary))
     for line in _shares(summary):
         _say(console, line)
-    for example in summary.examples:
+    if summary.examples:
         _say(console, "")
+        _say(console, "rows as the predictor sees them (CONVERSATION/N answers message N of it, counted from 0):")
+    for position, example in enumerate(summary.examples):
+        if position:
+            _say(console, "")
         for line in _example(example):
             _say(console, line)
     warnings = [*summary.report.warnings, *(doubt.text for doubt in summary.doubts)]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from mope.errors import DataError
-from mope.llm_names import FAMILY_NAMES
+from mope.llm_names import KNOWN_FAMILIES
 from mope.request import Request
 from mope.target_llm import describe
 from mope.token_estimate import estimate_tokens
@@ -316,7 +316,7 @@ def _llms(columns: Columns) -> tuple[Llm, ...]:
         name = columns.spellings[canonical].most_common(1)[0][0]
         read = describe(name)
         said_family = columns.said("llm_family", positions)
-        known = read.family in FAMILY_NAMES
+        known = read.family in KNOWN_FAMILIES
         family = read.family if known or not said_family else str(said_family).lower()
         said_size, said_reasoning = (columns.said(column, positions) for column in ("llm_size", "llm_reasoning"))
         spread = Spread.of(rows.response_tokens[positions])
@@ -328,7 +328,7 @@ def _llms(columns: Columns) -> tuple[Llm, ...]:
                 canonical=canonical,
                 num_spellings=len(columns.spellings[canonical]),
                 family=family,
-                family_known=family in FAMILY_NAMES,
+                family_known=family in KNOWN_FAMILIES,
                 size=read.size if read.size is not None else said_size,
                 reasoning=read.thinking if read.thinking is not None else said_reasoning,
                 year=columns.said("llm_year", positions),
