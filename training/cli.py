@@ -72,7 +72,9 @@ def parser(prog: str) -> Parser:
         "--test-source", metavar="TEXT", help="another data set whose test split is reported, too; or none"
     )
     made.add_argument(
-        "--also", metavar="TEXT,...", help="further data sets to learn from, for example public-lengths; or none"
+        "--also",
+        metavar="TEXT,...",
+        help="further data sets to learn from, for example public-lengths,modern-lengths; or none",
     )
     add_flags(made, "data", DataConfig, skip={"source"})
     for section, model in (("model", ModelConfig), ("fit", FitConfig), ("evaluation", EvaluationConfig)):

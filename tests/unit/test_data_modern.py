@@ -125,7 +125,7 @@ def test_the_split_of_the_file_is_taken(build: Any) -> None:
 def test_a_group_of_the_file_decides_the_split(build: Any) -> None:
     originals = [f"original {number}" for number in range(100)]
     rows = [{"prompt": prompt, "group": group} for prompt, group in zip(PROMPTS, originals, strict=False)]
-    made = build("arena_hard_ko", rows)
+    made = build("arena_hard_ru", rows)
     assert made.report.num_rows["reserved"] > 0
     by_prompt = {row["prompt"]: row for row in made.rows.table.to_pylist()}
     for prompt, group in zip(PROMPTS, originals, strict=False):

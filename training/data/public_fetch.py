@@ -13,9 +13,11 @@ import tarfile
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import IO
 
 import pyarrow as pa
@@ -162,23 +164,17 @@ def _write(public: PublicSet, files: Sequence[RepositoryFile], path: Path, count
     num_empty = num_repeated = 0
     with progress(f"counting tokens of {public.name}") as advance:
         for batch in _batches(_tidied(public.read(files))):
-            for answer, num_tokens in zip(batch, counter.count([answer.text for answer in batch]), strict=True):
+            texts = list(dict.fromkeys(text for answer in batch for text in answer.texts if text))
+            num_tokens = dict(zip(texts, counter.count(texts), strict=True))
+            for answer in batch:
                 asked = (answer.target_llm, answer.prompt_id)
-                if not answer.prompt or not answer.text.strip():
+                if not answer.prompt or answer.is_empty:
                     num_empty += 1
                 elif not public.has_repeats and asked in seen:
                     num_repeated += 1
                 else:
                     seen.add(asked)
-                    row = {
-                        "prompt_id": answer.prompt_id,
-                        "prompt": answer.prompt,
-                        "target_llm": answer.target_llm,
-                        "response_tokens": num_tokens,
-                        "censored": public.cap_rule.is_cut_off(answer, num_tokens),
-                        "temperature": answer.temperature,
-                        "max_tokens": answer.max_tokens,
-                    }
+                    row = _row(public, answer, num_tokens)
                     for name, values in columns.items():
                         values.append(row.get(name))
             advance(len(batch))
@@ -193,18 +189,59 @@ def _write(public: PublicSet, files: Sequence[RepositoryFile], path: Path, count
     )
 
 
+def _row(public: PublicSet, answer: Answer, num_tokens: Mapping[str, int]) -> dict[str, object]:
+    """Columns of an answer; those that are left out are not known."""
+    if answer.sizes:
+        length = int(median(answer.sizes))
+    elif answer.num_tokens is not None:
+        length = answer.num_tokens
+    else:
+        length = num_tokens[answer.text]
+    thoughts, source = answer.thought_tokens, "usage"
+    if answer.thoughts.strip():
+        thoughts, source = num_tokens[answer.thoughts], "text"
+    elif thoughts is None and answer.has_difference and answer.completion_tokens is not None:
+        thoughts, source = max(answer.completion_tokens - length, 0), "difference"
+    return {
+        "prompt_id": answer.prompt_id,
+        "prompt": answer.prompt,
+        "target_llm": answer.target_llm,
+        "response_tokens": length,
+        "censored": public.cap_rule.is_cut_off(answer, length),
+        "temperature": answer.temperature,
+        "max_tokens": answer.max_tokens,
+        "reasoning_tokens": thoughts,
+        "reasoning_source": None if thoughts is None else source,
+        "completion_tokens": answer.completion_tokens,
+        "thinking": answer.thinking,
+        "tools": answer.tools,
+        "language": answer.language,
+        "task": answer.task,
+        "history": [num_tokens.get(text, 0) for text in answer.history] if public.has_history else None,
+        "group": answer.group,
+        "castillo_split": answer.castillo_split,
+        "output_sizes": list(answer.sizes) or None,
+    }
+
+
 def _tidied(answers: Iterable[Answer]) -> Iterator[Answer]:
     """Answers without the NULs and lone surrogates that neither Arrow nor tokenizers take."""
     uncounted = Problems()
+
+    def tidied(text: str) -> str:
+        return tidy(text, "", uncounted)
+
     for answer in answers:
-        yield Answer(
-            prompt_id=tidy(answer.prompt_id, "", uncounted),
-            prompt=tidy(answer.prompt, "", uncounted),
-            target_llm=tidy(answer.target_llm, "", uncounted),
-            text=tidy(answer.text, "", uncounted),
-            is_cut=answer.is_cut,
-            temperature=answer.temperature,
-            max_tokens=answer.max_tokens,
+        yield replace(
+            answer,
+            prompt_id=tidied(answer.prompt_id),
+            prompt=tidied(answer.prompt),
+            target_llm=tidied(answer.target_llm),
+            text=tidied(answer.text),
+            thoughts=tidied(answer.thoughts),
+            history=tuple(map(tidied, answer.history)),
+            task=None if answer.task is None else tidied(answer.task),
+            group=None if answer.group is None else tidied(answer.group),
         )
 
 
@@ -213,7 +250,7 @@ def _batches(answers: Iterable[Answer]) -> Iterator[list[Answer]]:
     num_chars = 0
     for answer in answers:
         batch.append(answer)
-        num_chars += len(answer.text)
+        num_chars += sum(map(len, answer.texts))
         if num_chars >= BATCH_CHARS:
             yield batch
             batch, num_chars = [], 0

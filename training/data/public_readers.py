@@ -35,6 +35,19 @@ class Answer:
         is_cut: True or False where the file shows that it was cut off or ended by itself; None if it does not say.
         temperature: 0.0 for greedy decoding; None if not recorded.
         max_tokens: the request's own cap, in tokens of the LLM; None if not recorded.
+        num_tokens: of the answer as it was recorded, where its text is not; `text` is then empty.
+        sizes: recorded tokens of several answers, where their texts are not known.
+        thoughts: text of the thoughts, where it stands apart from the answer.
+        thought_tokens: of the thoughts, as the API recorded it.
+        completion_tokens: of all that was generated, as the API recorded it.
+        has_difference: the thoughts are what `completion_tokens` has more than the answer.
+        thinking: the LLM thought or not; None if nothing tells.
+        tools: tools were offered.
+        language: ISO 639-1.
+        task: part of the set.
+        history: texts of the conversation's earlier answers, oldest first.
+        group: what decides the split, where it is not the prompt.
+        castillo_split: CASTILLO's own split.
     """
 
     prompt_id: str
@@ -44,6 +57,29 @@ class Answer:
     is_cut: bool | None = None
     temperature: float | None = None
     max_tokens: int | None = None
+    num_tokens: int | None = None
+    sizes: tuple[int, ...] = ()
+    thoughts: str = ""
+    thought_tokens: int | None = None
+    completion_tokens: int | None = None
+    has_difference: bool = False
+    thinking: bool | None = None
+    tools: bool | None = None
+    language: str | None = None
+    task: str | None = None
+    history: tuple[str, ...] = ()
+    group: str | None = None
+    castillo_split: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text whose tokens are needed."""
+        return (self.text, self.thoughts, *self.history)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is known of an answer."""
+        return not self.text.strip() and self.num_tokens is None and not self.sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +104,16 @@ class RepositoryFile:
         """
         return self._parse(self.content.read_bytes())
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self, *, lines: bool = False) -> Iterator[dict[str, Any]]:
         """The objects of a list, or one object per line where the name ends in .jsonl.
+
+        Args:
+            lines: one object per line, whatever the name.
 
         Raises:
             DataError: the file or a line is not JSON.
         """
-        if self.name.endswith(".jsonl"):
+        if lines or self.name.endswith(".jsonl"):
             with self.content.open("rb") as file:
                 values = [self._parse(line) for line in file if line.strip()]
         else:

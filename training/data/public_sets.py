@@ -7,7 +7,7 @@ networks, caches or tokenizers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mope.training.data.public_labels import LABEL_TOKENIZER
@@ -60,6 +60,8 @@ class PublicSet:
         group_of_id: the group of a prompt id, where neither prompt nor a column `group` decides the split.
         token_unit: of the column `response_tokens`: a tokenizer, or `own` for tokens of the LLM that answered.
         tells_thoughts: whether the set says which LLMs thought before they answered.
+        has_history: whether its rows are turns of conversations, whose earlier answers are known.
+        original: the set whose prompt of the same id decides the split, for translations of it.
         is_fair: whether a predictor could know what the lengths depend on; else the set is for evaluation alone.
     """
 
@@ -77,11 +79,16 @@ class PublicSet:
     group_of_id: Callable[[str], str] | None = None
     token_unit: str = LABEL_TOKENIZER
     tells_thoughts: bool = False
+    has_history: bool = False
+    original: str | None = None
     is_fair: bool = True
 
 
-def public_sets() -> list[dict[str, str]]:
-    """What the source `public-lengths` is made of, for a model card.
+def public_sets(sets: Sequence[PublicSet] | None = None) -> list[dict[str, str]]:
+    """What sources such as `public-lengths` are made of, for a model card.
+
+    Args:
+        sets: those of the source; `PUBLIC_SETS` if not given.
 
     Returns:
         For each set its `name`, `repository` (an address), `commit`, `licence` and `about`.
@@ -94,7 +101,7 @@ def public_sets() -> list[dict[str, str]]:
             "licence": each.licence,
             "about": each.about,
         }
-        for each in PUBLIC_SETS
+        for each in (PUBLIC_SETS if sets is None else sets)
     ]
 
 

@@ -84,7 +84,7 @@ def open_source(config: DataConfig) -> Source:
         return Hub(source, config.hub_config, config.hub_split, config.hub_revision, fields)
     raise DataError(
         f"source {source!r} does not exist; expected a file, folder or glob, a Hugging Face id such as "
-        "lmsys/lmsys-chat-1m, sharegpt, or public-lengths"
+        "lmsys/lmsys-chat-1m, sharegpt, public-lengths, modern-lengths, or a set of theirs such as castillo"
     )
 
 

@@ -1,0 +1,294 @@
+"""From files of public repositories to answers: chats, questions and work prompts put to LLMs of 2024 to 2026.
+
+One function per form of file. The forms of `read_spiral` and of the first columns of `read_bullshit` were not at hand:
+both are read by the names that the repositories' own descriptions use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mope.target_llm import describe
+from mope.training.data import splits
+from mope.training.data.public_readers import Answer, RepositoryFile, id_of, read_arena_hard
+
+LONGEST_SAMPLE = 14_998  # of CASTILLO: longer ones never ended
+LONG_SAMPLE = 8_499  # nor did longer ones than this, where lengths scatter far more than their mean
+_TRANSLATED = ("zh_", "fi_")  # of SpeechMap's categories
+
+
+def text_of(value: Any) -> str:
+    """The value if it is a text, else an empty one."""
+    return value if isinstance(value, str) else ""
+
+
+def count_of(value: Any) -> int | None:
+    """The value if it is a whole number that is not negative, else None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def group_of_text(text: str) -> str:
+    """The group of a prompt by the rule of `public.group_of`."""
+    key = splits.norm(text)[: splits.PROMPT_KEY_CHARS]
+    return hashlib.sha1(key.encode("utf-8", "replace")).hexdigest()
+
+
+def thinks(llm: str) -> bool | None:
+    """True for an LLM whose name says that it thinks; else nothing is known."""
+    return True if describe(llm).thinking else None
+
+
+def read_castillo(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+    """Lists of records with `prompt_text` and `output_sizes`, up to ten samples in the LLM's own tokens.
+
+    Samples that never ended are dropped, as CASTILLO's paper does: from 14,999 tokens on, and above 8,499 where the
+    standard deviation is more than twice the mean.
+    """
+    for file in files:
+        split = file.name.split("/")[-2]
+        for record in file.records():
+            sizes = [size for size in record.get("output_sizes") or () if count_of(size)]
+            scattered = float(record.get("output_std") or 0) > 2 * float(record.get("output_mean") or 0)
+            most = LONG_SAMPLE if scattered else LONGEST_SAMPLE
+            yield Answer(
+                prompt_id=str(record.get("prompt_id")),
+                prompt=text_of(record.get("prompt_text")),
+                target_llm=text_of(record.get("model")).replace("--", "/", 1),
+                text="",
+                sizes=tuple(size for size in sizes if size <= most),
+                temperature=record.get("temp"),
+                task=text_of(record.get("dataset")) or None,
+                castillo_split=split,
+                is_cut=False,
+            )
+
+
+def arena_hard_in(language: str, *, hides_thoughts: bool = False) -> Callable[..., Iterator[Answer]]:
+    """A reader of files like those of arena-hard, whose questions are in a language.
+
+    Args:
+        language: ISO 639-1.
+        hides_thoughts: LLMs whose names say that they think did so, and only their visible answer is there.
+    """
+
+    def read(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+        for answer in read_arena_hard(files):
+            yield replace(answer, language=language, thinking=thinks(answer.target_llm) if hides_thoughts else None)
+
+    return read
+
+
+def read_benchpress(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+    """`evals/default.json` with the prompts, and a file per LLM with a list of runs under each prompt's id.
+
+    The thoughts of reasoning LLMs are what the recorded usage has more than the answer. APIs that leave them out of
+    the usage are told by a usage that is no longer than the answer: their thoughts are hidden.
+    """
+    prompts: dict[str, tuple[str, str]] = {}
+    for file in files:
+        if not file.llm:
+            for record in file.json().get("prompts") or ():
+                prompts[str(record.get("id"))] = text_of(record.get("prompt")), text_of(record.get("category"))
+    for file in files:
+        if not file.llm:
+            continue
+        for prompt_id, run in _runs(file.json()):
+            prompt, category = prompts.get(prompt_id, ("", ""))
+            thought = describe(file.llm).thinking
+            yield Answer(
+                prompt_id=prompt_id,
+                prompt=prompt,
+                target_llm=file.llm,
+                text=text_of(run.get("content")),
+                completion_tokens=count_of(run.get("output_tokens")),
+                has_difference=bool(thought),
+                thinking=True if thought else None,
+                language="en",
+                task=category or None,
+            )
+
+
+def _runs(content: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every run in a file, with the id of its prompt: lists of runs lie under the ids, at some depth."""
+    if not isinstance(content, Mapping):
+        return
+    for name, inner in content.items():
+        if isinstance(inner, list):
+            yield from ((name, run) for run in inner if isinstance(run, Mapping) and "content" in run)
+        else:
+            yield from _runs(inner)
+
+
+def read_speechmap(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+    """Lines with a `question` and an OpenAI `response`; a translation has the split of its English original."""
+    originals: dict[str, str] = {}
+    for file in files:
+        for record in file.records():
+            if not text_of(record.get("category")).startswith(_TRANSLATED):
+                originals.setdefault(str(record.get("question_id")), text_of(record.get("question")))
+    for file in files:
+        for record in file.records():
+            category, question_id = text_of(record.get("category")), str(record.get("question_id"))
+            is_translated = category.startswith(_TRANSLATED)
+            prompt = text_of(record.get("question"))
+            yield of_response(
+                record.get("response"),
+                Answer(
+                    prompt_id=f"{category}:{question_id}",
+                    prompt=prompt,
+                    target_llm=text_of(record.get("model")),
+                    text="",
+                    language=category[:2] if is_translated else "en",
+                    task=category,
+                    group=group_of_text(originals.get(question_id, prompt)) if is_translated else None,
+                ),
+            )
+
+
+def of_response(response: Any, answer: Answer) -> Answer:
+    """The answer with what an OpenAI response says: text, thoughts, usage, and whether it was cut off."""
+    choices = response.get("choices") if isinstance(response, Mapping) else None
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], Mapping) else {}
+    message = choice.get("message") or {}
+    usage = (response.get("usage") if isinstance(response, Mapping) else None) or {}
+    details = usage.get("completion_tokens_details") or {}
+    thoughts = text_of(message.get("reasoning")) or text_of(message.get("reasoning_content"))
+    thought_tokens = count_of(details.get("reasoning_tokens")) or None  # APIs say 0 where they do not count them
+    finish = choice.get("finish_reason")
+    return replace(
+        answer,
+        text=text_of(message.get("content")),
+        thoughts=thoughts,
+        thought_tokens=thought_tokens,
+        completion_tokens=count_of(usage.get("completion_tokens")),
+        thinking=True if thoughts or thought_tokens else answer.thinking,
+        is_cut=None if finish is None else finish == "length",
+    )
+
+
+def read_misguided(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+    """`results` with a prompt, an LLM, a list of outputs and, for some LLMs, a list of their thoughts."""
+    for file in files:
+        content = file.json()
+        for record in (content.get("results") if isinstance(content, Mapping) else content) or ():
+            llm, thoughts = text_of(record.get("llm")), record.get("thinking") or []
+            outputs = record.get("output") or []
+            for number, text in enumerate(outputs if isinstance(outputs, list) else [outputs]):
+                thought = text_of(thoughts[number]) if isinstance(thoughts, list) and number < len(thoughts) else ""
+                yield Answer(
+                    prompt_id=str(record.get("prompt_id")),
+                    prompt=text_of(record.get("prompt")),
+                    target_llm=llm,
+                    text=text_of(text),
+                    thoughts=thought if thought.strip() else "",
+                    thinking=True if thought.strip() else False if thought else thinks(llm),
+                )
+
+
+def read_shaberi(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+    """Lines with `Question` and `ModelAnswer`, the LLM in the file's name; thoughts may begin the answer."""
+    for file in files:
+        task = file.name.split("/")[-2]
+        for record in file.records(lines=True):
+            prompt = text_of(record.get("Question"))
+            thoughts, text = apart(text_of(record.get("ModelAnswer")))
+            yield Answer(
+                prompt_id=f"{task.partition('__')[2]}:{id_of(prompt)[:10]}",
+                prompt=prompt,
+                target_llm=file.llm,
+                text=text,
+                thoughts=thoughts,
+                thinking=True if thoughts else thinks(file.llm),
+                language="ja",
+                task=task,
+            )
+
+
+def apart(text: str) -> tuple[str, str]:
+    """Thoughts between `<think>` and `</think>`, and the answer after them."""
+    thoughts, mark, answer = text.rpartition("</think>")
+    return (thoughts.replace("<think>", "", 1).strip(), answer.strip()) if mark else ("", text)
+
+
+def read_complexbench(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+    """Lines with `instruction` and `generated`."""
+    for file in files:
+        for record in file.records():
+            yield Answer(
+                prompt_id=str(record.get("main_id")),
+                prompt=text_of(record.get("instruction")),
+                target_llm=file.llm,
+                text=text_of(record.get("generated")),
+                language="zh",
+            )
+
+
+def read_bullshit(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+    """Lines with a question, `response_text`, and the usage that was recorded; the row's id names LLM and effort."""
+    seen: set[tuple[str, str]] = set()
+    for file in files:
+        for record in file.records():
+            prompt = text_of(record.get("question")) or text_of(record.get("prompt"))
+            llm = text_of(record.get("model_row")) or text_of(record.get("model"))
+            prompt_id = str(record.get("question_id"))
+            if (prompt_id, llm) in seen:  # aggregates repeat what responses hold
+                continue
+            seen.add((prompt_id, llm))
+            thought_tokens = count_of(record.get("response_reasoning_tokens"))
+            completion = count_of(record.get("response_completion_tokens"))
+            finish = record.get("response_finish_reason")
+            yield Answer(
+                prompt_id=prompt_id,
+                prompt=prompt,
+                target_llm=llm,
+                text=text_of(record.get("response_text")),
+                completion_tokens=completion,
+                thought_tokens=thought_tokens or None,
+                thinking=None if thought_tokens is None else thought_tokens > 0,
+                is_cut=None if finish is None else finish == "length",
+                language="en",
+            )
+
+
+def read_spiral(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+    """Files of chats: LLM -> ... -> chat -> `messages` with roles; each answer is a turn with its history.
+
+    All turns of a chat, of whatever LLM, have the split of the first message of the chat's first LLM.
+    """
+    firsts: dict[str, str] = {}
+    for file in files:
+        for llm, chat_id, messages in _chats(file.json(), file.llm, ""):
+            answers: list[str] = []
+            prompt = ""
+            for number, message in enumerate(messages):
+                text = text_of(message.get("content"))
+                if message.get("role") == "user":
+                    prompt = text
+                    firsts.setdefault(chat_id, text)
+                elif message.get("role") == "assistant":
+                    yield Answer(
+                        prompt_id=f"{chat_id}:1:{number}",
+                        prompt=prompt,
+                        target_llm=llm,
+                        text=text,
+                        language="en",
+                        task=f"turn={len(answers)}",
+                        history=tuple(answers),
+                        group=group_of_text(firsts.get(chat_id, "")),
+                    )
+                    answers.append(text)
+
+
+def _chats(content: Any, llm: str, chat_id: str) -> Iterator[tuple[str, str, list[Mapping[str, Any]]]]:
+    """LLM, chat and messages wherever a mapping holds a list of messages; its own name is the chat's."""
+    if not isinstance(content, Mapping):
+        return
+    llm = text_of(content.get("test_model")) or text_of(content.get("model")) or llm
+    for name, inner in content.items():
+        if isinstance(inner, list) and inner and all(isinstance(one, Mapping) and "role" in one for one in inner):
+            yield llm, text_of(content.get("prompt_id")) or chat_id, inner
+        else:
+            yield from _chats(inner, llm, name)
