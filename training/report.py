@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 from rich import box
@@ -49,6 +50,10 @@ def _tokens(value: float) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:+,.1f}"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.2f}"
 
 
 def _three_digits(value: float) -> str:
@@ -205,12 +210,14 @@ def _observed(sets: Metrics) -> Iterator[Section]:
     constants = {number: f"median\nof {number:,}" for number in numbers if number}
     errors: list[tuple[str, ...]] = []
     ranks: list[tuple[str, ...]] = []
+    shares: list[tuple[str, ...]] = []
     for name, found in sets.items():
         states = [found["states"].get(str(number), {}) for number in numbers]
         told = [_or_dash(state.get("observed_constant_mae"), _tokens) for state in states[1:]]
         own = found.get("constant_by_task_mae", found["constant_mae"])
         maes = [_or_dash(state.get("mae"), _tokens) for state in states]
         errors.append((name, _count(found["num_rows"]), _count(found["median_tokens"]), _tokens(own), *told, *maes))
+        shares.append((name, *(_or_dash(state.get("mae_over_constant"), _two_digits) for state in states)))
         taus = [_or_dash(state.get("kendall_tau_within_llm"), _three_digits) for state in states]
         below = [_or_dash(state.get("coverage_90"), _percent) for state in states]
         ranks.append((name, _three_digits(states[0]["kendall_tau"]), *taus, *below))
@@ -221,6 +228,13 @@ def _observed(sets: Metrics) -> Iterator[Section]:
         errors,
         note="(1) the median training answer of each LLM, where rows have samples of each task and LLM",
     )
+    if len(shares) > 1:
+        middle = [
+            _two_digits(median(found["states"][str(number)]["mae_over_constant"] for found in sets.values()))
+            for number in numbers
+        ]
+        shares.append(("median of the sets", *middle))
+    yield Section("MAE over that of the median training answer of each LLM", ("set", *shown), shares)
     yield Section(
         "Kendall's tau (of all rows, then within one LLM), and share of answers below the 90 % quantile",
         ("set", "all rows\ncold", *(f"tau\n{one}" for one in shown), *(f"≤ q90\n{one}" for one in shown)),

@@ -154,6 +154,7 @@ def test_castillo_keeps_its_samples_and_its_test_split(build: Any) -> None:
         else:
             assert kept[row["prompt"]]["split"] == ("test" if upstream == "test" else by_rule)
     assert made.report.counts[reasons.LEFT_OUT] > 0
+    assert made.report.label_tokenizer == "recorded"
     one = next(iter(kept.values()))
     assert (one["samples"], one["response_tokens"], one["censored"]) == (sizes, 8, False)
     assert (one["token_unit"], one["thought_tokens"], one["task"]) == ("own", 0, "Mbpp")

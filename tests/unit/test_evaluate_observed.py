@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +16,10 @@ from hypothesis import strategies as st
 from mope.errors import DataError
 from mope.predictor import LengthPredictor
 from mope.training import report
+from mope.training.data.config import DataConfig
 from mope.training.data.table import SCHEMA, RowTable
 from mope.training.evaluate_observed import Part, _constants, _drawn, answers_of, evaluate_observed
+from mope.training.evaluate_saved import evaluate_artifact
 
 LLMS = ("llama-3-8b", "qwen-2-7b")
 LONGER = {"llama-3-8b": 3.0, "qwen-2-7b": 0.5}  # than the first LLM of all
@@ -148,9 +152,29 @@ def test_answers_of_a_row() -> None:
     ]
 
 
+def test_evaluating_a_public_set_by_its_name(tiny: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt_id": str(at), "prompt": f"write {at}", "target_llm": LLMS[at % 2], "output_sizes": [at + 5, at + 9],
+            "response_tokens": at + 7, "castillo_split": "test" if at % 3 else "train", "dataset": "Mbpp",
+        }
+        for at in range(150)
+    ]  # fmt: skip
+    (tmp_path / "public-lengths").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "public-lengths" / "castillo.parquet")
+    data = DataConfig(source="castillo", cache_dir=tmp_path, num_workers=1)
+    found = evaluate_artifact(tiny, data, tmp_path / "out", baselines=(), observe=[3], samples=20)
+    assert list(found["observed"]["castillo"]["states"]) == ["0", "3"]
+    assert found["observed"]["castillo"]["num_answers"] == 2 * found["observed"]["castillo"]["num_rows"]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["observed"] == found["observed"]
+    cold = evaluate_artifact(tiny, data, baselines=(), samples=20)
+    assert list(cold["observed"]["castillo"]["states"]) == ["0"]
+
+
 def test_tables(predictor: LengthPredictor, rows: RowTable) -> None:
     shown = report.metrics_markdown({"observed": evaluate_observed(predictor, rows, [5, 100], samples=20)})
     assert "### MAE before and after observed answers of each LLM" in shown
     assert "| set | rows | median | constant (1) | median of 5 | median of 100 | cold | after 5 | after 100 |" in shown
     assert "| set | all rows cold | tau cold | tau after 5 | tau after 100 | ≤ q90 cold |" in shown
+    assert "| median of the sets |" in shown
     assert report.metrics_markdown({"observed": {}}).strip() == ""

@@ -63,8 +63,12 @@ class PublicLengths:
     num_workers: int = 1
     sets: tuple[PublicSet, ...] = PUBLIC_SETS
 
-    recorded_in: ClassVar[str | None] = LABEL_TOKENIZER
     keeps_evaluation_prompts: ClassVar[bool] = True  # its rows are such prompts; the split of each keeps it apart
+
+    @property
+    def recorded_in(self) -> str | None:
+        """The tokenizer of the lengths; None where all of them are in the LLMs' own tokens."""
+        return LABEL_TOKENIZER if any(public.token_unit == LABEL_TOKENIZER for public in self.sets) else None
 
     def identity(self) -> str:
         """A hash of the sets' names and rows. Sets that are not there are fetched first.

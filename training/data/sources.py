@@ -38,8 +38,11 @@ class Source(Protocol):
         reader: turns its records into chats; None: their format does.
     """
 
-    recorded_in: ClassVar[str | None]
     keeps_evaluation_prompts: ClassVar[bool]
+
+    @property
+    def recorded_in(self) -> str | None:
+        """See above."""
 
     @property
     def reader(self) -> Normaliser | None:
