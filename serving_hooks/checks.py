@@ -9,7 +9,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
@@ -98,6 +98,27 @@ def predictor(name: str, deadline_ms: float, part: str = "predictors") -> Findin
     advice = "raise deadline_ms" if name == _FASTEST else FASTER
     text += f". That is longer than deadline_ms, {deadline_ms:g}, so most requests go without a prediction: {advice}"
     return Finding(part, "warning", text)
+
+
+def no_predictions(predicts: bool, outcomes: Mapping[str, float], engine: str) -> str | None:
+    """Why the front end of a server makes no predictions; None if it makes some, or was not asked yet.
+
+    Args:
+        predicts: whether its predictor runs.
+        outcomes: predictions by what became of them, see `Front.snapshot`.
+        engine: what the doctor calls it.
+    """
+    if not predicts:
+        return (
+            "no predictor runs, so nothing is predicted. The server's log says why at the start; "
+            f"mope doctor {engine} -- COMMAND tries the predictor"
+        )
+    others = {outcome: num for outcome, num in outcomes.items() if num and outcome != "made"}
+    if outcomes.get("made") or not others:
+        return None
+    if list(others) == ["late"]:
+        return f"all came after the deadline: {FASTER}"
+    return "what became of them: " + ", ".join(f"{num:.0f} {outcome}" for outcome, num in others.items())
 
 
 def options(chosen: HookOptions) -> list[Finding]:

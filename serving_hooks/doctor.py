@@ -292,12 +292,16 @@ def running(url: str, metrics_port: int | None = None, num_ranks: int = 1) -> li
             Finding(part, "failed", f"{url}: no middleware of mope's is on, so requests carry no client or prediction")
         )
     else:
-        made = _sum(shown, "mope_front_predictions_total", outcome="made")
-        other = _sum(shown, "mope_front_predictions_total") - made
+        outcomes: dict[str, float] = {}
+        for labels, num in _samples(shown, "mope_front_predictions_total"):
+            outcome = readable(labels.get("outcome", ""))
+            outcomes[outcome] = outcomes.get(outcome, 0.0) + num
+        made = outcomes.get("made", 0.0)
         identity, predictor = readable(front.get("identity")), readable(front.get("predictor"))
         text = f"{url}: middleware on, clients by {identity}, predictor {predictor}"
-        text += f"; {made:.0f} predictions made, {other:.0f} not"
-        wrong = _no_predictions(shown, made, other) if front.get("predictor") != NO_PREDICTOR else None
+        text += f"; {made:.0f} predictions made, {sum(outcomes.values()) - made:.0f} not"
+        predicts = all(value for _, value in _samples(shown, "mope_front_predicts"))
+        wrong = checks.no_predictions(predicts, outcomes, "vllm") if front.get("predictor") != NO_PREDICTOR else None
         found.append(Finding(part, "warning" if wrong else "ok", f"{text}; {wrong}" if wrong else text))
         said = front.get("metrics_port", "")
         if metrics_port is None and said.isdecimal() and 0 < int(said) < 65_536:
@@ -306,21 +310,6 @@ def running(url: str, metrics_port: int | None = None, num_ranks: int = 1) -> li
         text = "whether the scheduler is on is in the server's log (mope is on: ...), or at its metrics_port"
         return [*found, Finding(part, "note", text)]
     return [*found, *_at_ports(url, metrics_port, max(num_ranks, len(set(_ENGINE.findall(shown)))))]
-
-
-def _no_predictions(shown: str, made: float, other: float) -> str | None:
-    """Why a front end that has a predictor makes no predictions; None if it makes some, or was not asked yet."""
-    if any(not value for _, value in _samples(shown, "mope_front_predicts")):
-        return (
-            "no predictor runs, so nothing is predicted. The server's log says why at the start; mope doctor vllm -- "
-            "COMMAND tries the predictor"
-        )
-    if made or not other:
-        return None
-    late = _sum(shown, "mope_front_predictions_total", outcome="late")
-    if late == other:
-        return f"all came after the deadline: {checks.FASTER}"
-    return "mope_front_predictions_total in its /metrics says what became of them"
 
 
 def _at_ports(url: str, port: int, num_ranks: int) -> list[Finding]:

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from mope.errors import ConfigError, ServerError
-from mope.serving_hooks.checks import Finding, misspelt
+from mope.serving_hooks.checks import Finding, misspelt, no_predictions
 from mope.serving_hooks.fetch import fetch_json, readable
-from mope.serving_hooks.options import HookOptions
+from mope.serving_hooks.options import NO_PREDICTOR, HookOptions
 from mope.serving_hooks.sglang import compat, settings
 
 START = """\
@@ -136,6 +136,24 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
         tell("warning", "identity api-key, but no api_keys: all callers are one client")
     elif chosen.identity == "api-key":
         tell("note", "api_keys says who a caller is and refuses nobody: keep strangers out by a gateway")
+    if (num_nodes := typed.get("--nnodes", ["1"])[-1]) != "1":
+        tell(
+            "note",
+            f"--nnodes {num_nodes}: give each node the same --schedule-policy and --mope-config; ranks compare them at "
+            "the start. No state is kept",
+        )
+        if chosen.secret is None:
+            tell(
+                "warning",
+                f"--nnodes {num_nodes} without `secret`: seals are not checked, so the schedulers believe any client "
+                "and prediction that reaches them; only the front end removes what callers wrote. Give each node the "
+                "option `secret` with the same content",
+            )
+        else:
+            tell(
+                "note",
+                "secret: seals are checked if its content is the same on all nodes; the log says so at the start",
+            )
     many = typed.get("--dp-size", typed.get("--data-parallel-size", ["1"]))[-1]
     if many != "1":
         shown = f"; metrics at port {chosen.metrics_port} and the next ones" if chosen.metrics_port else ""
@@ -146,7 +164,7 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
 
 
 def _queues(typed: dict[str, list[str]], tell: Callable[[Any, str], None]) -> None:
-    """Where requests wait in queues that the hook does not order, and what several nodes need."""
+    """Where requests wait in queues that the hook does not order."""
     arguments = SimpleNamespace(
         disaggregation_mode=typed.get("--disaggregation-mode", ["null"])[-1],
         lora_drain_wait_threshold=_number(typed.get("--lora-drain-wait-threshold", ["0"])[-1]),
@@ -163,12 +181,6 @@ def _queues(typed: dict[str, list[str]], tell: Callable[[Any, str], None]) -> No
         )
     if typed.get("--grammar-backend", [""])[-1] not in ("", "none"):
         tell("note", "--grammar-backend: a request joins the order once its grammar is compiled, not before")
-    if (nodes := typed.get("--nnodes", ["1"])[-1]) != "1":
-        tell(
-            "note",
-            f"--nnodes {nodes}: give each node the same --schedule-policy and --mope-config; ranks compare them at the "
-            "start. No seal is asked for, and no state is kept",
-        )
 
 
 def _number(text: str) -> float:
@@ -221,6 +233,28 @@ def running(url: str, key: str | None = None) -> list[Finding]:
         else:
             front, policy = readable(ours.get("front_end")), readable(ours.get("policy"))
             running, waiting = readable(ours.get("running")), readable(ours.get("waiting"))
-            text = f"{where}: policy {policy}, {running} running, {waiting} waiting"
-            found.append(Finding(part, "ok" if front == "hooked" else "warning", f"{text}; front end: {front}"))
+            text = f"{where}: policy {policy}, {running} running, {waiting} waiting; front end: {front}"
+            if front == "hooked":
+                told, wrong = _predictions(ours)
+                found.append(Finding(part, "warning" if wrong else "ok", f"{text}; {wrong or told}"))
+            else:
+                found.append(Finding(part, "warning", text))
     return found
+
+
+def _predictions(ours: dict[str, Any]) -> tuple[str, str | None]:
+    """What a front end says of its predictions, and why it makes none where it should."""
+    name, told = ours.get("predictor"), ours.get("predictions")
+    if name is None or not isinstance(told, dict):
+        return "it does not say whether its predictor runs", None
+    numbers = {
+        readable(outcome, 40): float(num)
+        for outcome, num in list(told.items())[:20]
+        if type(num) in (int, float) and 0 <= num < 1e18
+    }
+    made = numbers.get("made", 0.0)
+    text = f"predictor {readable(name)}, {made:.0f} predictions made, {sum(numbers.values()) - made:.0f} not"
+    if name == NO_PREDICTOR:
+        return text, None
+    wrong = no_predictions(ours.get("predicts") is not False, numbers, "sglang")
+    return text, f"{text}; {wrong}" if wrong else None

@@ -176,6 +176,16 @@ class FrontEnd:
         if self._keeper is not None:
             self._keeper.start()
 
+    def tell(self, states: Any) -> None:
+        """Adds what became of predictions to what `/server_info` says of each replica's hook."""
+        told = self.front.snapshot()
+        for state in states:
+            ours = state.get("mope")
+            if isinstance(ours, dict):
+                ours.update(
+                    predictor=self.options.predictor, predicts=told["predicts"], predictions=told["predictions"]
+                )
+
     def _restore(self, kept: Any) -> None:
         if not isinstance(kept, dict):
             raise UserError("it holds no lessons")
@@ -278,3 +288,12 @@ async def generate_request(
                     partial(end.saw, carried, output, obj.sampling_params), None, "learning from an answer"
                 )
             yield output
+
+
+async def internal_states(original: Any, manager: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `TokenizerManager.get_internal_state`, which `/server_info` shows: the front end's part is added."""
+    states = await original(manager, *args, **kwargs)
+    end: FrontEnd | None = getattr(manager, ATTRIBUTE, None)
+    if end is not None:
+        end.guard.attempt(partial(end.tell, states), None, "telling what became of predictions")
+    return states

@@ -81,6 +81,7 @@ HOOKS = (
     Hook(f"{_FRONT}__init__", "AFTER", front.begin, ("server_args",), True, "clients and predictions"),
     Hook(f"{_FRONT}generate_request", "AROUND", front.generate_request, ("obj", "request"), True, "clients"),
     Hook(f"{_SCHEDULER}get_internal_state", "AFTER", policy.internal_state, ("recv_req",), False, "/server_info"),
+    Hook(f"{_FRONT}get_internal_state", "AROUND", front.internal_states, (), False, "predictions in /server_info"),
 )
 
 

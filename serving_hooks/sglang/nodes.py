@@ -1,7 +1,8 @@
 """Ranks on several machines: before anything is served, all must have been given the same options.
 
 Each node is started by a command of its own, and ranks that order requests differently corrupt answers without an
-error. So the ranks tell each other what decides, once, while SGLang starts.
+error. So the ranks tell each other what decides, once, while SGLang starts. They also find out whether all of them
+have the same secret: then they can check seals without disagreeing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from mope.errors import ConfigError
 from mope.fairness.profiles import load_profile
+from mope.serving_hooks import secret
 from mope.serving_hooks.options import HookOptions
+
+SECRET = "secret"  # what each rank tells of its own: a digest; empty without one
 
 # options that decide nothing on the schedulers, and may differ from node to node
 _FREE = frozenset(
@@ -26,7 +30,7 @@ logger = logging.getLogger("mope")
 
 
 def deciding(options: HookOptions, bypassed: str | None) -> dict[str, str]:
-    """What order and charges depend on, by name.
+    """What order and charges depend on, by name; and a digest of the secret that the rank was given, which may differ.
 
     Args:
         options: the rank's.
@@ -38,7 +42,23 @@ def deciding(options: HookOptions, bypassed: str | None) -> dict[str, str]:
         told["release of mope"] = version("mope-llm")
     except PackageNotFoundError:
         told["release of mope"] = "unknown"
+    told[SECRET] = _digest_of_secret(options)
     return {**told, "profile": blake2b(profile, digest_size=8).hexdigest(), "front end": bypassed or "hooked"}
+
+
+def _digest_of_secret(options: HookOptions) -> str:
+    if options.secret is None:
+        return ""
+    try:
+        return blake2b(secret.load(options), digest_size=16, person=b"mope nodes").hexdigest()
+    except ConfigError as error:
+        logger.warning("mope: %s", error)
+        return ""
+
+
+def same_secret(told: Sequence[Mapping[str, str]]) -> bool:
+    """Whether all ranks were given the same secret."""
+    return bool(told[0][SECRET]) and len({one[SECRET] for one in told}) == 1
 
 
 def expect_same(told: Sequence[Mapping[str, str]]) -> None:
@@ -49,7 +69,8 @@ def expect_same(told: Sequence[Mapping[str, str]]) -> None:
     """
     first = told[0]
     for number, other in enumerate(told):
-        differing = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        names = dict.fromkeys((*first, *other))
+        differing = [name for name in names if name != SECRET and first.get(name) != other.get(name)]
         if differing:
             name = differing[0]
             raise ConfigError(

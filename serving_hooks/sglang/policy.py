@@ -86,11 +86,9 @@ class FairScheduling:
         self.scheduler = scheduler
         self.rank = compat.ranks(scheduler)
         self.bypassed = compat.bypassed_front(server_args)
-        # ranks on other machines have no common secret unless they were given one, and ranks that disagree on a seal
-        # corrupt answers: there the front end's removing of what callers wrote has to do
-        self._sealed = self.rank.nodes == 1
-        if self._sealed:
-            seals.use(secret.load(options))
+        self._sealed = False
+        if self.rank.nodes == 1:
+            self.check_seals(options)
         self.guard = Guard(logger, self._give_up)
         self.steward = Steward(self._own(options))
         if not self.rank.first:  # the first rank keeps the state and speaks for all
@@ -124,6 +122,15 @@ class FairScheduling:
             changes["store"] = None
         return options.model_copy(update=changes)
 
+    def check_seals(self, options: HookOptions) -> None:
+        """Believes only what the front end has sealed, from now on.
+
+        Ranks on other machines have no common secret unless all were given the same, and ranks that disagree on a seal
+        corrupt answers. There the front end's removing of what callers wrote has to do.
+        """
+        seals.use(secret.load(options))
+        self._sealed = True
+
     def announce(self, applied: int, known: int, without: Sequence[str] = ()) -> None:
         """Says what is on, and what is not.
 
@@ -144,7 +151,7 @@ class FairScheduling:
         for blind in compat.not_ordered(self.scheduler.server_args):
             logger.warning("mope: %s", blind)
         if self.rank.nodes > 1:
-            logger.warning("mope asks for no seal: %d nodes may have different secrets", self.rank.nodes)
+            self._tell_of_seals()
         logger.info(
             "mope is on: policy %s, %d of %d hooks, clients by %s, predictor %s, predicted admission %s, victims by %s",
             options.policy,
@@ -158,6 +165,17 @@ class FairScheduling:
         atexit.register(self.aside, self.steward.close, "keeping its state")
         self.metrics = metrics.start(
             self.steward, self.guard, rank=self.rank.replica or 0, engine=f"SGLang {compat.installed()}"
+        )
+
+    def _tell_of_seals(self) -> None:
+        if self._sealed:
+            logger.info("mope checks seals: all %d nodes were given the same secret", self.rank.nodes)
+            return
+        logger.warning(
+            "mope checks no seals, because not all of the %d nodes were given the same secret: the schedulers believe "
+            "any client and prediction that reaches them. This server's front end removes what callers wrote; nothing "
+            "else may reach the schedulers. Give each node the option `secret` with the same content",
+            self.rank.nodes,
         )
 
     # -- a request's life
@@ -434,7 +452,10 @@ def begin(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     options = read_options(name)
     fair = FairScheduling(scheduler, options)
     if fair.rank.nodes > 1:
-        nodes.expect_same(nodes.gather(nodes.deciding(options, fair.bypassed), fair.rank.first))
+        told = nodes.gather(nodes.deciding(options, fair.bypassed), fair.rank.first)
+        nodes.expect_same(told)
+        if nodes.same_secret(told):
+            fair.check_seals(options)
     setattr(scheduler, ATTRIBUTE, fair)
     setattr(scheduler.policy, ATTRIBUTE, fair)
     applied = hooks.applied()

@@ -98,6 +98,7 @@ def test_nothing_in_custom_params_names_a_client_or_turns_the_hook_off(tmp_path:
     for state in found:
         assert state["on"], state["failure"]
         assert state["front_end"] == "hooked"
+        assert (state["predictor"], state["predicts"], state["predictions"]["made"]) == ("none", False, 0)
         assert state["unsealed"] == 0  # the front end removed all of it, and sealed what it wrote
         assert sum(tally["arrived"] for tally in state["tallies"].values()) > 0  # both replicas were asked
     clients = tallied(found)

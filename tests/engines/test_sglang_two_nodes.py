@@ -1,7 +1,7 @@
 """One real SGLang server on two nodes, which are two commands on this machine: tensor-parallel ranks on each.
 
-The nodes have other secrets and other hash seeds. Ranks must agree all the same, or answers are wrong without an error;
-and they must not start at all with options that would part them.
+The nodes have other hash seeds, and the same secret, or only one of them has one. Ranks must agree all the same, or
+answers are wrong without an error; and they must not start at all with options that would part them.
 """
 
 from __future__ import annotations
@@ -24,32 +24,34 @@ OPTIONS = {"identity": "header", "predictor": "none", "secret": "env:A_SECRET"}
 FORGED = {"custom_params": {"mope_client": "client-0", "mope_tokens": 1.0}}
 
 
-def of_node(number: int, address: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Arguments and variables of a node; the second has no secret."""
+def of_node(number: int, address: str, *, shared: bool = False) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Arguments and variables of a node; the second has no secret unless it is shared."""
     arguments = (*TWO_RANKS, "--nnodes", "2", "--node-rank", str(number), "--dist-init-addr", address)
     variables = {
         "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONHASHSEED": str(number + 1),
-        "A_SECRET": "a secret of the first node" if number == 0 else "",
+        "A_SECRET": "a secret of the first node" if shared or number == 0 else "",
     }
     return arguments, variables
 
 
 @contextmanager
-def second_node(folder: Path, address: str, options: dict[str, Any]) -> Iterator[Server]:
-    node = start(folder, "equinox", options, *of_node(1, address))
+def second_node(folder: Path, address: str, options: dict[str, Any], *, shared: bool = False) -> Iterator[Server]:
+    node = start(folder, "equinox", options, *of_node(1, address, shared=shared))
     try:
         yield node
     finally:
         end(node.process)
 
 
-def test_ranks_of_two_nodes_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_ranks_of_two_nodes_agree(shared: bool, tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
+    others = {**OPTIONS, "metrics_host": "127.0.0.2"}  # which decides nothing
     with (
-        second_node(tmp_path, address, {**OPTIONS, "metrics_host": "127.0.0.2"}) as other,  # which decides nothing
-        serve(tmp_path, "equinox", OPTIONS, *of_node(0, address)) as server,
+        second_node(tmp_path, address, others, shared=shared) as other,
+        serve(tmp_path, "equinox", OPTIONS, *of_node(0, address, shared=shared)) as server,
     ):
         asks = load()
         together = ask_all(server, asks)
@@ -63,7 +65,9 @@ def test_ranks_of_two_nodes_agree(tmp_path: Path) -> None:
     assert state["on"], state["failure"]
     assert set(state["tallies"]) == {"client-0", "client-1", "client-2", "forger"}
     assert printed.count("mope is on: policy equinox") == 1
-    assert "mope asks for no seal: 2 nodes" in printed
+    assert ("mope checks seals: all 2 nodes" in printed) == shared
+    assert ("mope checks no seals" in printed) == (not shared)
+    assert state["unsealed"] == 0  # the front end removed what was forged, and sealed what it wrote
     assert "mope has failed" not in printed
 
 

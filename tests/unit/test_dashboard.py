@@ -86,3 +86,34 @@ def test_the_index_asks_for_no_wait_without_a_break() -> None:
     assert len(parts) == 1
     assert len(set(parts[0])) == 1  # the same clients in all three places
     assert re.search(r"avg_over_time\(\(.* > bool 0\)\[5m:15s\]\) >= 0\.5", parts[0][0])
+
+
+(PREDICTOR,) = [panel["targets"][0]["expr"] for panel in PANELS if panel["title"] == "Predictor"]
+
+
+@needs_promtool
+@pytest.mark.parametrize(
+    ("front_ends", "shown"),
+    [
+        ([("chat-small", 1), ("chat-small", 1)], 1),
+        ([("chat-small", 1), ("/models/broken", 0)], 0),
+        ([("chat-small", 1), ("none", 0)], 1),  # nobody asked that one to predict
+        ([("none", 0)], None),
+    ],
+)
+def test_the_predictor_is_broken_where_one_that_was_asked_for_does_not_run(
+    front_ends: list[tuple[str, int]], shown: int | None, tmp_path: Path
+) -> None:
+    series = []
+    for number, (predictor, predicts) in enumerate(front_ends):
+        series += [
+            {"series": f'mope_front_on{{instance="{number}",predictor="{predictor}"}}', "values": "1x40"},
+            {"series": f'mope_front_predicts{{instance="{number}"}}', "values": f"{predicts}x40"},
+        ]
+    found = [] if shown is None else [{"labels": "{}", "value": shown}]
+    case = {
+        "interval": "15s",
+        "input_series": series,
+        "promql_expr_test": [{"expr": filled(PREDICTOR), "eval_time": "5m", "exp_samples": found}],
+    }
+    checked("test", "test.json", {"evaluation_interval": "15s", "tests": [case]}, tmp_path)

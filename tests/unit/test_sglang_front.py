@@ -290,3 +290,19 @@ def test_keys_of_the_server_name_clients() -> None:
     names = [end.front.client([(b"authorization", f"Bearer {key}".encode())], {}) for key in ("sk-1", "sk-2", "sk-3")]
     assert names[2] is None
     assert len({*names}) == 3
+
+
+def test_server_info_says_what_became_of_predictions(tmp_path: Path) -> None:
+    async def state(manager: Any) -> list[Any]:
+        return [{"mope": {"on": True}}, {"mope": "off"}, {}]
+
+    for folder, predicts in (("chat-micro", True), (str(tmp_path), False)):  # nothing is saved in the second
+        manager = SimpleNamespace(**{ATTRIBUTE: front.FrontEnd(server_args(), HookOptions(predictor=folder))})
+        first, *others = asyncio.run(front.internal_states(state, manager))
+        ours = first["mope"]
+        assert (ours["on"], ours["predictor"], ours["predicts"]) == (True, folder, predicts)
+        assert ours["predictions"]["made"] == 0
+        assert json.loads(json.dumps(first)) == first
+        assert others == [{"mope": "off"}, {}]
+        getattr(manager, ATTRIBUTE).front.close()
+    assert asyncio.run(front.internal_states(state, SimpleNamespace()))[0] == {"mope": {"on": True}}

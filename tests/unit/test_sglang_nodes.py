@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from mope.errors import ConfigError
+from mope.serving_hooks import secret
+from mope.serving_hooks.carried import Carried, seals
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import commands, hooks, nodes, policy
 from mope.serving_hooks.sglang.policy import ATTRIBUTE, FairScheduling
-from tests.sglang_stand_ins import scheduler
+from tests.sglang_stand_ins import Req, scheduler
 
 PLAIN = {"predictor": "none", "summary_s": 0}
 
@@ -47,11 +49,13 @@ def test_the_content_of_a_profile_counts_and_not_where_it_lies(tmp_path: Any) ->
     here, there = tmp_path / "here.json", tmp_path / "there.json"
     here.write_text(content, encoding="utf-8")
     there.write_text(content, encoding="utf-8")
+    assert told(profile=str(here)) == told(profile=str(there)) != told()
     nodes.expect_same([told(profile=str(here)), told(profile=str(there))])
 
 
 def test_what_decides_nothing_may_differ() -> None:
     other = told(metrics_port=9477, secret="env:ANOTHER", summary_s=60, api_keys="keys.json")
+    assert told() == other == told(state="books.json")
     nodes.expect_same([told(), other, told(state="books.json")])
 
 
@@ -92,7 +96,7 @@ def test_ranks_compare_at_the_start_where_there_are_several_nodes(num_nodes: int
         ({"disaggregation_mode": "prefill"}, "once the decode server has answered"),
         ({"lora_drain_wait_threshold": 2.0}, "--lora-drain-wait-threshold"),
         ({"enable_lora_overlap_loading": True}, "--enable-lora-overlap-loading"),
-        ({"nnodes": 2}, "asks for no seal"),
+        ({"nnodes": 2}, "checks no seals"),
         ({}, None),
     ],
 )
@@ -115,6 +119,7 @@ def test_the_log_says_where_there_is_no_order(arguments: dict[str, Any], said: s
         ("--enable-lora --max-loras-per-batch 2", "note", "lora_patience_s"),
         ("--lora-paths a=b", "note", "--max-loras-per-batch 8"),
         ("--nnodes 2", "note", "ranks compare them"),
+        ("--nnodes 2", "warning", "seals are not checked"),
         ("--grammar-backend xgrammar", "note", "once its grammar is compiled"),
         ("--grammar-backend none", None, "grammar"),
         ("--nnodes 1", None, "nnodes"),
@@ -127,9 +132,45 @@ def test_the_doctor_says_so_before(flag: str, status: str | None, said: str) -> 
     assert [one.status for one in found] == ([status] if status is not None else [])
 
 
+def test_the_doctor_asks_for_a_secret_on_several_nodes() -> None:
+    words = ["python", "-m", "sglang.launch_server", "--schedule-policy", "equinox", "--nnodes", "2"]
+    found = commands.mistakes(words, HookOptions.model_validate({**PLAIN, "secret": "env:A_SECRET"}))
+    assert not [one for one in found if "not checked" in one.text]
+    assert [one.status for one in found if "the same on all nodes" in one.text] == ["note"]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "checked"),
+    [("a secret of all nodes", True), ("a secret of their own", False), (None, False)],
+)
+def test_seals_are_checked_where_all_nodes_have_the_same_secret(
+    theirs: str | None, checked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**PLAIN, "secret": "env:A_SECRET"}
+    monkeypatch.setenv("MOPE_OPTIONS", json.dumps(options))
+
+    def gather(mine: dict[str, str], first: bool) -> list[dict[str, str]]:
+        with monkeypatch.context() as other:
+            other.setenv("A_SECRET", theirs) if theirs else other.delenv("A_SECRET")
+            return [mine, told(**options)]
+
+    monkeypatch.setattr(nodes, "gather", gather)
+    monkeypatch.setattr(hooks, "applied", lambda: list(hooks.HOOKS))
+    monkeypatch.setenv("A_SECRET", "a secret of all nodes")
+    built = scheduler("equinox", tp_size=2, nnodes=2)
+    policy.begin(None, built)
+    fair = getattr(built, ATTRIBUTE)
+    seals.use(secret.load(fair.steward.options))  # as the front end does
+    sealed = Carried("bob", 5.0).write()
+    for params, believed in ((sealed, True), ({**sealed, "mope_client": "eve"}, not checked)):
+        fair.arrived(Req(None, custom_params=params))
+        assert (params["mope_client"] in fair.state()["tallies"]) == believed
+    fair.steward.close()
+
+
 def test_a_prefill_servers_requests_end_once_their_cache_was_sent() -> None:
     """SGLang notes the end outside of a step; the next step's books see it."""
-    from tests.sglang_stand_ins import FINISH_LENGTH, Req
+    from tests.sglang_stand_ins import FINISH_LENGTH
     from tests.unit.test_sglang_policy import step
 
     built = scheduler("equinox", disaggregation_mode="prefill")

@@ -287,12 +287,29 @@ def serving(states: Any, key: str | None = None) -> Iterator[str]:
 
 
 ON = {"policy": "vtc", "on": True, "failure": None, "waiting": 2, "running": 3, "front_end": "hooked"}
+PREDICTS = {"predictor": "chat-small", "predicts": True, "predictions": {"made": 7, "late": 2, "failed": 0}}
 
 
 @pytest.mark.parametrize(
     ("states", "status", "told"),
     [
         ([{"mope": ON}], "ok", "policy vtc, 3 running, 2 waiting; front end: hooked"),
+        ([{"mope": {**ON, **PREDICTS}}], "ok", "hooked; predictor chat-small, 7 predictions made, 2 not"),
+        ([{"mope": {**ON, **PREDICTS, "predictions": {}}}], "ok", "0 predictions made, 0 not"),
+        (
+            [{"mope": {**ON, **PREDICTS, "predictions": {"made": 1e999, "late": "x"}}}],
+            "ok",
+            "0 predictions made, 0 not",
+        ),
+        ([{"mope": {**ON, **PREDICTS, "predicts": False}}], "warning", "no predictor runs"),
+        ([{"mope": {**ON, **PREDICTS, "predicts": False, "predictor": "none"}}], "ok", "predictor none, 7 predictions"),
+        (
+            [{"mope": {**ON, **PREDICTS, "predictions": {"made": 0, "late": 5}}}],
+            "warning",
+            "all came after the deadline",
+        ),
+        ([{"mope": {**ON, **PREDICTS, "predictions": {"late": 1, "failed": 4}}}], "warning", "1 late, 4 failed"),
+        ([{"mope": {**ON, "predictor": "chat-small"}}], "ok", "does not say whether its predictor runs"),
         ([{"mope": {**ON, "front_end": "SGLang loads no plugins in it"}}], "warning", "loads no plugins in it"),
         ([{"mope": {**ON, "on": False, "failure": "KeyError"}}], "failed", "has failed and is off: KeyError"),
         ([{}], "failed", "no policy of mope's is on"),
