@@ -69,7 +69,7 @@ def test_nothing_in_a_record_is_an_error(record: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_no_value_of_a_known_name_is_an_error(name: str) -> None:
+def test_a_record_with_any_value_of_a_known_name_is_read_or_named(name: str) -> None:
     for value in (
         1,
         True,
@@ -86,10 +86,20 @@ def test_no_value_of_a_known_name_is_an_error(name: str) -> None:
         {"role": "user"},
     ):
         for more in ({}, {"prompt": "p"}, {"messages": [{"role": "user", "content": "p"}]}, {"completion_tokens": 3}):
-            record = {**more, name: value}
-            for _, one in opened(iter([("f:1", record)]), Problems()):
-                logged(one)
-                detect_format([one])
+            record, problems = {**more, name: value}, Problems()
+            found = [one for _, one in opened(iter([("f:1", record)]), problems)]
+            assert len(found) + _num_lost(problems) >= sum(1 for _ in unpacked(record)), record
+            for one in found:
+                assert detect_format([one]) in (None, *FORMATS), record
+                said = logged(one)
+                if said is not None:
+                    assert said.family, record
+                    assert said.lacking or said.request, record
+                    assert said.usage is None or said.usage >= 0, record
+
+
+def _num_lost(problems: Problems) -> int:
+    return sum(count for reason, count in problems.counts.items() if reason not in NOTES)
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -123,7 +133,7 @@ def test_a_damaged_record_gives_rows_or_a_reason(name: str, number: int, data: s
             problems.add(unusable.reason, location)
         else:
             num_chats += bool(chat.turns)
-    lost = sum(count for reason, count in problems.counts.items() if reason not in NOTES)
+    lost = _num_lost(problems)
     joined = problems.counts[reasons.JOINED]
     num_inside = sum(1 for record in records for _ in unpacked(record))
     assert num_chats + lost + joined >= num_inside

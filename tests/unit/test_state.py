@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -425,19 +426,24 @@ def _goes_on(steward: Steward) -> None:
         ticket = steward.policy.admit()
         steward.admitted(ticket.request_id)
         steward.ended(ticket.request_id, 20, aborted=number % 3 == 0)
-    steward.lengths.expected(carried("group1/user1", 50.0), "group1/user1", 100)
+    assert [steward.tallies.total(name) for name in ("num_arrived", "num_finished", "num_predicted")] == [12, 8, 12]
+    expected = steward.lengths.expected(carried("group1/user1", 50.0), "group1/user1", 100)
+    assert expected.tokens is not None
+    assert 0 < expected.tokens <= 100
     steward.lengths.close(60)
-    steward.summary()
-    for account in steward.policy.ledger.clients():
-        float(account.counter)
-    again = steward_at(None)
-    again._restore(json.loads(json.dumps(steward.snapshot(), allow_nan=False)))
+    assert "0 running, 0 waiting" in steward.summary()
+    assert steward.policy.ledger.open_requests == ()
+    assert all(isfinite(account.counter) for account in steward.policy.ledger.clients())
+    again, kept = steward_at(None), json.loads(json.dumps(steward.snapshot(), allow_nan=False))
+    again._restore(kept)
+    assert again.policy.ledger.total == steward.policy.ledger.total
 
 
 def test_no_damage_turns_the_hook_off(tmp_path: Path) -> None:
     """Some hundred damaged states, each from a seed of its own."""
     path = tmp_path / "state.json"
     kept = json.loads(json.dumps(steward_at(None, 60).snapshot()))
+    num_taken = 0
     for seed in range(300):
         path.write_bytes(_damaged(kept, random.Random(seed)))
         try:
@@ -446,6 +452,8 @@ def test_no_damage_turns_the_hook_off(tmp_path: Path) -> None:
                 if isinstance(found, dict):
                     Lengths(corrector()).restore(found.get("lengths"))
                     Ledger().restore(found.get("ledger"))
+                    num_taken += 1
             _goes_on(steward_at(path))
         except Exception as error:
             raise AssertionError(f"the state of seed {seed} does harm: {error!r}") from error
+    assert 10 < num_taken < 290  # damage of both kinds was met: that which is noticed, and that which is lived with
