@@ -44,29 +44,21 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from mope.errors import ConfigError
 from mope.fairness.accounts import Account, Group
 from mope.fairness.charges import NOTHING, Charge
 from mope.fairness.clients import Path
+from mope.fairness.kept_books import OpenCharge, pieces, read_amount, read_charge, read_name, read_place
 
 VERSION = 1
 _COUNTS = ("num_accounts", "num_forgotten", "num_debts_forgotten", "num_lifts")
-_PIECE, _PASSED = 200, 1000  # accounts in a piece of the books, and those that are only passed by
-_MOST = 10**30  # of any amount that is restored
 _MAX_DEPTH = 64  # of accounts that are restored
 _SPARE_ENTRIES = 64  # the list of the idle is rebuilt when it holds twice as many entries as needed, and these
 
 A = TypeVar("A", bound=Account)
 _new = tuple.__new__  # makes a named tuple in half the time that its own constructor takes
-
-
-class OpenCharge(NamedTuple):
-    """What a request in flight has been charged, and to whom."""
-
-    account: Account
-    charge: Charge
 
 
 class Ledger:
@@ -406,62 +398,7 @@ class Ledger:
         is found then can still be restored; each account's figures are of some moment between the first piece and the
         last.
         """
-        number: dict[Account, int] = {}
-        found: list[tuple[str, int | None]] = []
-        levels: list[tuple[int | None, Iterator[tuple[str, Account]]]] = [(None, iter([("", self.root)]))]
-        while levels:
-            parent, siblings = levels[-1]
-            for name, account in siblings:
-                if account in number:  # it has moved since its siblings were copied
-                    continue
-                number[account] = len(found)
-                found.append((name, parent))
-                if len(found) % _PASSED == 0:
-                    yield "accounts", []
-                if isinstance(account, Group):
-                    levels.append((number[account], iter(account.children.copy().items())))
-                    break
-            else:
-                levels.pop()
-        accounts = iter(number)
-        for low in range(0, len(found), _PIECE):
-            places = found[low : low + _PIECE]
-            yield (
-                "accounts",
-                [
-                    {
-                        "name": name,
-                        "parent": parent,
-                        "counter": account.counter,
-                        "charged": list(account.charged),
-                        **(
-                            {
-                                "forgotten": account.forgotten,
-                                "last": number.get(account.last) if account.last is not None else None,
-                            }
-                            if isinstance(account, Group)
-                            else {}
-                        ),
-                    }
-                    for (name, parent), account in zip(places, accounts, strict=False)
-                ],
-            )
-        listed, idle = set(), list(self._idle)
-        for low in range(0, max(len(idle), 1), _PASSED):
-            rows = []
-            for account in idle[low : low + _PASSED]:
-                if account.idle and account in number and account not in listed:
-                    listed.add(account)
-                    rows.append(number[account])
-            yield "idle", rows
-        still_open = list(self._open.items())
-        for low in range(0, max(len(still_open), 1), _PIECE):
-            rows_open = [
-                [name, number[one.account], list(one.charge)]
-                for name, one in still_open[low : low + _PIECE]
-                if one.account in number
-            ]
-            yield "open", rows_open
+        return pieces(self.root, lambda: self._idle, self._open)
 
     def sums(self) -> dict[str, Any]:
         """What `snapshot` holds besides `pieces`."""
@@ -502,21 +439,21 @@ class Ledger:
                 account: Account = self.root
                 depths.append(0)
             else:
-                above = _place(kept["parent"], accounts)
-                parent, name = accounts[above], _name(kept["name"])
+                above = read_place(kept["parent"], accounts)
+                parent, name = accounts[above], read_name(kept["name"])
                 depths.append(depths[above] + 1)
                 if not isinstance(parent, Group) or depths[-1] > _MAX_DEPTH:
                     raise ValueError(f"{name[:80]!r} lies below a client, or too deep")
                 if name in parent.children:
                     raise ValueError(f"{name[:80]!r} is there twice")
                 account = self._opened(Group if "forgotten" in kept else Account, name, parent, (*parent.path, name))
-            account.counter = _amount(kept["counter"])
-            account.charged = _charge(kept["charged"])
+            account.counter = read_amount(kept["counter"])
+            account.charged = read_charge(kept["charged"])
             accounts.append(account)
         for account, kept in zip(accounts, snapshot["accounts"], strict=True):
             if isinstance(account, Group):
-                account.forgotten = _amount(kept["forgotten"])
-                account.last = accounts[_place(kept["last"], accounts)] if kept["last"] is not None else None
+                account.forgotten = read_amount(kept["forgotten"])
+                account.last = accounts[read_place(kept["last"], accounts)] if kept["last"] is not None else None
                 if account.last is not None and account.last.parent is not account:
                     raise ValueError(f"the last of {account.name[:80]!r} is none of its own")
         for account in accounts:
@@ -524,11 +461,11 @@ class Ledger:
         self._idle.clear()
         self._num_idle = 0
         for position in snapshot["idle"]:
-            self._list_idle(accounts[_place(position, accounts)])
+            self._list_idle(accounts[read_place(position, accounts)])
         for name, position, charge in snapshot["open"]:
-            if _name(name) in self._open:
+            if read_name(name) in self._open:
                 raise ValueError(f"request {name[:80]!r} is there twice")
-            opened = self._open[name] = OpenCharge(accounts[_place(position, accounts)], _charge(charge))
+            opened = self._open[name] = OpenCharge(accounts[read_place(position, accounts)], read_charge(charge))
             node = opened.account
             while node.parent is not None:
                 node.num_open += 1
@@ -538,10 +475,10 @@ class Ledger:
         for account in accounts[1:]:  # whoever only waited is idle until it is told again who waits
             if not account.num_open:
                 self._list_idle(account)
-        self.forgotten = _charge(snapshot["forgotten"])
+        self.forgotten = read_charge(snapshot["forgotten"])
         for name in _COUNTS:
             if name != "num_accounts":  # as many as there are
-                setattr(self, name, _amount(snapshot["counts"][name]))
+                setattr(self, name, read_amount(snapshot["counts"][name]))
 
     def _all_accounts(self) -> Iterator[Account]:
         stack: list[Account] = [self.root]
@@ -598,28 +535,3 @@ class Ledger:
         if parent is self.root:  # what a group's users were charged is in the group's own account
             self.forgotten = Charge(*map(sum, zip(self.forgotten, account.charged, strict=True)))
         return True
-
-
-# -- what may be restored
-
-
-def _amount(value: Any) -> int:
-    if type(value) is not int or abs(value) > _MOST:
-        raise ValueError(f"{str(value)[:40]!r} is no amount")
-    return value
-
-
-def _charge(values: Any) -> Charge:
-    return Charge(*map(_amount, values))
-
-
-def _name(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{str(value)[:40]!r} is no name")
-    return value
-
-
-def _place(value: Any, accounts: list[Account]) -> int:
-    if type(value) is not int or not 0 <= value < len(accounts):
-        raise ValueError(f"{str(value)[:40]!r} is no account's place")
-    return value

@@ -6,26 +6,37 @@ import asyncio
 import itertools
 import json
 import logging
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import prometheus_client
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
+from vllm_app import (
+    ALICE,
+    CHAT,
+    FORGED,
+    KEYS,
+    Engine,
+    bearer,
+    call,
+    lives,
+    post,
+    read_by_the_scheduler,
+    scope_of,
+    with_keys,
+    with_tiny,
+    without_predictor,
+)
+from vllm_app import own_registry as own_registry
 
 from mope.serving_hooks import asgi, bodies
-from mope.serving_hooks import vllm as hooks
 from mope.serving_hooks.carried import ANSWERING, CLIENT, HIGH, RAW, SEAL, TOKENS, Carried
 from mope.serving_hooks.vllm import Middleware, PriorityMiddleware
 from mope.serving_hooks.vllm import middleware as module
-from mope.serving_hooks.vllm.settings import hook_options, llm_names, num_api_servers, server_keys
 
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello there"}], "max_tokens": 50}
 FIELDS = (
     *("prompt", "messages", "input", "instructions", "system", "max_tokens", "max_completion_tokens", "n", "tools"),
     *("temperature", "response_format", "text", "chat_template_kwargs", "reasoning", "thinking", "model", "user"),
@@ -36,122 +47,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
-FORGED = {"mope_client": "eve", "mope_tokens": 1, "mope_new": "x"}
-ALICE = [(b"x-client-id", b"acme/alice")]
 OF_ALICE = Carried("acme/alice")
-
-
-@pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
-    """A server's own, for each test another."""
-    own = CollectorRegistry(auto_describe=True)
-    monkeypatch.setattr("prometheus_client.REGISTRY", own)
-    return own
-
-
-class Engine:
-    """The application behind: reads the body as Starlette does, records it, answers, waits for a disconnect."""
-
-    def __init__(self, **options: Any) -> None:
-        """As vLLM starts with `--additional-config '{"mope": options}'`."""
-        settings = {"identity": "header", "deadline_ms": 60_000, **options.pop("mope", {})}
-        self.state = SimpleNamespace(
-            args=SimpleNamespace(api_key=options.pop("api_key", None), api_server_count=options.pop("servers", 1)),
-            vllm_config=SimpleNamespace(
-                additional_config={"mope": settings},
-                scheduler_config=SimpleNamespace(policy=options.pop("policy", "priority")),
-                model_config=SimpleNamespace(model="/models/tiny", served_model_name="tiny"),
-            ),
-        )
-        self.status, self.error = options.pop("status", 200), options.pop("error", None)
-        self.received: list[dict[str, Any]] = []
-        self.bodies: list[bytes] = []
-        self.headers: list[dict[str, str]] = []
-        self.lives: list[str] = []
-        assert not options
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            for _ in range(2):
-                message = await receive()
-                self.lives.append(message["type"])
-                await send({"type": f"{message['type']}.complete"})
-            return
-        if scope["type"] != "http":
-            self.lives.append(scope["type"])
-            return
-        if self.error is not None:
-            raise self.error
-        body = b""
-        while True:
-            message = await receive()
-            self.received.append(dict(message))
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
-        self.bodies.append(body)
-        self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
-        await send({"type": "http.response.start", "status": self.status, "headers": []})
-        for part in (b"data: 1\n\n", b"data: 2\n\n"):
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-        self.received.append(dict(await receive()))
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.bodies[-1])
-
-
-def scope_of(engine: Engine, path: str, headers: Any = (), method: str = "POST", root: str = "") -> dict[str, Any]:
-    return {
-        "type": "http",
-        "method": method,
-        "path": path,
-        "root_path": root,
-        "headers": [(b"content-type", b"application/json"), *headers],
-        "app": engine,
-    }
-
-
-async def call(
-    middleware: Any, scope: dict[str, Any], chunks: list[bytes] | None, broken_off: bool = False
-) -> list[dict[str, Any]]:
-    """Sends a request in chunks, then a disconnect; what is sent back."""
-    messages = [
-        {"type": "http.request", "body": chunk, "more_body": broken_off or number < len(chunks or []) - 1}
-        for number, chunk in enumerate(chunks or [])
-    ]
-    coming = iter([*messages, {"type": "http.disconnect"}, {"type": "too many"}])
-    sent: list[dict[str, Any]] = []
-
-    async def receive() -> Any:
-        return next(coming)
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    await middleware(scope, receive, send)
-    return sent
-
-
-def post(
-    middleware: Any, engine: Engine, body: Any, path: str = "/v1/chat/completions", headers: Any = ALICE, root: str = ""
-) -> list[dict[str, Any]]:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    length = (b"content-length", str(len(data)).encode())
-    return asyncio.run(call(middleware, scope_of(engine, path, [*headers, length], root=root), [data[:7], data[7:]]))
-
-
-def with_tiny(tiny: Path, **options: Any) -> tuple[Engine, Middleware]:
-    engine = Engine(mope={"predictor": str(tiny), **options})
-    return engine, Middleware(engine)
-
-
-def without_predictor(kind: Any = Middleware, mope: Mapping[str, Any] | None = None, **options: Any) -> Any:
-    engine = Engine(mope={"predictor": "none", **(mope or {})}, **options)
-    return engine, kind(engine)
 
 
 @pytest.mark.parametrize(
@@ -254,10 +150,6 @@ def test_other_paths_are_not_read(path: str) -> None:
     assert read_by_the_scheduler(engine) == Carried()
 
 
-def read_by_the_scheduler(engine: Engine, name: str = "vllm_xargs") -> Carried:
-    return Carried.read(engine.json.get(name))
-
-
 def test_other_scopes_are_not_touched() -> None:
     engine, middleware = without_predictor()
     asyncio.run(call(middleware, {"type": "websocket", "path": "/v1/realtime"}, None))
@@ -326,17 +218,6 @@ def test_forged_values_are_believed_nowhere(forgery: bytes, path: str, headers: 
     assert read_by_the_scheduler(engine).client == ("acme/alice" if known else None)
     for request in engine.json.get("requests", []):
         assert Carried.read(request["sampling_params"]["extra_args"]) == Carried()
-
-
-KEYS = ["sk-alice", "sk-bob"]
-
-
-def with_keys(kind: Any = Middleware, **mope: Any) -> Any:
-    return without_predictor(kind, mope={"identity": "api-key", **mope}, api_key=KEYS)
-
-
-def bearer(key: str) -> list[tuple[bytes, bytes]]:
-    return [(b"authorization", f"Bearer {key}".encode())]
 
 
 @pytest.mark.parametrize("path", [*module.PATHS, "/generate", "/pooling", "/v1/embeddings", "/v1/decisions"])
@@ -496,20 +377,6 @@ def test_a_fault_costs_one_request_and_forgeries_stay_out(
     assert middleware.guard.ok
 
 
-def lives(middleware: Any, engine: Engine) -> list[dict[str, Any]]:
-    coming = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
-    sent: list[dict[str, Any]] = []
-
-    async def receive() -> Any:
-        return next(coming)
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    asyncio.run(middleware({"type": "lifespan", "app": engine}, receive, send))
-    return sent
-
-
 def test_it_starts_and_ends_with_the_server(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine, middleware = with_tiny(tiny)
     with caplog.at_level(logging.INFO, logger="vllm.mope"):
@@ -519,18 +386,18 @@ def test_it_starts_and_ends_with_the_server(tiny: Path, caplog: pytest.LogCaptur
     assert line.startswith("mope Middleware: clients by header x-client-id; lengths by ")
 
 
-def test_its_counters_are_in_the_servers_metrics_while_it_runs(tiny: Path, registry: CollectorRegistry) -> None:
+def test_its_counters_are_in_the_servers_metrics_while_it_runs(tiny: Path) -> None:
     engine, middleware = with_tiny(tiny)
     shown: list[str] = []
 
     async def answering(*arguments: Any) -> None:
-        shown.append(generate_latest(registry).decode())
+        shown.append(generate_latest(prometheus_client.REGISTRY).decode())
         await Engine.__call__(engine, *arguments)
-        shown.append(generate_latest(registry).decode())
+        shown.append(generate_latest(prometheus_client.REGISTRY).decode())
 
     middleware.app = answering
     lives(middleware, engine)
-    shown.append(generate_latest(registry).decode())
+    shown.append(generate_latest(prometheus_client.REGISTRY).decode())
     assert ["mope_front_on{" in text for text in shown] == [True, True, False]
 
 
@@ -577,184 +444,3 @@ def test_keys_of_the_server_name_clients() -> None:
     client = read_by_the_scheduler(engine).client or ""
     assert client.startswith("key-")
     assert "sk-1" not in client
-
-
-# -- by priority -------------------------------------------------------------------------------------------------------
-
-
-def priorities(middleware: Any, engine: Engine, client: str, count: int, tokens: int = 100) -> list[int]:
-    found = []
-    for _ in range(count):
-        post(
-            middleware,
-            engine,
-            {**CHAT, "max_tokens": tokens, "priority": -9},
-            headers=[(b"x-client-id", client.encode()), (b"X-Vllm-Priority", b"-5")],
-        )
-        found.append(engine.json["priority"])
-        assert engine.headers[-1]["x-vllm-priority"] == str(found[-1])
-        assert "X-Vllm-Priority" not in engine.headers[-1]
-    return found
-
-
-def test_tags_grow_with_what_a_client_asks_for() -> None:
-    engine, middleware = without_predictor(PriorityMiddleware, mope={"weights": {"b": 2}})
-    a, b = priorities(middleware, engine, "a", 3), priorities(middleware, engine, "b", 3)
-    assert a[0] == 0
-    assert a[1] > 200_000  # 100 response tokens at price 2, in thousandths, and the prompt
-    assert a[2] == 2 * a[1]
-    assert b[0] == a[2]  # virtual time: the largest tag that began
-    assert (b[2] - b[0]) * 2 == pytest.approx(a[2], abs=10)
-    assert priorities(middleware, engine, "c", 1) == [b[2]]
-    assert "vllm_xargs" not in engine.json
-
-
-def test_a_refused_request_costs_nothing() -> None:
-    engine, middleware = without_predictor(PriorityMiddleware, status=401)
-    assert priorities(middleware, engine, "a", 3) == [0, 0, 0]
-
-
-def test_predictions_set_the_price(tiny: Path) -> None:
-    found = []
-    for predictor in (str(tiny), "none"):
-        engine = Engine(mope={"predictor": predictor, "default_tokens": 7})
-        middleware = PriorityMiddleware(engine)
-        found.append(priorities(middleware, engine, "a", 2, tokens=10_000)[1])
-        middleware.end()
-    assert found[1] < 30_000 < found[0]
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [({"policy": "fcfs"}, "--scheduling-policy priority"), ({"servers": 2}, "--api-server-count 1")],
-)
-def test_where_it_cannot_work_it_says_so(options: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture) -> None:
-    engine, middleware = without_predictor(PriorityMiddleware, **options)
-    lives(middleware, engine)
-    (record,) = [record for record in caplog.records if record.name == "vllm.mope"]
-    assert record.levelname == "ERROR"
-    assert said in record.getMessage()
-    post(middleware, engine, {**CHAT, "priority": -9})
-    assert engine.json["priority"] == (-9 if options == {"policy": "fcfs"} else 0)  # vLLM refuses the former itself
-    engine, middleware = without_predictor(PriorityMiddleware, mope={"on_mismatch": "refuse"}, **options)
-    (sent,) = lives(middleware, engine)
-    assert said in sent["message"]
-
-
-def test_after_a_failure_the_order_is_that_of_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, middleware = without_predictor(PriorityMiddleware)
-    last = priorities(middleware, engine, "a", 4)[-1]
-    monkeypatch.setattr(middleware._tags, "arrive", lambda *_: 1 / 0)
-    assert priorities(middleware, engine, "b", 2) + priorities(middleware, engine, "a", 2) == [last] * 4
-
-
-def price(body: dict[str, Any], path: str = "/v1/chat/completions") -> float:
-    """Weighted tokens that a request is charged."""
-    engine, middleware = without_predictor(PriorityMiddleware, mope={"default_tokens": 1})
-    tags = []
-    for _ in range(2):
-        post(middleware, engine, body, path)
-        tags.append(engine.json["priority"])
-    return (tags[1] - tags[0]) / 1000
-
-
-WORDS = "word " * 20_000
-HI = [{"role": "user", "content": "hi"}]
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": WORDS}]}),
-        ("/v1/chat/completions", {"messages": [*HI, {"role": "tool", "content": WORDS}]}),
-        ("/v1/chat/completions", {"messages": HI, "tools": [{"function": {"description": WORDS}}]}),
-        ("/v1/chat/completions", {"messages": HI, "documents": [{"text": WORDS}]}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "x", "thinking": WORDS}]}]}),
-        ("/v1/completions", {"prompt_embeds": WORDS}),
-        ("/v1/completions", {"prompt": [7] * 20_000}),
-        ("/v1/chat/completions/batch", {"messages": [[{"role": "user", "content": WORDS[:1000]}]] * 100}),
-    ],
-)
-def test_what_is_long_costs_much_wherever_it_stands(path: str, body: dict[str, Any]) -> None:
-    assert price(body, path) > 19_000
-
-
-@pytest.mark.parametrize(
-    "further",
-    [{"n": 100}, {"n": "100"}, {"best_of": 100}, {"n": 100.0}],
-)
-def test_each_answer_costs(further: dict[str, Any]) -> None:
-    body = {"messages": HI, "max_tokens": "50"}
-    one = price(body)
-    assert price({**body, **further}) >= one + 99 * 2 * 1
-
-
-def test_without_a_known_key_a_request_is_tagged_as_anybodys_and_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, middleware = with_keys(PriorityMiddleware)
-    monkeypatch.setattr(module, "parsed", lambda body: pytest.fail("it was read"))
-    for path in ("/invocations", "/v1/chat/completions"):
-        for _ in range(2):
-            data = json.dumps({**CHAT, "priority": -9}).encode()
-            headers = [*bearer("made-up"), (b"X-Vllm-Priority", b"-5"), (b"content-length", str(len(data)).encode())]
-            asyncio.run(call(middleware, scope_of(engine, path, headers), [data[:9], data[9:40], data[40:]]))
-            assert len(engine.received) == 4
-            engine.received.clear()
-            assert engine.headers[-1]["x-vllm-priority"] == str(engine.json["priority"])
-    tags = [json.loads(body)["priority"] for body in engine.bodies]
-    assert tags[0] == 0
-    assert tags == sorted({*tags})  # one client, that pays
-
-
-# -- what vLLM says of itself ------------------------------------------------------------------------------------------
-
-
-def test_options_are_found_where_they_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    given_ = {"mope": {"identity": "none"}, "other": 1}
-    config = SimpleNamespace(additional_config=given_)
-    assert hook_options(config).identity == "none"
-    assert hook_options(None, config).identity == "none"
-    assert hook_options(None, SimpleNamespace(additional_config=json.dumps(given_))).identity == "none"
-    monkeypatch.setenv("MOPE_OPTIONS", '{"identity": "user"}')
-    assert hook_options(SimpleNamespace(additional_config={}), None).identity == "user"
-    assert hook_options(config).identity == "none"
-    monkeypatch.setenv("MOPE_OPTIONS", "{")
-    with pytest.raises(ValueError, match="MOPE_OPTIONS is no JSON"):
-        hook_options(None)
-    monkeypatch.delenv("MOPE_OPTIONS")
-    assert hook_options(None).identity == "api-key"
-
-
-def test_keys_are_found_where_vllm_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    for given_, keys in (
-        (None, ()),
-        ([], ()),
-        (["a", None, ""], ("a",)),
-        ("sk-1", ("sk-1",)),
-        (("a", "b"), ("a", "b")),
-    ):
-        assert server_keys(SimpleNamespace(api_key=given_)) == keys
-    assert server_keys(None) == ()
-    monkeypatch.setenv("VLLM_API_KEY", "of the environment")
-    assert server_keys(SimpleNamespace(api_key=[])) == ("of the environment",)
-    assert server_keys(SimpleNamespace(api_key=["a"])) == ("a",)
-
-
-def test_names_and_processes() -> None:
-    arguments = SimpleNamespace(model="org/llama", served_model_name=["a", "b"], api_server_count=None)
-    assert llm_names(None, arguments) == ("org/llama", "a")
-    assert num_api_servers(None, arguments) == 1
-    assert num_api_servers(SimpleNamespace(parallel_config=SimpleNamespace(_api_process_count=4)), arguments) == 4
-
-
-def test_importing_the_package_imports_no_engine() -> None:
-    code = (
-        "import sys, mope.serving_hooks.vllm as hooks; names = dir(hooks); "
-        "heavy = {'vllm', 'torch', 'fastapi', 'starlette', 'numpy'} & set(sys.modules); "
-        "assert 'Middleware' in names, names; assert not heavy, heavy; hooks.Middleware; "
-        "assert not {'vllm', 'torch', 'fastapi', 'starlette'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    with pytest.raises(AttributeError, match="no attribute 'Other'"):
-        hooks.Other  # noqa: B018
