@@ -195,12 +195,17 @@ def test_earlier_answers_of_a_chat(build: Any) -> None:
     assert made[4]["answer_tokens"] == made[4]["answer_estimates"] == [9] * 8
     assert [row["previous_prompt"] for row in made[:6]] == ["", "", "turn 0 a", "turn 0 b", "turn 9 a", "turn 9 b"]
     assert {row["group"] for row in made} == {"chat"}
+    assert [row["other_chars"] for row in made[:6]] == [0, 0, 36, 36, 376, 376]  # 4 a token, and prompts
 
 
 def test_flags_of_a_request(build: Any) -> None:
     made = build("tau_airline", [{"prompt": "Cancel it.", "tools": True, "thinking": None, "split": "test"}])
     (row,) = made.rows.table.to_pylist()
     assert (row["tools"], row["thinking"], row["split"]) == (True, None, "test")
+    rows = [{"prompt": "{}", "tools": True, "task": task, "split": "train"} for task in ("tool->text", "user->text")]
+    after, other = build("tau_airline", [*rows]).rows.table.to_pylist()
+    assert (after["last_is_tool_result"], after["num_tool_results"]) == (True, 1)
+    assert (other["last_is_tool_result"], other["num_tool_results"], other["other_chars"]) == (False, 0, 0)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

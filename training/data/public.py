@@ -30,6 +30,7 @@ from mope.training.data.public_sets import PUBLIC_SETS, PublicSet
 from mope.training.data.sources import MODERN_LENGTHS, PUBLIC_LENGTHS, Files, Located
 from mope.training.data.tokens import load_counter
 
+CHARS_PER_TOKEN = 4  # of English in cl100k_base, about
 _FLAGS = ("target_llm", "temperature", "max_tokens", "thinking", "tools")
 
 
@@ -118,7 +119,8 @@ class PublicLengths:
                 yield place, {
                     **row, "id": f"{public.name}/{number - 1}", "dataset": public.name, "group": group, "split": split,
                     "task": row.get("dataset") or row.get("task"), "history": _history(row),
-                    "previous_prompt": prompts.get(_turn_of(row, -1), ""), "tells_thoughts": public.tells_thoughts,
+                    "previous_prompt": prompts.get(_turn_of(row, -1), ""),
+                    "context_chars": _context_chars(row, prompts), "tells_thoughts": public.tells_thoughts,
                     "token_unit": public.token_unit,
                 }  # fmt: skip
             if not number:
@@ -162,9 +164,11 @@ def _chat(row: Mapping[str, Any], place: str) -> Chat:
     label = label_of(row, unit=row["token_unit"], tells_thoughts=row["tells_thoughts"])
     prompt = tidy(row["prompt"], place, uncounted)
     earlier = history[-MAX_EARLIER_ANSWERS:]
+    after_tool = bool(row.get("tools")) and (row.get("task") or "").startswith("tool->")
     turn = Turn(
         position=0, prompt=prompt, previous_prompt=tidy(row["previous_prompt"], place, uncounted),
         turn_index=len(history), num_earlier_turns=len(history), num_known=len(earlier),
+        num_tool_results=int(after_tool), last_is_tool_result=after_tool, context_chars=row["context_chars"],
         response_tokens=label.tokens, thought_tokens=label.thoughts, token_unit=label.unit,
         samples=tuple(row.get("output_sizes") or ()), censored=label.censored,
     )  # fmt: skip
@@ -190,6 +194,13 @@ def _history(row: Mapping[str, Any]) -> list[int]:
     """Lengths of the earlier answers of the conversation, oldest first."""
     history = row.get("history") or []
     return json.loads(history) if isinstance(history, str) else history
+
+
+def _context_chars(row: Mapping[str, Any], prompts: Mapping[tuple[str, str, int], str]) -> int:
+    """About how many characters all messages before an answer have; those of earlier answers are not recorded."""
+    history = _history(row)
+    earlier = sum(len(prompts.get(_turn_of(row, -step), "")) for step in range(1, len(history) + 1))
+    return len(row["prompt"]) + earlier + CHARS_PER_TOKEN * sum(history)
 
 
 def _turn_of(row: Mapping[str, Any], step: int) -> tuple[str, str, int]:
