@@ -222,29 +222,39 @@ def test_complexbench(read: Any) -> None:
 
 def test_bullshit(read: Any) -> None:
     record = {
-        "question_id": "af_01", "question": "How solvent?", "model": "x-ai/grok@reasoning=low", "response_text": "Not.",
+        "question_id": "af_01", "model": "x-ai/grok@reasoning=low", "model_row": "grok", "response_text": "Not.",
         "response_completion_tokens": 90, "response_reasoning_tokens": 60, "response_finish_reason": "stop",
     }  # fmt: skip
+    questions = {
+        "techniques": [{"name": "x", "questions": [{"id": "af_01", "question": "How solvent?", "domain": "y"}]}]
+    }
     files = {
         "data/latest/responses/sha256-1.jsonl": lines(record, {**record, "model": "b", "response_reasoning_tokens": 0}),
         "data/latest/aggregate.jsonl": lines(record),
+        "questions.json": json.dumps(questions),
     }
     found = {each.target_llm: each for each in read("bullshit", files)}
     assert len(read("bullshit", files)) == 2
     low = found["x-ai/grok@reasoning=low"]
+    assert (low.prompt, low.text) == ("How solvent?", "Not.")
     assert (low.thought_tokens, low.completion_tokens, low.thinking, low.is_cut) == (60, 90, True, False)
     assert (found["b"].thought_tokens, found["b"].thinking) == (None, False)
 
 
 def test_spiral(read: Any) -> None:
     said = ["Hello?", "Hi.", "Are you?", "Maybe so."]
-    messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
-    content = {"run": {"model": "kimi-k2", "chats": {"eac01": {"messages": messages}, "eac02": {"messages": messages}}}}
-    found = read("spiral", {"res_v0.2/kimi.json": json.dumps(content)})
+    transcript = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
+    chats = {
+        name: [{"prompt_id": name, "evaluated_model": "moonshotai/kimi-k2", "transcript": transcript}]
+        for name in ("eac01", "eac02")
+    }
+    content = {"1": {"eval_prompts_v0.2.json": chats}, "__meta__": {"scoring_summary": [{"model_name": "x"}]}}
+    found = read("spiral", {"res_v0.2/kimi-k2.json": json.dumps(content)})
     assert [each.prompt_id for each in found] == ["eac01:1:1", "eac01:1:3", "eac02:1:1", "eac02:1:3"]
     assert [(each.prompt, each.history) for each in found[:2]] == [("Hello?", ()), ("Are you?", ("Hi.",))]
+    assert [each.task for each in found[:2]] == ["turn=0", "turn=1"]
     assert {each.group for each in found} == {group_of_text("Hello?")}
-    assert {each.target_llm for each in found} == {"kimi-k2"}
+    assert {each.target_llm for each in found} == {"moonshotai/kimi-k2"}
 
 
 # --- puzzles, mathematics, exams, agents ------------------------------------------------------------------------------

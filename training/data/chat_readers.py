@@ -1,7 +1,6 @@
 """From files of public repositories to answers: chats, questions and work prompts put to LLMs of 2024 to 2026.
 
-One function per form of file. The forms of `read_spiral` and of the first columns of `read_bullshit` were not at hand:
-both are read by the names that the repositories' own descriptions use.
+One function per form of file.
 """
 
 from __future__ import annotations
@@ -227,25 +226,29 @@ def read_complexbench(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
 
 
 def read_bullshit(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
-    """Lines with a question, `response_text`, and the usage that was recorded; the row's id names LLM and effort."""
+    """Files of questions, and lines with a question's id, `response_text` and the usage that was recorded.
+
+    The name of an LLM says at which effort it was asked: `vendor/llm@reasoning=low`.
+    """
+    prompts: dict[str, str] = {}
+    for file in files:
+        if not file.name.endswith(".jsonl"):
+            prompts.update(_questions(file.json()))
     seen: set[tuple[str, str]] = set()
     for file in files:
-        for record in file.records():
-            prompt = text_of(record.get("question")) or text_of(record.get("prompt"))
-            llm = text_of(record.get("model_row")) or text_of(record.get("model"))
-            prompt_id = str(record.get("question_id"))
+        for record in file.records() if file.name.endswith(".jsonl") else ():
+            llm, prompt_id = text_of(record.get("model")), str(record.get("question_id"))
             if (prompt_id, llm) in seen:  # aggregates repeat what responses hold
                 continue
             seen.add((prompt_id, llm))
             thought_tokens = count_of(record.get("response_reasoning_tokens"))
-            completion = count_of(record.get("response_completion_tokens"))
             finish = record.get("response_finish_reason")
             yield Answer(
                 prompt_id=prompt_id,
-                prompt=prompt,
+                prompt=prompts.get(prompt_id, ""),
                 target_llm=llm,
                 text=text_of(record.get("response_text")),
-                completion_tokens=completion,
+                completion_tokens=count_of(record.get("response_completion_tokens")),
                 thought_tokens=thought_tokens or None,
                 thinking=None if thought_tokens is None else thought_tokens > 0,
                 is_cut=None if finish is None else finish == "length",
@@ -253,42 +256,48 @@ def read_bullshit(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             )
 
 
-def read_spiral(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
-    """Files of chats: LLM -> ... -> chat -> `messages` with roles; each answer is a turn with its history.
+def _questions(content: Any) -> Iterator[tuple[str, str]]:
+    """Ids and texts of the questions, at whatever depth they stand."""
+    if isinstance(content, Mapping) and isinstance(content.get("question"), str):
+        yield str(content.get("id")), content["question"]
+    elif isinstance(content, Mapping | list):
+        for inner in content.values() if isinstance(content, Mapping) else content:
+            yield from _questions(inner)
 
-    All turns of a chat, of whatever LLM, have the split of the first message of the chat's first LLM.
+
+def read_spiral(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+    """Run -> file of prompts -> chat -> a list with one `transcript`; each answer is a turn with its history.
+
+    All turns of a chat, of whatever LLM, have the split of its first message.
     """
-    firsts: dict[str, str] = {}
     for file in files:
-        for llm, chat_id, messages in _chats(file.json(), file.llm, ""):
+        for run, chat in _transcripts(file.json(), ""):
             answers: list[str] = []
-            prompt = ""
+            messages = [message for message in chat["transcript"] if isinstance(message, Mapping)]
+            chat_id, prompt = text_of(chat.get("prompt_id")), ""
+            first = next((text_of(message.get("content")) for message in messages if message.get("role") == "user"), "")
             for number, message in enumerate(messages):
                 text = text_of(message.get("content"))
                 if message.get("role") == "user":
                     prompt = text
-                    firsts.setdefault(chat_id, text)
                 elif message.get("role") == "assistant":
                     yield Answer(
-                        prompt_id=f"{chat_id}:1:{number}",
+                        prompt_id=f"{chat_id}:{run}:{number}",
                         prompt=prompt,
-                        target_llm=llm,
+                        target_llm=text_of(chat.get("evaluated_model")),
                         text=text,
                         language="en",
                         task=f"turn={len(answers)}",
                         history=tuple(answers),
-                        group=group_of_text(firsts.get(chat_id, "")),
+                        group=group_of_text(first),
                     )
                     answers.append(text)
 
 
-def _chats(content: Any, llm: str, chat_id: str) -> Iterator[tuple[str, str, list[Mapping[str, Any]]]]:
-    """LLM, chat and messages wherever a mapping holds a list of messages; its own name is the chat's."""
-    if not isinstance(content, Mapping):
-        return
-    llm = text_of(content.get("test_model")) or text_of(content.get("model")) or llm
-    for name, inner in content.items():
-        if isinstance(inner, list) and inner and all(isinstance(one, Mapping) and "role" in one for one in inner):
-            yield llm, text_of(content.get("prompt_id")) or chat_id, inner
-        else:
-            yield from _chats(inner, llm, name)
+def _transcripts(content: Any, run: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The number of the run, which is the outermost name, and every chat in it."""
+    if isinstance(content, Mapping) and isinstance(content.get("transcript"), list):
+        yield run, content
+    elif isinstance(content, Mapping | list):
+        for name, inner in content.items() if isinstance(content, Mapping) else ((run, each) for each in content):
+            yield from _transcripts(inner, run or name)

@@ -116,7 +116,8 @@ MODERN_SETS = (
     _set(
         "bullshit", ("petergpt/bullshit-benchmark", "d2489cf7"), _MIT,
         "155 business questions that make no sense, answered by LLMs of 2026 at several efforts",
-        r"data/(?:.+/)?(?:responses|aggregate)(?:/[^/]+)?\.jsonl", chats.read_bullshit, has_repeats=True,
+        r"questions[^/]*\.json|data/(?:.+/)?(?:responses|aggregate)(?:/[^/]+)?\.jsonl", chats.read_bullshit,
+        has_repeats=True,
     ),
     _set(
         "reasoning_gym", _REASONING_GYM, _APACHE, 
@@ -136,7 +137,8 @@ MODERN_SETS = (
         r"historical_trajectories/(?P<llm>gpt-4o-airline)\.json", puzzles.read_tau, group_of_id=_first_part,
     ),
     _set(
-        "spiral", ("sam-paech/spiral-bench", "6b990fa7"), _MIT, "chats of 20 turns with a simulated user, by 4 LLMs",
+        "spiral", ("sam-paech/spiral-bench", "6b990fa74e7d208d4b19d74a25be94ab8b67dcfe"), _MIT,
+        "chats of 20 turns with a simulated user, by 4 LLMs",
         r"res_v0\.2/.+\.json", chats.read_spiral, group_of_id=_first_part, has_history=True,
     ),
     _set(
