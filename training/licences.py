@@ -6,6 +6,7 @@ Knows the sources that have a name of their own; of files and data sets of other
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from mope.training.data.public import sets_of
 from mope.training.data.public_sets import public_sets
@@ -22,6 +23,8 @@ def data_licences(sources: Iterable[str]) -> list[str]:
     lines: list[str] = []
     vendors = "Many of these answers are of vendors' LLMs with terms of their own; only lengths were used."
     for source in sources:
+        if Path(source).exists():  # of the user, whatever its name
+            continue
         if source == SHAREGPT:
             lines.append(SHAREGPT_LINE)
         elif sets := sets_of(source):

@@ -15,3 +15,10 @@ def test_every_public_set_is_named_with_its_licence():
 
 def test_of_unknown_data_nothing_is_said():
     assert data_licences(["logs.jsonl", "lmsys/lmsys-chat-1m"]) == []
+
+
+def test_of_a_folder_with_the_name_of_a_set_nothing_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("spiral", "sharegpt", "modern-lengths"):
+        (tmp_path / name).mkdir()
+        assert data_licences([name]) == []

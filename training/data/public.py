@@ -35,7 +35,9 @@ _FLAGS = ("target_llm", "temperature", "max_tokens", "thinking", "tools")
 
 
 def sets_of(source: str) -> tuple[PublicSet, ...]:
-    """The public sets that a source is made of; empty for any other source."""
+    """The public sets that a source is made of; empty for any other, and for a file or folder of such a name."""
+    if Path(source).exists():
+        return ()
     if source == PUBLIC_LENGTHS:
         return PUBLIC_SETS
     if source == MODERN_LENGTHS:

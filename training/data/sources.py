@@ -73,7 +73,7 @@ def open_source(config: DataConfig) -> Source:
             return Files((Path(path),), SHAREGPT_RECORDS, fields)
     from mope.training.data.public import PublicLengths, sets_of  # which reads its files with this module
 
-    if (sets := sets_of(source)) and not Path(source).exists():
+    if sets := sets_of(source):
         if fields.paths or config.data_format not in ("auto", "lengths"):
             raise ConfigError(f"{source} has known fields; leave out --data-format and the flags that end in -field")
         return PublicLengths(config.cache_dir / PUBLIC_LENGTHS, config.cache_dir, config.num_workers, sets)
