@@ -43,17 +43,17 @@ def packed(seed: int = 0) -> tuple[bytes, dict[str, Any]]:
     quantised("emb.word", len(PIECES) + EXTRA_VECTORS, HIDDEN)
     plain("emb.pos", rng.normal(size=(POSITIONS, HIDDEN)))
     plain("emb.type", rng.normal(size=(2, HIDDEN)))
-    for name in ("emb.ln.w", "emb.ln.b"):
-        plain(name, rng.normal(size=HIDDEN))
+    norms = ["emb.ln", *(f"l{layer}.{part}" for layer in range(LAYERS) for part in ("aln", "oln"))]
+    for name in norms:
+        plain(f"{name}.w", 1.0 + 0.1 * rng.normal(size=HIDDEN))
+        plain(f"{name}.b", 0.1 * rng.normal(size=HIDDEN))
     for layer in range(LAYERS):
         for part, outputs, inputs in (
             ("q", HIDDEN, HIDDEN), ("k", HIDDEN, HIDDEN), ("v", HIDDEN, HIDDEN), ("ao", HIDDEN, HIDDEN),
             ("fi", INNER, HIDDEN), ("fo", HIDDEN, INNER),
         ):  # fmt: skip
             quantised(f"l{layer}.{part}.w", outputs, inputs)
-            plain(f"l{layer}.{part}.b", rng.normal(size=outputs))
-        for part in ("aln.w", "aln.b", "oln.w", "oln.b"):
-            plain(f"l{layer}.{part}", rng.normal(size=HIDDEN))
+            plain(f"l{layer}.{part}.b", 0.1 * rng.normal(size=outputs))
     letters = [piece.encode() for piece in PIECES]
     head = struct.pack(
         "<4s8ifi", b"E5S1", 1, HIDDEN, LAYERS, HEADS, INNER, len(PIECES) + EXTRA_VECTORS, POSITIONS, 2, 1e-12, 32

