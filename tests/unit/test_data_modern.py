@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,18 @@ def test_flags_of_a_request(build: Any) -> None:
     after, other = build("tau_airline", [*rows]).rows.table.to_pylist()
     assert (after["last_is_tool_result"], after["num_tool_results"]) == (True, 1)
     assert (other["last_is_tool_result"], other["num_tool_results"], other["other_chars"]) == (False, 0, 0)
+
+
+def test_whose_tokens_the_labels_of_other_sources_are(tmp_path: Path) -> None:
+    pytest.importorskip("bpe_openai")
+    records = [{"prompt": f"Why {at}?", "completion_tokens": at + 1} for at in range(20)]
+    records += [{"prompt": f"How {at}?", "response": "so " * at} for at in range(1, 20)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = DataConfig(source=str(tmp_path / "mine.jsonl"), cache_dir=tmp_path, min_rows=0, data_format="logs")
+    made = build_rows(config, learnable=False).rows.table.to_pylist()
+    assert {(row["label_from"], row["token_unit"], row["samples"]) for row in made} == {
+        ("recorded", "own", None), ("counted", "cl100k_base", None),
+    }  # fmt: skip
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
