@@ -5,6 +5,7 @@
     tokenizer.json      the encoder's tokenizer
     router.json         rules and combiners; lookup.safetensors the look-up's neighbours
     calibration.json    the calibration's maps and the distribution to fall back on
+    thoughts.json       which share of a response are thoughts, if that was learned
     recalibration.json  what was learned while serving, if anything
     files.json          size and SHA-256 of all of the above; what it does not list is not loaded
     metrics.json, provenance.json, README.md, plots/    for people; not needed to predict
@@ -50,11 +51,12 @@ from mope.sealed import (
     sha256_of,
     shown,
 )
+from mope.thoughts import ThoughtsModel
 
 MOST_FOR_PEOPLE = 64 * 2**20  # bytes of a file that is not needed to predict
 FOR_PEOPLE = ("metrics.json", "provenance.json", "README.md")
 PLOTS, ENGINES = "plots", "tensorrt"
-LEARNED = "recalibration.json"
+LEARNED, THOUGHTS = "recalibration.json", "thoughts.json"
 _logger = logging.getLogger("mope")
 
 
@@ -333,6 +335,19 @@ def read_learned(saved: Sealed) -> Any:
             "remove it, or copy the whole folder again"
         )
     return saved.json(LEARNED) if LEARNED in saved else None
+
+
+def read_thoughts(saved: Sealed) -> ThoughtsModel | None:
+    """Which share of a response are thoughts; None if the predictor did not learn that.
+
+    Raises:
+        ArtifactError: a value that cannot be used.
+    """
+    if THOUGHTS not in saved:
+        return None
+    where = saved.folder / THOUGHTS
+    with loading(where):
+        return ThoughtsModel.model_validate(saved.json(THOUGHTS))
 
 
 def copy_for_people(folder: Path, target: Path, *, plots: bool = True) -> None:

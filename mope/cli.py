@@ -45,6 +45,8 @@ With --input, each record of the files becomes one line {"id", "median", "mean",
 of a gateway, a batch, a trace; in other forms --prompt-field and its like say where it holds what. Files are JSON, JSON
 Lines, CSV or TSV (also .gz or .zst), parquet, Arrow or Feather.
 
+Where thoughts of the LLM are known, "thoughts" has their share of the response, their tokens and the visible tokens.
+
 A record that is no request becomes {"id", "error"}: it is counted on stderr, the others are predicted, and the exit
 status is 0. If none is a request, the status is 2 and no --output appears. The id is custom_id, id or request_id, a
 text or a number; a record on line 7 without one gets the id "line 7", of several files "FILE:7". Repeated ids are
@@ -226,9 +228,11 @@ def _print_table(predictor: LengthPredictor, prompts: Sequence[str], predictions
     from rich.text import Text
 
     table = Table(title="response tokens", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in ("prompt", "median", "80% within", "99% below", "expert", "route"):
+    thoughts = [prediction.thoughts for prediction in predictions]
+    shows_thoughts = any(part is not None for part in thoughts)
+    for heading in ("prompt", "median", "80% within", "99% below", *["thoughts"] * shows_thoughts, "expert", "route"):
         table.add_column(heading, justify="left" if heading in ("prompt", "expert") else "right")
-    for prompt, prediction in zip(prompts, predictions, strict=True):
+    for prompt, prediction, part in zip(prompts, predictions, thoughts, strict=True):
         low, median, high, top = prediction.quantiles(LEVELS)
         text = Text(" ".join(prompt.split()))
         text.truncate(PROMPT_WIDTH, overflow="ellipsis")
@@ -236,7 +240,8 @@ def _print_table(predictor: LengthPredictor, prompts: Sequence[str], predictions
         if prediction.expert >= 0:
             expert = predictor.config.expert_names[prediction.expert]
             route = f"{prediction.route_probabilities[prediction.expert]:.0%}"
-        table.add_row(text, f"{median:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{top:,.0f}", Text(expert), route)
+        share = ["" if part is None else f"{part.share:.0%}"] * shows_thoughts
+        table.add_row(text, f"{median:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{top:,.0f}", *share, Text(expert), route)
     Console().print(table)
 
 

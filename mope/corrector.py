@@ -23,6 +23,7 @@ from mope.recalibration import Recalibrator
 
 if TYPE_CHECKING:
     from mope.config import PredictorConfig
+    from mope.request import Request
 
 HIGH = 0.9  # the level of `Expected.high`
 MAX_TARGETS = 4096  # ways of asking LLMs that are remembered
@@ -95,6 +96,13 @@ def kind_of(size: float | None, reasoning: bool) -> str:
     """The class of an LLM whose family is unknown: by its size in billions of parameters, and whether it reasons."""
     by_size = "" if size is None else "small" if size < SMALL else "medium" if size < LARGE else "large"
     return f"{by_size} reasoning".lstrip() if reasoning else by_size
+
+
+def mode_of(request: Request) -> str:
+    """How an LLM is asked, as far as that changes what it answers."""
+    thinking = "" if request.thinking is None else "thinking" if request.thinking else "no thinking"
+    output = "" if not request.response_format else "json" if "json" in request.response_format else "format"
+    return "+".join(part for part in (thinking, "tools" if request.tools else "", output) if part)
 
 
 class Corrector:

@@ -95,6 +95,19 @@ OPTIONAL_NUMBERS = tuple(
         ("counts_own", "counts_cl100k"),
     )
 )
+# flags that change a prediction only if training rows had them, and the numbers by which the network sees each
+_TRAINED_FLAGS = {
+    "temperature": ("temperature", "has_temperature"),
+    "tools": ("tools",),
+    "response_format": ("response_format",),
+    "thinking": ("thinking", "not_thinking"),
+    "thinking_budget": ("log_thinking_budget", "has_thinking_budget"),
+    "effort": ("has_effort", "effort"),
+    "token_unit": ("counts_own", "counts_cl100k"),
+    "llm_size": ("log_llm_size", "has_llm_size"),
+    "llm_reasoning": ("llm_reasoning",),
+    "llm_year": (),
+}
 _NO_HISTORY = (0.0,) * (NUMBER_NAMES.index("log_same_beginning") - NUMBER_NAMES.index("has_history"))
 _NO_RULES = (0.0,) * len(RULE_NAMES)
 
@@ -168,7 +181,8 @@ def request_numbers(
 
 
 _NO_TOOLS, _NO_SCRIPTS = (0.0,) * 5, (0.0,) * 6
-_NO_UNIT, _UNITS = (0.0, 0.0), {"own": (1.0, 0.0), "cl100k_base": (0.0, 1.0)}
+_NO_UNIT = (0.0, 0.0)
+_UNITS: dict[str | None, tuple[float, float]] = {"own": (1.0, 0.0), "cl100k_base": (0.0, 1.0)}
 
 
 def more_numbers(request: Request, window: str) -> list[float]:
@@ -484,3 +498,11 @@ def _picked(wanted: tuple[str, ...], computed: tuple[str, ...]) -> list[int] | N
             "update mope, or train it anew"
         )
     return None if wanted == computed else [computed.index(name) for name in wanted]
+
+
+def unread_flags(config: PredictorConfig) -> tuple[str, ...]:
+    """Flags that change no prediction, since no training row had them and nothing is believed of them either."""
+    seen = {name for name, scale in zip(config.number_names, config.number_scale, strict=True) if scale}
+    believed = {"thinking": ("thinking", "thinking_budget"), "tools": ("tools",), "json": ("response_format",)}
+    by_prior = {flag for mode in config.unknown_llms for flag in believed.get(mode, ())}
+    return tuple(flag for flag, numbers in _TRAINED_FLAGS.items() if seen.isdisjoint(numbers) and flag not in by_prior)

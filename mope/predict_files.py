@@ -172,6 +172,7 @@ class PredictedFiles:
 def answer_of(request_id: Any, prediction: LengthPrediction) -> dict[str, Any]:
     """What is written about one request."""
     quantiles = dict(zip(map(str, LEVELS), prediction.quantiles(LEVELS).round(2).tolist(), strict=True))
+    thoughts = prediction.thoughts
     return {
         "id": request_id,
         "median": quantiles["0.5"],
@@ -179,6 +180,7 @@ def answer_of(request_id: Any, prediction: LengthPrediction) -> dict[str, Any]:
         "quantiles": quantiles,
         "expert": prediction.expert,
         "source": prediction.source,
+        **({} if thoughts is None else {"thoughts": {name: round(own, 4) for name, own in thoughts._asdict().items()}}),
     }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from mope.grid import Array
 from mope.prediction_batch import LEAST_TAIL_INDEX, PredictionBatch, generated_tokens
+from mope.thoughts import Thoughts, parts_of
 
 if TYPE_CHECKING:
     from mope.corrector import Answering
@@ -37,6 +38,7 @@ class LengthPrediction:
         generated: tokens already generated, all figures then count what is still to come.
         raw_cumulative: the same before recalibration, for `LengthPredictor.observe`.
         tail_index: Pareto index of the lengths beyond what was predicted, see `PredictionBatch`.
+        thought_share: share of thoughts in the whole response, None if unknown; see `thoughts`.
     """
 
     edges: Array
@@ -51,6 +53,7 @@ class LengthPrediction:
     generated: float = 0.0
     raw_cumulative: Array | None = None
     tail_index: float = LEAST_TAIL_INDEX
+    thought_share: float | None = None
 
     @property
     def llm(self) -> str:
@@ -76,6 +79,17 @@ class LengthPrediction:
     def mean(self) -> float:
         """Expected length in tokens, the request's cap applied."""
         return float(self._row.mean[0])
+
+    @property
+    def thoughts(self) -> Thoughts | None:
+        """Expected tokens of thoughts and of the visible answer, together `mean`; None where nothing is known of them.
+
+        All other figures are of the whole response: what the engine generates.
+        """
+        if self.thought_share is None:
+            return None
+        budget = self.answering.thinking_budget if self.answering is not None else None
+        return parts_of(self.thought_share, self.mean, self.generated, budget)
 
     def quantile(self, level: float) -> float:
         """The number of tokens that a share `level` of such answers stays under.
@@ -127,6 +141,7 @@ class LengthPrediction:
             "predicted_like": self.predicted_like,
             "mode": self.mode,
             "generated": self.generated,
+            "thoughts": None if (thoughts := self.thoughts) is None else thoughts._asdict(),
         }
 
     @property

@@ -23,9 +23,9 @@ from mope.backends.choice import Choice, choose
 from mope.backends.onnx_backend import copy_graphs
 from mope.cache import CacheStats, LruCache
 from mope.calibration import Calibration
-from mope.corrector import Answering, Corrector, as_carried, kind_of
+from mope.corrector import Answering, Corrector, as_carried, kind_of, mode_of
 from mope.errors import ArtifactError, DataError
-from mope.features import EncodedRequests, RequestEncoder
+from mope.features import EncodedRequests, RequestEncoder, unread_flags
 from mope.files import same_file, write_text
 from mope.forking import after_fork
 from mope.grid import Array
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from mope.backends import Backend, RawOutputs
     from mope.config import PredictorConfig
     from mope.serving import ServingPredictor
+    from mope.thoughts import ThoughtsModel
 
 _logger = logging.getLogger("mope")
 
@@ -54,19 +55,6 @@ NO_DISTRIBUTION = "the predictor's network gives no distribution (NaN, or anothe
 MAX_UNKNOWN_FAMILIES = 100  # unknown families that are logged
 CHUNK_TOKENS, CHUNK_REQUESTS = 8192, 64  # of the input of one pass through the network, padding included
 ENCODED_AT_ONCE = 1024  # requests of a batch whose input is in memory at the same time
-# flags that change a prediction only if training rows had them, and the numbers by which the network sees each
-_TRAINED_FLAGS = {
-    "temperature": ("temperature", "has_temperature"),
-    "tools": ("tools",),
-    "response_format": ("response_format",),
-    "thinking": ("thinking", "not_thinking"),
-    "thinking_budget": ("log_thinking_budget", "has_thinking_budget"),
-    "effort": ("has_effort", "effort"),
-    "token_unit": ("counts_own", "counts_cl100k"),
-    "llm_size": ("log_llm_size", "has_llm_size"),
-    "llm_reasoning": ("llm_reasoning",),
-    "llm_year": (),
-}
 
 
 class _Raw(NamedTuple):
@@ -76,6 +64,7 @@ class _Raw(NamedTuple):
     route: tuple[float, ...]
     expert: int
     source: str
+    prompt_odds: float | None = None  # see `mope.thoughts`; None where the prompt was not read, or nothing was learned
 
 
 class LengthPredictor:
@@ -94,6 +83,7 @@ class LengthPredictor:
         folder: the artifact folder it came from, if any.
         choice: how the backend was chosen, if it was.
         cache_size: requests whose predictions are kept, see `from_pretrained`.
+        thoughts: says which share of a response are thoughts, if that was learned.
     """
 
     def __init__(
@@ -108,9 +98,10 @@ class LengthPredictor:
         folder: Path | None = None,
         choice: Choice | None = None,
         cache_size: int = 0,
+        thoughts: ThoughtsModel | None = None,
     ) -> None:
         self.config, self.backend, self.encoder, self.router = config, backend, encoder, router
-        self.calibration, self.folder = calibration, folder
+        self.calibration, self.folder, self.thoughts = calibration, folder, thoughts
         self.corrector = Corrector(config) if corrector is None else corrector
         self.device = "cpu" if choice is None else choice.device
         self.backend_reason = "" if choice is None else choice.reason
@@ -121,7 +112,7 @@ class LengthPredictor:
         self._cache: LruCache[_Raw] = LruCache(cache_size)
         self._fallback = as_carried(np.asarray(fallback))
         self._unknown_families: set[str] = set()
-        self._unread = _unread_flags(config)
+        self._unread = unread_flags(config)
         after_fork(self._renew_lock)
 
     @classmethod
@@ -168,6 +159,7 @@ class LengthPredictor:
             calibration, fallback = artifact.read_calibration(saved, len(config.edges))
             router = artifact.read_router(saved, config.num_experts)
             corrector = Corrector(config, artifact.read_learned(saved))
+            thoughts = artifact.read_thoughts(saved)
             choice = choose(folder, backend, device, precision)
             _logger.info("%s: %s", shown(folder), choice.reason)
             if choice.backend != "torch":  # which checks its weights as it reads them
@@ -175,7 +167,7 @@ class LengthPredictor:
                     saved.verify(name)
             network = choice.load(folder, config, num_threads)
             predictor = cls(
-                config, network, encoder, router, calibration, fallback, corrector, folder, choice, cache_size
+                config, network, encoder, router, calibration, fallback, corrector, folder, choice, cache_size, thoughts
             )
             predictor._try_out()
         predictor._loading = {
@@ -387,15 +379,21 @@ class LengthPredictor:
         cdf_BE, route_BK = result.cdf_BE, result.route_BK
         if cdf_BE.shape != (len(has_history_B), len(self._fallback)) or not isfinite(cdf_BE.sum() + route_BK.sum()):
             raise ArtifactError(NO_DISTRIBUTION)
+        odds_B: Sequence[float | None] = [None] * len(cdf_BE)
+        if self.thoughts is not None:
+            odds_B = self.thoughts.prompt_odds(encoded.numbers_BF, self.config.number_names).tolist()
         return [
-            _Raw(as_carried(cdf_E), tuple(route_K.tolist()), int(route_K.argmax()), "model")
-            for cdf_E, route_K in zip(cdf_BE, route_BK, strict=True)
+            _Raw(as_carried(cdf_E), tuple(route_K.tolist()), int(route_K.argmax()), "model", odds)
+            for cdf_E, route_K, odds in zip(cdf_BE, route_BK, odds_B, strict=True)
         ]
 
     def _answer(self, raw: _Raw, request: Request) -> LengthPrediction:
         reading = self.encoder.llms.read(request.target_llm, request.llm_family)
         answering = self._answering(request, reading, raw.source)
         edges, cumulative = self.corrector.correct(raw.cumulative, answering)
+        share: float | None = None
+        if self.thoughts is not None and raw.prompt_odds is not None:
+            share = self.thoughts.share(request, raw.prompt_odds)
         return LengthPrediction(
             edges=edges,
             cumulative=cumulative,
@@ -408,6 +406,7 @@ class LengthPredictor:
             answering=answering,
             raw_cumulative=raw.cumulative,
             tail_index=self.config.tail_index,
+            thought_share=share,
         )
 
     def _answering(self, request: Request, reading: Reading, source: str) -> Answering:
@@ -420,7 +419,7 @@ class LengthPredictor:
                 named.size if request.llm_size is None else request.llm_size,
                 named.reasoning if request.llm_reasoning is None else request.llm_reasoning,
             ),
-            mode=_mode_of(request),
+            mode=mode_of(request),
             known=reading.how == "exact" if named.name else self.config.unnamed_llm,
             thinking_budget=request.thinking_budget,
             fallback=source != "model",
@@ -513,6 +512,8 @@ class LengthPredictor:
         write_text(folder / "tokenizer.json", self.encoder.tokenizer_json())
         artifact.write_router(folder, self.router)
         artifact.write_calibration(folder, self.calibration, self._fallback)
+        if self.thoughts is not None:
+            artifact.write_json(folder / artifact.THOUGHTS, self.thoughts.model_dump(mode="json"))
         if len(self.recalibrator):
             artifact.write_json(folder / "recalibration.json", self.recalibrator.to_json())
         self.backend.save(folder)
@@ -565,21 +566,6 @@ def _unpickled(folder: str, loading: dict[str, Any], learned: dict[str, Any]) ->
     predictor = LengthPredictor.from_pretrained(folder, **loading)
     predictor.recalibrator.restore(learned)
     return predictor
-
-
-def _mode_of(request: Request) -> str:
-    """How an LLM is asked, as far as that changes what it answers."""
-    thinking = "" if request.thinking is None else "thinking" if request.thinking else "no thinking"
-    output = "" if not request.response_format else "json" if "json" in request.response_format else "format"
-    return "+".join(part for part in (thinking, "tools" if request.tools else "", output) if part)
-
-
-def _unread_flags(config: PredictorConfig) -> tuple[str, ...]:
-    """Flags that change no prediction, since no training row had them and nothing is believed of them either."""
-    seen = {name for name, scale in zip(config.number_names, config.number_scale, strict=True) if scale}
-    believed = {"thinking": ("thinking", "thinking_budget"), "tools": ("tools",), "json": ("response_format",)}
-    by_prior = {flag for mode in config.unknown_llms for flag in believed.get(mode, ())}
-    return tuple(flag for flag, numbers in _TRAINED_FLAGS.items() if seen.isdisjoint(numbers) and flag not in by_prior)
 
 
 def chunks(lengths: Sequence[int]) -> Iterator[list[int]]:

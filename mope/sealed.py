@@ -29,6 +29,7 @@ MOST_BYTES: Mapping[str, int] = {
     "config.json": 16 * MIB,
     "router.json": 16 * MIB,
     "calibration.json": 16 * MIB,
+    "thoughts.json": 16 * MIB,
     "tokenizer.json": 64 * MIB,
     "recalibration.json": 256 * MIB,
     "lookup.safetensors": 2 * GIB,

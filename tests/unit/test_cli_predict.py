@@ -16,6 +16,7 @@ from commands import Run, mistake
 
 from mope.cli import LEVELS
 from mope.predictor import LengthPredictor
+from mope.thoughts import ThoughtsModel
 
 TCP = "Explain TCP slow start."
 
@@ -317,3 +318,26 @@ def test_that_a_packaged_predictor_has_no_weights_is_said_before_that_torch_is_m
     line = mistake(run("predict", "chat-small", "x", "--backend", "torch"))
     assert "chat-small was exported for serving and has no PyTorch weights" in line
     assert "install" not in line
+
+
+def test_thoughts_are_shown_where_they_are_known(run: Run, tiny: Path, tmp_path: Path) -> None:
+    predictor = LengthPredictor.from_pretrained(tiny)
+    predictor.thoughts = ThoughtsModel(
+        bias=0.0, llms={"qwq-32b": 0.0}, families={}, number_names=(), number_mean=(), number_scale=(), weights=()
+    )
+    folder = predictor.save_pretrained(tmp_path / "thinking")
+    status, out, _ = run("predict", folder, TCP, "--json", "--target-llm", "qwq-32b")
+    answer = json.loads(out)
+    assert status == 0
+    assert answer["thoughts"]["share"] == 0.5
+    assert answer["thoughts"]["tokens"] == pytest.approx(answer["mean"] / 2, abs=0.01)
+    assert "50%" in run("predict", folder, TCP, "--target-llm", "qwq-32b")[1]
+    assert "thoughts" not in json.loads(run("predict", folder, TCP, "--json", "--target-llm", "llama-3-8b")[1])
+    status, out, _ = run("predict", folder, TCP, "--json", "--target-llm", "qwq-32b", "--effort", "none")
+    assert json.loads(out)["thoughts"]["share"] == 0.0
+
+
+def test_an_unknown_effort_is_a_mistake(run: Run, tiny: Path) -> None:
+    status, out, err = run("predict", tiny, TCP, "--effort", "enormous")
+    assert (status, out) == (2, "")
+    assert "effort is a level such as" in err
