@@ -18,11 +18,13 @@ from mope.features import NUMBER_NAMES, RequestEncoder
 from mope.grid import Array, body_edges, pareto_tail, tail_edges, tail_shares
 from mope.provenance import shortened
 from mope.target_llm import known_names
+from mope.thoughts import ThoughtsModel
 from mope.training.balance import balance, set_medians
 from mope.training.batches import EncodedRows, encode_rows
 from mope.training.config import ModelConfig
 from mope.training.data.table import RowTable
 from mope.training.encoders import Trunk
+from mope.training.thoughts import thoughts_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Prepared:
         validation: encoded validation rows.
         test: encoded test rows.
         validation_history: False on the validation rows that begin a conversation.
+        thoughts: which share of a response are thoughts, None if the training rows don't tell.
     """
 
     config: PredictorConfig
@@ -44,6 +47,7 @@ class Prepared:
     validation: EncodedRows
     test: EncodedRows
     validation_history: Array
+    thoughts: ThoughtsModel | None = None
 
 
 def check_borders(model: ModelConfig) -> None:
@@ -215,7 +219,8 @@ def prepare(
         weighed = [_balanced(encoded[0], _sets(train), medians, set_power)]
         held_out = _balanced(encoded[1], _sets(validation), medians, set_power)  # whose texts all come each time
         weighed.append(replace(held_out, weight_R=held_out.weight_R * held_out.keep_R, keep_R=None))
-    return Prepared(config, encoder, *weighed, encoded[2], has_history)
+    thoughts = thoughts_of(train, encoded[0].numbers_RF, config.number_names)
+    return Prepared(config, encoder, *weighed, encoded[2], has_history, thoughts)
 
 
 def _sets(table: RowTable) -> Array:

@@ -300,6 +300,7 @@ def finish(prepared: Prepared, backend: TorchBackend, config: TrainConfig) -> Le
         router,
         calibration,
         marginal(settings, prepared.train),
+        thoughts=prepared.thoughts,
     )
 
 
