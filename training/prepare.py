@@ -211,23 +211,22 @@ def prepare(
         combination="mixture",
     )
     has_history = validation.table["num_earlier_turns"].to_numpy() > 0
+    learned, checked, test_rows = encoded
     if set_power is None:
         mean = float(train.response_tokens.mean())
-        weighed = [replace(part, scale_R=np.full(len(part), mean)) for part in encoded[:2]]
+        learned, checked = (replace(part, scale_R=np.full(len(part), mean)) for part in (learned, checked))
     else:
         medians = set_medians(_sets(train), train.response_tokens)
-        weighed = [_balanced(encoded[0], _sets(train), medians, set_power)]
-        held_out = _balanced(encoded[1], _sets(validation), medians, set_power)  # whose texts all come each time
-        weighed.append(replace(held_out, weight_R=held_out.weight_R * held_out.keep_R, keep_R=None))
+        shares = balance(_sets(train), learned.text_R, learned.tokens_R, medians, set_power)
+        keep_R = shares.keep_T[learned.text_R]
+        learned = replace(learned, weight_R=shares.weight_R, scale_R=shares.scale_R, keep_R=keep_R)
+        shares = balance(_sets(validation), checked.text_R, checked.tokens_R, medians, set_power)
+        weight_R = shares.weight_R * shares.keep_T[checked.text_R]  # all of its texts come each time
+        checked = replace(checked, weight_R=weight_R, scale_R=shares.scale_R)
     thoughts = thoughts_of(train, encoded[0].numbers_RF, config.number_names)
-    return Prepared(config, encoder, *weighed, encoded[2], has_history, thoughts)
+    return Prepared(config, encoder, learned, checked, test_rows, has_history, thoughts)
 
 
 def _sets(table: RowTable) -> Array:
     """The data set of each row; rows that name none are one."""
     return np.array(table.strings("dataset"), dtype=object).astype(str)
-
-
-def _balanced(rows: EncodedRows, sets: Array, medians: dict[str, float], power: float) -> EncodedRows:
-    found = balance(sets, rows.text_R, rows.tokens_R, medians, power)
-    return replace(rows, weight_R=found.weight_R, scale_R=found.scale_R, keep_R=found.keep_T[rows.text_R])
