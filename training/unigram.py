@@ -13,7 +13,8 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, models, normalizers
+from tokenizers.normalizers import Normalizer
 
 from mope.errors import ConfigError
 from mope.features import ends
@@ -43,11 +44,18 @@ UNWRITABLE = 100.0  # how far a special token's score lies below all others
 _CHUNK = 1024
 
 
-def special_tokens_as_text(tokenizer_json: str) -> str:
-    """The same tokenizer, in which no text becomes a special token: "<s>" is written with the pieces of its letters.
+def normalizer() -> Normalizer:
+    """What sentencepiece does to characters first (`nmt_nfkc`): NFKC, no control characters, one space for a run."""
+    collapsed = normalizers.Replace(Regex(" {2,}"), " ")
+    return normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), normalizers.Strip(), collapsed])
 
-    A Unigram model takes its special tokens for pieces with the best of all scores, also where the library is told to
-    read them as text.
+
+def served(tokenizer_json: str) -> str:
+    """The same tokenizer as a predictor uses it; one that is not Unigram stays as it is.
+
+    No text becomes a special token: "<s>" is written with the pieces of its letters. A Unigram model takes its special
+    tokens for pieces with the best of all scores, also where the library is told to read them as text. And characters
+    are normalised where the tokenizer has lost its rules: `transformers` 5 leaves out those of XLM-R.
     """
     settings = json.loads(tokenizer_json)
     model = settings["model"]
@@ -57,6 +65,10 @@ def special_tokens_as_text(tokenizer_json: str) -> str:
     lowest = min((score for id, (_, score) in enumerate(model["vocab"]) if id not in special), default=0.0)
     for id in special:
         model["vocab"][id][1] = lowest - UNWRITABLE
+    if settings["normalizer"] is None:
+        bare = Tokenizer(models.Unigram())
+        bare.normalizer = normalizer()
+        settings["normalizer"] = json.loads(bare.to_str())["normalizer"]
     return json.dumps(settings, ensure_ascii=False)
 
 

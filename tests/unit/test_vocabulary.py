@@ -1,6 +1,7 @@
 """A cut vocabulary: which pieces stay, that texts become the same pieces with new ids, and where their vectors go."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -78,6 +79,18 @@ def test_newlines_are_a_token(source):
     spaces = cut_vocabulary(source, ALWAYS + 3, newlines=False)
     assert NEWLINE_PIECE not in pieces_of(spaces)
     assert tokens(spaces, "the\n\n x") == ["▁the", "▁", "x"]
+
+
+def test_xlm_r_s_own_class_in_transformers_reads_texts_alike(source, tmp_path):
+    """The Hub's encoders name it; since `transformers` 5 it normalises nothing."""
+    folder = shutil.copytree(source.location, tmp_path / "named")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "XLMRobertaTokenizer", "mask_token": "<mask>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    trunk = cut_vocabulary(find_encoder(str(folder)), ALWAYS + 6)
+    text = "\uff48ello\u3000\uff41\n\n b\x01c <s> 日本"
+    assert tokens(trunk, text) == tokens(cut_vocabulary(source, ALWAYS + 6), text)
+    assert "<unk>" not in tokens(trunk, text)
 
 
 def test_long_runs_of_spaces_cost_no_more_than_others(source):
