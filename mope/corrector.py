@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mope.config import PredictorConfig
     from mope.request import Request
 
+EFFORTS = ("", "minimal", "low", "medium", "high", "xhigh")  # of thinking, as parts of a mode
 HIGH = 0.9  # the level of `Expected.high`
 MAX_TARGETS = 4096  # ways of asking LLMs that are remembered
 MOST_DIGITS = 18  # of a thinking budget that is read
@@ -38,7 +39,7 @@ class Answering(NamedTuple):
         llm: the LLM's name as it was read, empty without one.
         family: its family, empty if unknown.
         kind: its size class and whether it reasons, see `kind_of`; empty if nothing is known.
-        mode: how it is asked, such as `"thinking"` or `"tools+json"`.
+        mode: how it is asked, such as `"thinking+high"` or `"tools+json"`.
         known: the predictor was trained on answers of this LLM.
         thinking_budget: cap on the tokens of its thoughts, None without one.
         fallback: the network was not asked: the raw prediction is the distribution of the training answers.
@@ -100,9 +101,13 @@ def kind_of(size: float | None, reasoning: bool) -> str:
 
 def mode_of(request: Request) -> str:
     """How an LLM is asked, as far as that changes what it answers."""
-    thinking = "" if request.thinking is None else "thinking" if request.thinking else "no thinking"
+    thinks = request.thinking
+    if thinks is None and request.effort is not None:
+        thinks = request.effort > 0
+    thinking = "" if thinks is None else "thinking" if thinks else "no thinking"
+    effort = EFFORTS[round(request.effort)] if request.effort and thinks else ""
     output = "" if not request.response_format else "json" if "json" in request.response_format else "format"
-    return "+".join(part for part in (thinking, "tools" if request.tools else "", output) if part)
+    return "+".join(part for part in (thinking, effort, "tools" if request.tools else "", output) if part)
 
 
 class Corrector:

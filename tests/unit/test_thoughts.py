@@ -189,6 +189,19 @@ def test_a_prediction_tells_thoughts_and_visible_answer_apart(thinking: LengthPr
     assert late.tokens < after.thoughts.tokens
 
 
+def test_each_effort_is_learned_by_itself(predictor: LengthPredictor) -> None:
+    lengths = {"low": 190, "medium": 720, "high": 1610}  # a tenth of what one LLM wrote in agent runs
+    for _ in range(60):
+        for effort, tokens in lengths.items():
+            predictor.observe(predictor.predict("Why?", target_llm="gpt-oss-20b", effort=effort), tokens)
+    for effort, tokens in lengths.items():
+        assert predictor.predict("Why?", target_llm="gpt-oss-20b", effort=effort).median == pytest.approx(
+            tokens, rel=0.3
+        )
+    assert predictor.predict("Why?", effort=1.2).mode == "thinking+minimal"
+    assert predictor.predict(Request(prompt="Why?", effort=0.0)).mode == "no thinking"
+
+
 def test_where_nothing_is_known_nothing_is_said(thinking: LengthPredictor, tiny: Path) -> None:
     assert thinking.predict("Why?").thoughts is None
     assert thinking.predict("", target_llm="qwq-32b").thoughts is None  # a fallback has read no prompt
