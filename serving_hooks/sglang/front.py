@@ -80,7 +80,8 @@ class FrontEnd:
         seals.use(shared)
         keys = [key for name in ("api_key", "admin_api_key") if (key := getattr(server_args, name, None))]
         identity = Identity(options, secret=shared, logger=logger, server_keys=keys)
-        names = [str(name) for name in (server_args.served_model_name, server_args.model_path) if name]
+        # what was loaded first: an alias such as `gpt-4` does not say which LLM answers
+        names = [str(name) for name in (server_args.model_path, server_args.served_model_name) if name]
         self.front = Front.load(options, identity, names, logger=logger)
         # the front end predicts with the corrector that learns here: its predictions come corrected
         self.lengths = Lengths(self.front.corrector if options.recalibrate else None)

@@ -35,6 +35,21 @@ def server_args(**changes: Any) -> SimpleNamespace:
     )
 
 
+@pytest.mark.parametrize(
+    ("loaded", "served", "taken"),
+    [
+        ("Qwen/Qwen3-8B", "gpt-4", "Qwen/Qwen3-8B"),  # an alias does not hide what was loaded
+        ("/models/snapshot", "qwen3-8b", "qwen3-8b"),
+        ("/models/tiny", "tiny", "tiny"),
+        ("Qwen/Qwen3-8B", None, "Qwen/Qwen3-8B"),
+    ],
+)
+def test_the_llm_is_what_was_loaded(loaded: str, served: str | None, taken: str) -> None:
+    arguments = server_args(model_path=loaded, served_model_name=served)
+    found = front.FrontEnd(arguments, HookOptions(predictor="chat-micro"))
+    assert found.front.target_llm == taken
+
+
 def http(path: str, body: Mapping[str, Any], **headers: str) -> Any:
     async def read() -> Mapping[str, Any]:
         return body
