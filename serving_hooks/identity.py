@@ -216,7 +216,7 @@ def _named(name: str | None) -> str | None:
 def _read(path: Path) -> dict[str, str]:
     """Clients by the SHA-256 of their keys."""
     try:
-        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
+        pairs = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=list)
     except OSError as error:
         raise ConfigError(f"api_keys {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -162,4 +162,6 @@ class HookOptions(FairnessConfig):
             return f"predictor: {packaged.not_found(name)}"
         if self.state is not None and not self.state.expanduser().absolute().parent.parent.is_dir():  # one is made
             return f"state: there is no folder {self.state.parent.parent} for it; make it, or name another file"
+        if self.state is not None and self.state.expanduser().is_dir():
+            return f"state: {self.state} is a folder; name a file in it, such as {self.state / 'mope.json'}"
         return None

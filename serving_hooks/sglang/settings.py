@@ -30,7 +30,8 @@ def read_options(policy: str) -> HookOptions:
     options = parse(os.environ.get(VARIABLE, ""), VARIABLE)
     if "policy" in options.model_fields_set and options.policy != policy:
         raise ConfigError(
-            f"{VARIABLE} says policy {options.policy!r} and --schedule-policy {policy!r}; leave it out of {VARIABLE}"
+            f"{FLAG} (or {VARIABLE}) says policy {options.policy!r} and --schedule-policy {policy!r}: "
+            "leave `policy` out of the options"
         )
     return HookOptions.read({**options.model_dump(exclude_unset=True), "policy": policy}, VARIABLE)
 
@@ -43,20 +44,31 @@ def parse(text: str, where: str) -> HookOptions:
     """
     if not text.strip():
         return HookOptions()
+    source = where
     if not text.lstrip().startswith("{"):
+        name = text.strip()
+        source = f"{where}, file {name[:80]}"
         try:
-            text = Path(text.strip()).read_text(encoding="utf-8")
-        except OSError as error:
+            text = Path(name).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{source}: no JSON in UTF-8 ({error.reason} at byte {error.start})") from error
+        except (OSError, ValueError) as error:  # a ValueError: a name with a null byte
             raise ConfigError(
-                f'{where}: {text.strip()[:80]!r} is neither JSON, such as \'{{"identity": "header"}}\', nor a file '
-                f"that can be read ({error.strerror or error})"
+                f'{where}: {name[:80]!r} is neither JSON, such as \'{{"identity": "header"}}\', nor a file '
+                f"that can be read ({getattr(error, 'strerror', None) or error})"
             ) from error
     try:
         given = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{where}: no JSON, {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f'{source}: no JSON ({error}); expected an object of options, such as {{"identity": "header"}}'
+        ) from error
     if not isinstance(given, dict):
-        raise ConfigError(f"{where}: a JSON {type(given).__name__}; expected an object of options")
+        raise ConfigError(f"{source}: a JSON {type(given).__name__}; expected an object of options")
+    if set(given) == {"mope"}:
+        raise ConfigError(
+            f'{source}: got the key "mope", which vLLM\'s --additional-config needs; expected the object inside it'
+        )
     return HookOptions.read(given, where)
 
 

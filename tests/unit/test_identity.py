@@ -52,6 +52,11 @@ def test_keys_of_the_file_name_clients(tmp_path: Path) -> None:
     assert KEY not in str(identity.__dict__) + str(vars(identity.keys))  # hashes alone are kept
 
 
+def test_a_file_of_keys_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = key_file(tmp_path, "\ufeff" + json.dumps({KEY: "alice"}))
+    assert made(api_keys=path).client(bearer(KEY), {}) == "alice"
+
+
 @pytest.mark.parametrize(("keys", "client"), [((OTHER, "sk-3"), named(OTHER)), (("sk-3",), None), ((), None)])
 def test_a_key_outside_the_file_counts_if_it_is_the_servers(
     tmp_path: Path, keys: tuple[str, ...], client: str | None

@@ -188,6 +188,9 @@ def test_options_may_stand_in_a_file(parser: argparse.ArgumentParser, tmp_path: 
         ("[1]", "neither JSON"),
         ("{", "no JSON"),
         ("nowhere.json", "neither JSON"),
+        ("a\0b", "neither JSON"),
+        ('{"weights":' + "[" * 100_000, "no JSON"),
+        ('{"mope": {"policy": "vtc"}}', "expected the object inside it"),
     ],
 )
 def test_options_that_cannot_be_used_end_the_command(
@@ -199,10 +202,35 @@ def test_options_that_cannot_be_used_end_the_command(
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[1", "file {file}: no JSON"),
+        (b"[1]", "file {file}: a JSON list"),
+        (b'{"namespace": "\xe9"}', "file {file}: no JSON in UTF-8"),
+        (b'{"mope": {}}', "file {file}: got the key"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Any, content: bytes, told: str) -> None:
+    file = tmp_path / "m.json"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        settings.parse(str(file), "--mope-config")
+    assert told.format(file=str(file)[:80]) in str(caught.value)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Any) -> None:
+    file = tmp_path / "mope.json"
+    file.write_text('{"policy": "vtc"}', encoding="utf-8-sig")
+    assert settings.parse(str(file), "--mope-config").policy == "vtc"
+
+
 def test_two_policies_are_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(settings.VARIABLE, '{"policy": "vtc"}')
     assert settings.read_options("vtc").policy == "vtc"
-    with pytest.raises(ConfigError, match="says policy 'vtc' and --schedule-policy 'equinox'"):
+    with pytest.raises(
+        ConfigError, match=r"--mope-config \(or MOPE_OPTIONS\) says policy 'vtc' and --schedule-policy 'equinox'"
+    ):
         settings.read_options("equinox")
 
 

@@ -50,6 +50,8 @@ class Clock:
         ({"predictor": "chat-smal"}, "did you mean"),
         ({"profile": "h100/llama"}, "profile: "),
         ({"state": "/nowhere/at-all/state.json"}, "no folder /nowhere for it"),
+        ({"state": "/"}, "state: / is a folder; name a file in it, such as /mope.json"),
+        ({"state": ""}, "state: . is a folder; name a file in it, such as mope.json"),
     ],
 )
 def test_a_mistake_in_the_options_is_one_clear_line(options, message):
