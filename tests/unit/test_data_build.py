@@ -232,19 +232,20 @@ def test_censoring_by_cap_and_by_finish_reason(build: Any) -> None:
 FLAGS = {
     "target_llm": "mine", "max_tokens": 900, "temperature": 0.5, "tools": True, "response_format": "json_object",
     "thinking": True, "thinking_budget": 300, "llm_family": "qwen2.5", "llm_size": 7.6, "llm_reasoning": False,
-    "llm_year": 2026,
+    "llm_year": 2026, "effort": 4.0, "num_tools": 2, "tool_chars": 300, "tool_choice": "auto",
 }  # fmt: skip
 
 
 def test_every_flag_of_a_request_is_in_its_row_as_it_is_when_serving(build: Any) -> None:
     assert {field.name for field in fields(Request)} == {
-        *FLAGS, "prompt", "system", "previous_prompt", "answer_estimates", "num_earlier_turns",
+        *FLAGS, "prompt", "system", "previous_prompt", "answer_estimates", "num_earlier_turns", "num_tool_results",
+        "last_is_tool_result", "other_chars", "token_unit",
     }  # fmt: skip
     (record,) = kept(1)
     log = {"prompt": record["prompt"], "id": record["id"], "usage": {"completion_tokens": 50}}
     for flags in ({}, {**FLAGS, "system": "Be brief."}):
         (found,) = build([{**log, **flags}]).rows.requests()
-        assert found == as_request({"prompt": record["prompt"], **flags})
+        assert found == as_request({"prompt": record["prompt"], **flags, "token_unit": "own"})  # as servers count
 
 
 def test_flags_of_parquet_columns_are_loaded(build: Any, tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ def test_flags_of_parquet_columns_are_loaded(build: Any, tmp_path: Path) -> None
     columns = {**FLAGS, "prompt": record["prompt"], "id": record["id"], "response_tokens": 50}
     pq.write_table(pa.Table.from_pylist([{**columns, "note": "not read"}]), path)
     (found,) = build(path).rows.requests()
-    assert found == as_request({"prompt": record["prompt"], **FLAGS})
+    assert found == as_request({"prompt": record["prompt"], **FLAGS, "token_unit": "own"})
 
 
 def test_first_turns_keep_the_splits_of_all_turns(build: Any) -> None:

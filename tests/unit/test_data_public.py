@@ -573,6 +573,6 @@ def test_a_dry_run_without_a_network_ends_in_one_line(
     terminal.console.cache_clear()  # its stderr is the one that was there when it was made
     arguments = ["--dry-run", "--cache-dir", tmp_path / "cache", "--encoder", tiny_encoder, "--accelerator", "cpu"]
     assert training_cli.main(["public-lengths", *map(str, arguments)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert f"into {tmp_path / 'cache' / 'public-lengths'}, each with the columns prompt_id" in line
