@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from mope.errors import DataError
 from mope.reader import FIELDS, SYSTEM, TEXTS, TOP_NAMES, Field, read_flags, shown
-from mope.request import TOKEN_UNITS, TOOL_CHOICES, Request, clean
+from mope.request import TOKEN_UNITS, TOOL_CHOICES, Request, clean, role_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,6 +65,7 @@ LIKE = 0.8  # how like a known name a misspelt one is
 # fields of servers that are like known names and are none of them
 NOT_MISSPELT = frozenset({"rid", "models"})
 FLAGS = frozenset(RequestFlags.__annotations__)
+_ITEMS = ("function_call", "custom_tool_call", "reasoning")
 _OTHER = {"system", "tools", "tool_choice", "response_format", "token_unit"}
 _VALUES = tuple((name, FIELDS[name][0]) for name in sorted(FLAGS - _OTHER))
 _FIELDS = TOP_NAMES.union(FLAGS, TEXTS, ("history", "id"))
@@ -155,8 +156,8 @@ def request_from(body: Mapping[str, Any]) -> Request:
         raise DataError(f"{name} hold the history already; give history with prompt alone")
     else:
         conversation = _listed(given, name)
-        if name == "input":  # items of the Responses API that are not messages
-            conversation = [one for one in conversation if not (isinstance(one, Mapping) and "role" not in one)]
+        # items of the Responses API that are not messages, also where a log calls its input messages
+        conversation = [one for one in conversation if not _is_item(one, name)]
     for system in SYSTEM:
         if (said := body.get(system)) is not None:
             if not isinstance(said, str | list):
@@ -165,6 +166,10 @@ def request_from(body: Mapping[str, Any]) -> Request:
                 conversation.insert(0, {"role": "system", "content": said})
                 break
     return Request.from_messages(conversation, **flags)
+
+
+def _is_item(one: Any, name: str) -> bool:
+    return isinstance(one, Mapping) and role_of(one) is None and (name == "input" or one.get("type") in _ITEMS)
 
 
 def _unit(unit: Any) -> str:

@@ -16,6 +16,7 @@ from mope.token_estimate import estimate_tokens
 
 MAX_EARLIER_ANSWERS = 8  # earlier answers whose lengths are kept, counted from the newest
 
+RESULTS = ("function_call_output", "custom_tool_call_output")  # items of the Responses API
 TOOL_CHOICES = ("", "auto", "required", "named", "none")
 TOKEN_UNITS = ("own", "cl100k_base")
 
@@ -145,8 +146,13 @@ class Request:
 
 
 def role_of(message: Mapping[str, Any]) -> Any:
-    """Who speaks, as it is written; a tool where a user's message is nothing but results, as Anthropic has them."""
+    """Who speaks, as it is written; a tool where a user's message is nothing but results, as Anthropic has them.
+
+    Results of tools are items without a role in the Responses API.
+    """
     role = message.get("role", message.get("from"))
+    if role is None and message.get("type") in RESULTS:
+        return "tool"
     if isinstance(role, str) and role == "user" and isinstance(content := message.get("content"), list) and content:
         is_result = all(isinstance(part, Mapping) and part.get("type") == "tool_result" for part in content)
         return "tool" if is_result else role
@@ -155,7 +161,7 @@ def role_of(message: Mapping[str, Any]) -> Any:
 
 def content_of(message: Mapping[str, Any]) -> Any:
     """What is said, as it is written: for `message_text`."""
-    return message.get("content", message.get("value"))
+    return message.get("content", message.get("value", message.get("output")))
 
 
 def results_in(message: Mapping[str, Any], role: str) -> int:

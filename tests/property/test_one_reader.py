@@ -155,6 +155,9 @@ def generated(rng: random.Random, number: int) -> tuple[Kind, Body]:
         body |= {"prompt": rng.choice([text(rng, number), [text(rng, number)]]), "max_tokens": rng.randint(1, 900)}
     elif kind == "responses":
         body["input"] = rng.choice([text(rng, number), conversation(rng, number)])
+        if isinstance(body["input"], list) and rng.random() < 0.3:
+            body["input"].append({"type": "function_call", "call_id": "1", "name": "look_up", "arguments": "{}"})
+            body["input"].append({"type": "function_call_output", "call_id": "1", "output": "42 degrees"})
         if rng.random() < 0.5:
             body["instructions"] = "Be brief."
     else:

@@ -153,6 +153,27 @@ def front(predictor: LengthPredictor | None, names: tuple[str, ...] = (), **opti
     return Front(chosen, identity, predictor, names)
 
 
+def test_an_engine_counts_the_tokens_of_its_llm(predictor: LengthPredictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"messages": [USER]}
+    assert only(front(predictor).read("chat", body)).token_unit is None  # a predictor that was not told of units
+    monkeypatch.setattr(predictor.encoder, "number_names", (*predictor.encoder.number_names, "counts_own"))
+    assert only(front(predictor).read("chat", body)).token_unit == "own"
+
+
+def test_results_of_tools_in_the_responses_api() -> None:
+    items = [
+        {"role": "user", "content": "How warm?"},
+        {"type": "function_call", "call_id": "1", "name": "look_up", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "42 degrees"},
+    ]
+    request = only(read("responses", {"input": items}, None))
+    assert (request.num_tool_results, request.last_is_tool_result, request.other_chars) == (1, True, 10)
+    assert (
+        read("responses", {"input": items}, None).prompt_tokens
+        > read("responses", {"input": items[:2]}, None).prompt_tokens
+    )
+
+
 def guard() -> Guard:
     return Guard(logging.getLogger("test.front"))
 
