@@ -9,7 +9,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
@@ -62,6 +62,20 @@ def misspelt(typed: Iterable[str], known: Collection[str], others: Collection[st
         if near := get_close_matches(flag, known, 1, _LIKE):
             found.append(Finding(part, "warning", f"{flag}: did you mean {near[0]}? {flag} was not looked at"))
     return found
+
+
+def unread(typed: Mapping[str, Sequence[str]], wanted: str, part: str) -> Finding | None:
+    """A file of flags that a command names: the engine reads it, the doctor does not.
+
+    Args:
+        typed: flags of the command with their values.
+        wanted: flags to repeat in the command, for the message.
+        part: where the finding belongs.
+    """
+    if "--config" not in typed:
+        return None
+    text = f"--config {typed['--config'][-1]}: the doctor does not read this file; to check {wanted}, type them here"
+    return Finding(part, "warning", text)
 
 
 def predictor(name: str, deadline_ms: float, part: str = "predictors") -> Finding:

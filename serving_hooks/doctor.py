@@ -55,6 +55,7 @@ EXAMPLE = """\
 mope doctor vllm
 mope doctor vllm -- vllm serve my/model --scheduler-cls mope.serving_hooks.vllm.make_scheduler
 mope doctor vllm --url http://127.0.0.1:8000 --metrics-port 9477
+mope doctor sglang -- sglang serve --model-path my/model --schedule-policy equinox
 mope doctor sglang --url http://127.0.0.1:30000 --api-key KEY
 mope doctor options"""
 
@@ -175,7 +176,8 @@ def examine(
     if url is not None:
         port = metrics_port if metrics_port is not None else chosen.metrics_port if chosen is not None else None
         if commands is not None and hasattr(commands, "running"):
-            active = commands.running(url, api_key or commands.api_key(words))
+            key = api_key or commands.api_key(words)
+            active = commands.running(url, key)
             found += active
             found += _at_ports(url, port, max(len(active), commands.num_ranks(words))) if port else []
         else:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mope.errors import ConfigError, ServerError
-from mope.serving_hooks.checks import Finding, misspelt, no_predictions
+from mope.serving_hooks.checks import Finding, misspelt, no_predictions, unread
 from mope.serving_hooks.fetch import fetch_json, readable
 from mope.serving_hooks.options import NO_PREDICTOR, HookOptions
 from mope.serving_hooks.sglang import compat, settings
@@ -104,7 +104,11 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
         found.append(Finding(_PART, status, text))
 
     policy = typed.get("--schedule-policy", ["fcfs"])[-1]
-    if policy not in compat.POLICIES:
+    file = unread(typed, "--schedule-policy and --mope-config", _PART)
+    elsewhere = file is not None and "--schedule-policy" not in typed  # perhaps
+    if file is not None:
+        found.append(file)
+    if policy not in compat.POLICIES and not elsewhere:
         tell(
             "failed",
             f"nothing of mope is on: --schedule-policy is {policy}, expected one of {', '.join(compat.POLICIES)}",
@@ -158,7 +162,7 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
     if many != "1":
         shown = f"; metrics at port {chosen.metrics_port} and the next ones" if chosen.metrics_port else ""
         tell("note", f"--dp-size {many}: each replica keeps books of its own{shown}")
-    if not any(finding.status == "failed" for finding in found):
+    if not elsewhere and not any(finding.status == "failed" for finding in found):
         tell("ok", f"policy {chosen.policy}, clients by {chosen.identity}, predictor {chosen.predictor}")
     return found
 

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mope.errors import ConfigError
-from mope.serving_hooks.checks import Finding, misspelt
+from mope.serving_hooks.checks import Finding, misspelt, unread
 from mope.serving_hooks.options import HookOptions
 
 SCHEDULER = "mope.serving_hooks.vllm.make_scheduler"
@@ -177,7 +177,11 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
     for name in middlewares:
         if name.startswith("mope") and name not in (MIDDLEWARE, PRIORITY):
             tell("failed", f"--middleware {name}: expected {MIDDLEWARE} or {PRIORITY}")
-    if not (scheduler or tags):
+    file = unread(typed, "--scheduler-cls, --middleware and --additional-config", _PART)
+    elsewhere = file is not None and not (scheduler or tags)  # perhaps
+    if file is not None:
+        found.append(file)
+    if not (scheduler or tags or elsewhere):
         tell("failed", f"nothing of mope is on: add --scheduler-cls {SCHEDULER}")
     if ours and policy != "fcfs":
         tell("failed", f"--scheduling-policy {policy}: leave it out, mope's scheduler brings its own order")
@@ -232,6 +236,6 @@ def mistakes(words: Sequence[str], chosen: HookOptions | None) -> list[Finding]:
         tell("note", f"--data-parallel-size {ranks}: each engine keeps books of its own{shared}{shown}")
     if (ours and tells) and chosen.secret is None and ("--headless" in typed or "--data-parallel-address" in typed):
         tell("warning", "engines on other machines take all requests for one client's: give all of them one `secret`")
-    if not any(finding.status == "failed" for finding in found):
+    if not elsewhere and not any(finding.status == "failed" for finding in found):
         tell("ok", f"policy {chosen.policy}, clients by {chosen.identity}, predictor {chosen.predictor}")
     return found

@@ -312,6 +312,20 @@ def test_other_flags_of_vllm_are_not_complained_of(flag: str) -> None:
     assert [finding.status for finding in judged([*BOTH, flag, "2"])] == ["ok"]
 
 
+@pytest.mark.parametrize(
+    ("words", "statuses"),
+    [
+        (["vllm", "serve", "m"], ["warning"]),  # perhaps all is in the file
+        (BOTH, ["warning", "ok"]),
+        (["vllm", "serve", "m", "--scheduler-cls", "x.Y"], ["warning", "failed"]),
+    ],
+)
+def test_a_file_of_flags_is_not_guessed_at(words: list[str], statuses: list[str]) -> None:
+    found = judged([*words, "--config", "serve.yaml", "--api-key", "k"])
+    assert sorted(finding.status for finding in found) == sorted(statuses)
+    assert "--config serve.yaml: the doctor does not read this file" in texts(found, "warning")
+
+
 def test_a_rust_front_end_of_the_environment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     assert "Rust front end" in texts(judged(BOTH), "failed")

@@ -20,6 +20,7 @@ import pytest
 
 from mope.cli import main
 from mope.errors import ConfigError
+from mope.serving_hooks.doctor import examine
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import commands, compat, hooks, plugin, settings
 
@@ -284,6 +285,15 @@ def test_mistakes_are_told(
     assert any(found == status and told in text for found, text in mistakes(command, monkeypatch, **variables))
 
 
+@pytest.mark.parametrize("policy", ["", "--schedule-policy vtc ", "--schedule-policy lpm "])
+def test_a_file_of_flags_is_not_guessed_at(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    command = f'sglang serve --config server.yaml {policy}--mope-config {{"identity":"header"}}'
+    found = mistakes(command, monkeypatch)
+    assert "--config server.yaml: the doctor does not read this file" in found[0][1]
+    after = {"": [], "--schedule-policy vtc ": ["ok"], "--schedule-policy lpm ": ["failed"]}[policy]
+    assert [status for status, _ in found] == ["warning", *after]
+
+
 @pytest.mark.parametrize("flag", ["--tp-size", "--ep-size", "--detokenizer-worker-num", "--mem-fraction-static"])
 def test_other_flags_of_sglang_are_not_complained_of(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
     command = 'sglang serve --schedule-policy vtc --mope-config {"identity":"header"} '
@@ -291,15 +301,18 @@ def test_other_flags_of_sglang_are_not_complained_of(monkeypatch: pytest.MonkeyP
 
 
 @contextmanager
-def serving(states: Any, key: str | None = None) -> Iterator[str]:
-    """A server with SGLang's `/server_info`, which may want a key."""
+def serving(states: Any, key: str | None = None, metrics: str | None = None) -> Iterator[str]:
+    """A server with SGLang's `/server_info`, which may want a key, and with `/metrics` if there are any."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             allowed = key is None or self.headers.get("Authorization") == f"Bearer {key}"
-            self.send_response(401 if not allowed else 200 if self.path == "/server_info" else 404)
+            answers = {"/server_info": json.dumps({"internal_states": states})}
+            if metrics is not None:
+                answers["/metrics"] = metrics
+            self.send_response(401 if not allowed else 200 if self.path in answers else 404)
             self.end_headers()
-            self.wfile.write(json.dumps({"internal_states": states}).encode() if allowed else b"{}")
+            self.wfile.write(answers.get(self.path, "{}").encode() if allowed else b"{}")
 
         def log_message(self, *_: Any) -> None: ...
 
