@@ -20,7 +20,6 @@ import pytest
 
 from mope.cli import main
 from mope.errors import ConfigError
-from mope.serving_hooks.doctor import examine
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import commands, compat, hooks, plugin, settings
 
@@ -301,15 +300,13 @@ def test_other_flags_of_sglang_are_not_complained_of(monkeypatch: pytest.MonkeyP
 
 
 @contextmanager
-def serving(states: Any, key: str | None = None, metrics: str | None = None) -> Iterator[str]:
-    """A server with SGLang's `/server_info`, which may want a key, and with `/metrics` if there are any."""
+def serving(states: Any, key: str | None = None) -> Iterator[str]:
+    """A server with SGLang's `/server_info`, which may want a key."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             allowed = key is None or self.headers.get("Authorization") == f"Bearer {key}"
             answers = {"/server_info": json.dumps({"internal_states": states})}
-            if metrics is not None:
-                answers["/metrics"] = metrics
             self.send_response(401 if not allowed else 200 if self.path in answers else 404)
             self.end_headers()
             self.wfile.write(answers.get(self.path, "{}").encode() if allowed else b"{}")
