@@ -32,10 +32,11 @@ def table(
 
 
 def learnable(num_rows: int, split: str = "train", seed: int = 0) -> RowTable:
-    """Rows whose prompt's first word decides between about 20 and about 400 tokens."""
+    """Rows whose prompt's first word decides between about 20 and about 400 tokens, no two prompts alike."""
     rng = np.random.default_rng([seed, len(split)])
     is_long = rng.random(num_rows) < 0.5
-    filler = [" ".join(["a", "b", "c"] * int(rng.integers(1, 6))) for _ in range(num_rows)]
+    counted = [np.base_repr(number, 3).translate({48: "a ", 49: "b ", 50: "c "}) for number in range(num_rows)]
+    filler = [number + " ".join(["a", "b", "c"] * int(rng.integers(1, 6))) for number in counted]
     requests = [
         Request(prompt=f"{'write' if long else 'thanks'} {text}", target_llm="llama-3-8b")
         for long, text in zip(is_long, filler, strict=True)

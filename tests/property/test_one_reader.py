@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -239,7 +240,10 @@ ENVELOPES: dict[str, Wrap] = {
 
 @pytest.fixture(scope="module")
 def by_logs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Requests of the rows that training makes of logs with these bodies."""
+    """Requests of the rows that training makes of logs with these bodies, without the unit of their labels.
+
+    A row knows what its label is counted in; a body does not say it.
+    """
     words = WordRows(tmp_path_factory.mktemp("logs"))
 
     def call(bodies: dict[str, Body], wrap: Wrap) -> dict[str, Request]:
@@ -248,7 +252,9 @@ def by_logs(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ).rows
         names = [row_id.rpartition("/")[0] for row_id in rows.strings("row_id")]
         assert rows.response_tokens.tolist() == [recorded(name) for name in names]
-        return dict(zip(names, rows.requests(), strict=True))
+        requests = rows.requests()
+        assert {request.token_unit for request in requests} == {"own"}  # the server counted
+        return {name: replace(request, token_unit=None) for name, request in zip(names, requests, strict=True)}
 
     return call
 
