@@ -499,6 +499,16 @@ def test_a_narrow_terminal_keeps_all_numbers() -> None:
     assert f"{summary.response_tokens.p99:,.0f}" in text
 
 
+def test_a_label_says_whose_tokens_it_has_where_they_are_not_the_llms_own() -> None:
+    units = ["own", "cl100k_base", None]
+    requests = [Request(prompt=f"p {number}", token_unit=unit) for number, unit in enumerate(units)]
+    console = Console(width=200, record=True, file=io.StringIO())
+    show(summary_of(table(requests, [10, 20, 30])), console)
+    text = console.export_text()
+    assert all(f" {label}\n" in text for label in ("10 tokens", "20 tokens of cl100k_base", "30 tokens"))
+    assert "token_unit" not in text
+
+
 @pytest.mark.parametrize(
     ("share", "text"), [(0.0, "0%"), (0.001, "<1%"), (0.25, "25%"), (0.999, ">99%"), (1.0, "100%")]
 )

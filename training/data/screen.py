@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mope.request import Request
+from mope.training.data.public_labels import OWN_TOKENS
 from mope.training.data.summary import LEVELS, Example, Llm, Spread, Summary
 
 MAX_LLMS = 8
@@ -25,7 +26,9 @@ IN_WORDS = {
     "censored": "cut off", "with_thoughts": "with thoughts", "thinking_asked": "asked to think", "tools": "with tools",
     "response_format": "with a response format", "system": "with a system prompt", "max_tokens": "with max_tokens",
 }  # fmt: skip
-SHOWN_APART = {"prompt", "system", "previous_prompt", "answer_estimates", "num_earlier_turns", "target_llm"}
+SHOWN_APART = {
+    "prompt", "system", "previous_prompt", "answer_estimates", "num_earlier_turns", "target_llm", "token_unit",
+}  # fmt: skip
 
 
 def show(summary: Summary, console: Console) -> None:
@@ -159,6 +162,8 @@ def _percent(share: float) -> str:
 def _example(example: Example) -> list[str]:
     request = example.request
     label = f"{example.response_tokens:,} tokens"
+    if request.token_unit not in (None, OWN_TOKENS):
+        label += f" of {request.token_unit}"
     if example.thought_tokens is not None:
         label += f", {example.thought_tokens:,} of them thoughts"
     label += ", cut off" if example.censored else ""
