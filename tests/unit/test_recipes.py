@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from mope.training.cli import main
 from mope.training.config import RECIPES
 from mope.training.recipe import OF_ONE_SOURCE, SECTIONS, dump, load_recipe, recipe_names, recipe_summary
 
-NUM_CHATS = 1500
+NUM_CHATS = 1000
 
 
 def write(path: Path, text: str) -> str:
@@ -224,12 +226,28 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def flags(name: str, chats: dict[str, str], encoder: Path, folder: Path, teachers: dict[str, Path]) -> list[str]:
+Trained = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def trained(chats: dict[str, str], tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Trains a recipe, once, after those that teach it; gives its folder."""
+
+    @functools.cache
+    def train(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        assert main(flags(name, chats, tiny_encoder, folder, train)) == 0
+        return folder / "out"
+
+    return train
+
+
+def flags(name: str, chats: dict[str, str], encoder: Path, folder: Path, trained: Trained) -> list[str]:
     """Arguments that make a recipe small enough for a test."""
     model = load_recipe(name).model
-    taught = ["--teacher", str(teachers[model.teacher])] if model.teacher else []
+    taught = ["--teacher", str(trained(model.teacher))] if model.teacher else []
     if model.co_teachers:
-        taught += ["--co-teachers", ",".join(str(teachers[other]) for other in model.co_teachers)]
+        taught += ["--co-teachers", ",".join(str(trained(other)) for other in model.co_teachers)]
     return [
         chats["lmsys" if name.startswith("lmsys") else "sharegpt"], "--recipe", name, "--output", str(folder / "out"),
         *(["--encoder", str(encoder)] if model.encoder or not taught else []),
@@ -243,32 +261,13 @@ def flags(name: str, chats: dict[str, str], encoder: Path, folder: Path, teacher
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def teachers(chats: dict[str, str], tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folder of each recipe that teaches others."""
-    found: dict[str, Path] = {}
-    for name in ("sharegpt-minilm", "sharegpt-base", "chat-base", "chat-minilm"):
-        folder = tmp_path_factory.mktemp(name)
-        assert main(flags(name, chats, tiny_encoder, folder, found)) == 0
-        found[name] = folder / "out"
-    return found
-
-
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_trains_on_rows_of_its_data_s_form(
-    name: str,
-    chats: dict[str, str],
-    tiny_encoder: Path,
-    teachers: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_recipe_trains_on_rows_of_its_data_s_form(name: str, trained: Trained) -> None:
     recipe = load_recipe(name)
-    status = main(flags(name, chats, tiny_encoder, tmp_path, teachers))
-    assert status == 0, capsys.readouterr().err
-    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    folder = trained(name)
+    saved = json.loads((folder / "config.json").read_text())
     assert (saved["design"], saved["num_experts"]) == (recipe.model.design, recipe.model.num_experts)
     assert saved["preset"] == recipe.model.preset
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert {"mope", "mope_oracle_routed", "constant"} <= set(metrics["test"]["all_turns"])
     assert ("other_data" in metrics) == (name == "lmsys-base" or name.startswith("chat"))
