@@ -348,6 +348,12 @@ def _profile(argv: list[str]) -> int:
     return profile(argv)
 
 
+def _serve(argv: list[str]) -> int:
+    from mope.serving_hooks.service.cli import main as serve
+
+    return serve(argv)
+
+
 def _replay(argv: list[str]) -> int:
     from mope.serving_hooks.replay.cli import main as replay
 
@@ -368,6 +374,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "bench": (_bench, "measure latency, throughput, start and memory on real prompts"),
     "profile": (_profile, "measure a running LLM server, and write how long its steps take"),
     "export": (_export, "export a saved predictor to ONNX"),
+    "serve": (_serve, "serve predictions over HTTP, and learn from finished requests"),
     "replay": (_replay, "replay workloads through an engine's real scheduler under a virtual clock"),
     "doctor": (_doctor, "say what is installed, what would work and what is active in a serving engine"),
 }

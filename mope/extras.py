@@ -17,6 +17,8 @@ EXTRAS = {
     "transformers": "torch",
     "onnxruntime": "onnx",
     "prometheus_client": "vllm",
+    "fastapi": "serve",
+    "uvicorn": "serve",
     "tensorrt": "tensorrt",
     "cuda": "tensorrt",
     "onnx": "export",

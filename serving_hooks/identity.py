@@ -55,6 +55,11 @@ class ApiKeys:
     def __len__(self) -> int:
         return len(self._clients)
 
+    @property
+    def clients(self) -> Mapping[str, str]:
+        """Clients by the SHA-256 of their keys; another object once the file was read anew."""
+        return self._clients
+
     def client(self, digest: str) -> str | None:
         """The client of the key with this SHA-256, in hexadecimal digits; None if it is not in the file."""
         return self._clients.get(digest)

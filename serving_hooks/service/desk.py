@@ -1,0 +1,294 @@
+"""What the service does with a body: read it, predict within its deadline, say what it will cost, and learn.
+
+The reading is that of `LengthPredictor.predict_batch`. Knows JSON and predictors; no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mope.errors import ArtifactError, ConfigError, DataError, UserError
+from mope.fairness.mapper import MetricsMapper
+from mope.files import write_text
+from mope.inputs import as_request
+from mope.log_answers import CUT, answers_of, finish_of, usage_of
+from mope.reader import MAX_TOKENS, is_forced, shown
+from mope.request import Request
+from mope.serving import ServingPredictor
+from mope.serving_hooks.front import PLACES_ON_CPU, PLACES_ON_GPU
+from mope.serving_hooks.service.config import ServeConfig
+from mope.serving_hooks.service.memory import Memory, Remembered
+from mope.serving_hooks.service.metrics import ServiceMetrics
+from mope.serving_hooks.turns import Turns
+from mope.token_estimate import estimate_tokens
+
+if TYPE_CHECKING:
+    from mope.prediction import LengthPrediction
+    from mope.predictor import LengthPredictor
+
+MARGIN_S, MARGIN_SHARE = 0.002, 0.2  # of a deadline, for writing the response
+CHARS_PER_TOKEN = 4  # of further messages and tools, whose characters alone are counted
+LEARNED_EVERY_S = 30.0
+
+logger = logging.getLogger("mope")
+
+
+class UnknownId(DataError):
+    """No prediction of this client has the id, or no longer."""
+
+
+class Desk:
+    """Predicts and learns for one event loop. Starts the predictor's threads.
+
+    Args:
+        predictor: answers.
+        config: how.
+        name: what the predictor is called.
+
+    Raises:
+        ConfigError: a profile or a file of lessons that cannot be used.
+    """
+
+    def __init__(self, predictor: LengthPredictor, config: ServeConfig, name: str) -> None:
+        self.predictor, self.config = predictor, config
+        self._mapper = MetricsMapper(config.profile) if config.profile is not None else None
+        self._names = tuple(f"{level:g}" for level in config.levels)
+        self._levels = [*config.levels, 0.5, 0.9]
+        knows_units = predictor.encoder.knows("counts_own")
+        self._unit = config.token_unit if knows_units and config.token_unit != "trained" else None
+        self._saved = 0
+        self._restore()
+        self.memory = Memory(config.remember, config.remember_s)
+        self.metrics = ServiceMetrics(name, self.memory, config.metrics_clients)
+        places = PLACES_ON_CPU if predictor.device == "cpu" else PLACES_ON_GPU
+        self._turns = Turns(max(places, config.num_workers), config.max_waiting, config.max_waiting)
+        self._serving = ServingPredictor(
+            predictor, num_workers=config.num_workers, max_waiting=max(places, config.num_workers)
+        )
+
+    def read(self, body: Any) -> Request:
+        """One request, as `LengthPredictor.predict_batch` reads it.
+
+        Raises:
+            DataError: it cannot be read; the message says what was expected.
+        """
+        if not isinstance(body, Mapping):
+            raise DataError(
+                'a request is an object such as {"prompt": "..."} or {"messages": [...]}, as OpenAI and Anthropic have '
+                f"it; got {shown(body)}"
+            )
+        if self._unit is not None and body.get("token_unit") is None:
+            body = {**body, "token_unit": self._unit}
+        if self.config.target_llm is not None and not any(body.get(name) for name in ("target_llm", "model")):
+            body = {**body, "target_llm": self.config.target_llm}
+        try:
+            return as_request(body)
+        except RecursionError:
+            raise DataError("the request is nested too deeply") from None
+
+    async def predict(
+        self, bodies: Sequence[Any], client: str | None, deadline_s: float, came_s: float
+    ) -> list[dict[str, Any]]:
+        """What is predicted for each body, in order, within the deadline.
+
+        Args:
+            bodies: JSON of requests.
+            client: who asks. Clients take turns at the predictor.
+            deadline_s: seconds from `came_s` on.
+            came_s: when the request came, by `time.monotonic`.
+
+        Raises:
+            DataError: a body that cannot be read. Nothing is predicted then.
+        """
+        requests = []
+        for number, body in enumerate(bodies):
+            try:
+                requests.append(self.read(body))
+            except DataError as error:
+                if len(bodies) == 1:
+                    raise
+                raise DataError(f"request {number} of the list (the first is 0): {error}") from error
+        end_s = came_s + deadline_s - min(MARGIN_S, MARGIN_SHARE * deadline_s)
+        if len(requests) == 1:
+            predictions = [await self._predict(requests[0], client, end_s)]
+        else:
+            predictions = list(await asyncio.gather(*(self._predict(one, client, end_s) for one in requests)))
+        answers = [
+            self._answer(body, request, prediction, client)
+            for body, request, prediction in zip(bodies, requests, predictions, strict=True)
+        ]
+        self.metrics.seconds.observe(time.monotonic() - came_s)
+        return answers
+
+    async def _predict(self, request: Request, client: str | None, end_s: float) -> LengthPrediction:
+        if not self._turns.at_once():
+            try:
+                if not await asyncio.wait_for(self._turns.take(client), end_s - time.monotonic()):
+                    return self.predictor.fallback("queue full", request)
+            except (asyncio.TimeoutError, TimeoutError):  # one class only since Python 3.11
+                return self.predictor.fallback("deadline", request)
+        try:
+            return await self._serving.predict(request, deadline_s=end_s - time.monotonic())
+        except ConfigError:  # the service is ending
+            return self.predictor.fallback("error", request)
+        finally:
+            self._turns.leave()
+
+    def _answer(
+        self, body: Mapping[str, Any], request: Request, prediction: LengthPrediction, client: str | None
+    ) -> dict[str, Any]:
+        *quantiles, median, high = prediction.quantiles(self._levels).tolist()
+        mean = prediction.mean
+        self.metrics.predicted(client, prediction.source)
+        answer: dict[str, Any] = {
+            "id": self._remember(body, prediction, mean, high, client),
+            "median": round(median, 2),
+            "mean": round(mean, 2),
+            "quantiles": dict(zip(self._names, (round(one, 2) for one in quantiles), strict=True)),
+            "expert": prediction.expert,
+            "source": prediction.source,
+            "llm": prediction.llm,
+            "llm_known": prediction.llm_known,
+            "max_tokens": prediction.max_tokens,
+        }
+        if self._mapper is not None:
+            prompt_tokens = prompt_tokens_of(request)
+            cost = self._mapper.estimate(prompt_tokens, mean)
+            answer["cost"] = {
+                "prompt_tokens": prompt_tokens,
+                "ttft_s": round(cost.ttft_s, 6),
+                "latency_s": round(cost.latency_s, 6),
+                "gpu_s": round(cost.latency_s * cost.gpu_utilization, 6),
+            }
+        return answer
+
+    def _remember(
+        self, body: Mapping[str, Any], prediction: LengthPrediction, mean: float, high: float, client: str | None
+    ) -> str | None:
+        if prediction.raw_cumulative is None or prediction.answering is None:
+            return None
+        powers = (float(2**power) for power in range(32))
+        return self.memory.add(
+            Remembered(
+                prediction.raw_cumulative.astype(np.float32).tobytes(),
+                prediction.answering,
+                prediction.max_tokens,
+                mean,
+                high,
+                prediction.source == "model",
+                next((tokens for tokens in powers if not is_forced(body, tokens)), math.inf),
+                client,
+            )
+        )
+
+    def observe(self, body: Any, client: str | None) -> dict[str, Any]:
+        """Learn from a finished request.
+
+        Args:
+            body: `id` or `prediction`, and what was generated: `completion_tokens`, a `usage` block, or the whole
+                `response`.
+            client: who says so. It may observe its own predictions alone.
+
+        Returns:
+            Whether it was learned, and if not, why.
+
+        Raises:
+            UnknownId: no prediction of this client has the id, or no longer.
+            DataError: the body cannot be read.
+        """
+        if not isinstance(body, Mapping):
+            raise DataError(f"an observation is an object such as {_EXAMPLE}; got {shown(body)}")
+        name = body.get("id")
+        if name is None and isinstance(said := body.get("prediction"), Mapping):
+            name = said.get("id")
+        if not isinstance(name, str):
+            raise DataError(f"id is the id of a prediction, a text; got {shown(name)}; expected {_EXAMPLE}")
+        tokens, cut = _generated(body)
+        found = self.memory.find(name, client)
+        if found is None:
+            self.metrics.not_learned.labels("unknown").inc()
+            raise UnknownId(f"no prediction waits under the id {shown(name)}: it was observed, forgotten or never made")
+        self.memory.forget(name)
+        if tokens == 0:
+            return {"id": name, "learned": False, "reason": "no tokens were generated"}
+        self.metrics.observed(client, tokens, found.mean, found.high, made=found.made)
+        if tokens < found.free_from:
+            self.metrics.not_learned.labels("forced").inc()
+            return {"id": name, "learned": False, "reason": "the request forced the length"}
+        if cut is None:
+            cut = found.max_tokens is not None and tokens >= found.max_tokens
+        raw_E = np.frombuffer(found.raw, dtype=np.float32).astype(np.float64)
+        if self.predictor.corrector.observe(raw_E, found.answering, tokens, censored=cut, client=client):
+            self.metrics.learned.inc()
+            return {"id": name, "learned": True, "reason": ""}
+        self.metrics.not_learned.labels("share").inc()
+        return {"id": name, "learned": False, "reason": "this client has taught its share"}
+
+    # -- what was learned, over restarts
+
+    def _restore(self) -> None:
+        path = self.config.learned
+        if path is None or not path.exists():
+            return
+        try:
+            self.predictor.recalibrator.restore(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError, ArtifactError) as error:
+            said = getattr(error, "strerror", None) or (error if isinstance(error, UserError) else "it is no JSON")
+            raise ConfigError(f"--learned {path}: {said}; remove the file to start without lessons") from error
+        logger.info("read lessons from %s", path)
+
+    def save(self) -> None:
+        """Write what was learned since the last time, if there is a file for it. Touches the disk."""
+        path, learned = self.config.learned, int(self.metrics.learned._value.get())
+        if path is None or learned == self._saved:
+            return
+        try:
+            write_text(path, json.dumps(self.predictor.recalibrator.to_json()))
+            self._saved = learned
+        except OSError as error:
+            logger.error("lessons were not written to %s: %s", path, error.strerror or error)
+
+    async def keep_saving(self) -> None:
+        """Writes lessons every half minute, in a thread, until it is cancelled."""
+        while True:
+            await asyncio.sleep(LEARNED_EVERY_S)
+            await asyncio.get_running_loop().run_in_executor(None, self.save)
+
+    def close(self) -> None:
+        """Ends the predictor's threads and writes what was learned."""
+        self._serving.close()
+        self.save()
+
+
+_EXAMPLE = '{"id": "...", "completion_tokens": 231} or {"id": "...", "usage": {...}, "finish_reason": "stop"}'
+
+
+def _generated(body: Mapping[str, Any]) -> tuple[int, bool | None]:
+    """Generated tokens, and whether the answer was cut; None where nothing says why it ended."""
+    usage, finish = usage_of(body), finish_of(body)
+    if usage.tokens is None and not usage.unreadable and body.get("response") is not None:
+        answers = answers_of(body["response"])
+        if len(answers) != 1:
+            raise DataError(f"response holds {len(answers)} answers; expected one, or completion_tokens of each answer")
+        usage, finish = answers[0].usage, finish or answers[0].finish
+    if usage.unreadable or usage.tokens is None:
+        got = f"; {usage.unreadable}" if usage.unreadable else ""
+        raise DataError(
+            f"expected generated tokens, a whole number from 0 to {MAX_TOKENS}, as completion_tokens or as the usage "
+            f"block of a response{got}; such as {_EXAMPLE}"
+        )
+    return usage.tokens, None if finish is None else finish in CUT
+
+
+def prompt_tokens_of(request: Request) -> int:
+    """Tokens of a request's whole prompt, estimated."""
+    texts = sum(map(estimate_tokens, (request.prompt, request.system, request.previous_prompt)))
+    return texts + (request.other_chars + request.tool_chars) // CHARS_PER_TOKEN

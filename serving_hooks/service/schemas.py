@@ -1,0 +1,144 @@
+"""The OpenAPI page's words: what is sent and answered, with examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+
+class Cost(BaseModel):
+    """What a request takes on an idle engine, by the profile."""
+
+    prompt_tokens: int = Field(description="tokens of the prompt, estimated from its text")
+    ttft_s: float = Field(description="seconds to the first token")
+    latency_s: float = Field(description="seconds to the last token of an answer of mean length")
+    gpu_s: float = Field(description="seconds of the engine's binding resource")
+
+
+class Prediction(BaseModel):
+    """What is predicted for one answer. All lengths are tokens, with the request's cap applied."""
+
+    id: str | None = Field(description="to observe with")
+    median: float
+    mean: float
+    quantiles: dict[str, float] = Field(description="by level, such as 0.9")
+    expert: int = Field(description="index of the expert, -1 for a fallback")
+    source: str = Field(
+        description="model, or fallback:deadline, fallback:queue full, fallback:error, fallback:no text"
+    )
+    llm: str = Field(description="what the LLM's name was read as")
+    llm_known: bool = Field(description="whether the predictor was trained on answers of this LLM")
+    max_tokens: int | None = Field(description="the request's cap")
+    cost: Cost | None = Field(None, description="only with a profile")
+
+
+class Observed(BaseModel):
+    """What became of an observation."""
+
+    id: str
+    learned: bool
+    reason: str = Field(description="why it was not learned; empty if it was")
+
+
+class Health(BaseModel):
+    """Whether the service lives, or takes requests."""
+
+    status: str
+
+
+class ErrorBody(BaseModel):
+    """What was wrong."""
+
+    message: str = Field(description="what was got, and what was expected")
+    type: str
+    code: int = Field(description="the HTTP status")
+
+
+class Failure(BaseModel):
+    """A request that was not served."""
+
+    error: ErrorBody
+
+
+_CHAT = {
+    "model": "gpt-4o",
+    "messages": [{"role": "user", "content": "Explain TCP slow start."}],
+    "max_completion_tokens": 512,
+}
+_REQUEST: dict[str, Any] = {
+    "type": "object",
+    "description": "A body as OpenAI, Anthropic, vLLM or SGLang take it. It needs one of prompt, messages and input.",
+    "anyOf": [{"required": ["prompt"]}, {"required": ["messages"]}, {"required": ["input"]}],
+    "properties": {
+        "prompt": {"type": "string"},
+        "messages": {"type": "array", "items": {"type": "object"}},
+        "input": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+        "model": {"type": "string", "description": "the LLM that will answer"},
+        "max_tokens": {"type": "integer", "description": "cap on response tokens, under any dialect's name"},
+    },
+    "additionalProperties": True,
+}
+PREDICT_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"anyOf": [_REQUEST, {"type": "array", "items": _REQUEST, "minItems": 1}]},
+                "examples": {
+                    "prompt": {"value": {"prompt": "Explain TCP slow start.", "target_llm": "llama-3-8b"}},
+                    "OpenAI chat": {"value": _CHAT},
+                    "OpenAI completions": {"value": {"model": "llama-3-8b", "prompt": "Once upon", "max_tokens": 64}},
+                    "OpenAI responses": {"value": {"model": "gpt-5", "input": "Hi", "reasoning": {"effort": "low"}}},
+                    "Anthropic messages": {
+                        "value": {
+                            "model": "claude-sonnet-4-5",
+                            "max_tokens": 1024,
+                            "system": "Be brief.",
+                            "messages": [{"role": "user", "content": "What is a hash table?"}],
+                        }
+                    },
+                    "batch": {"value": [_CHAT, {"prompt": "Say hello."}]},
+                },
+            }
+        },
+    }
+}
+OBSERVE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "id": {"type": "string", "description": "of a prediction"},
+                        "prediction": {"type": "object", "description": "the prediction itself, in place of its id"},
+                        "completion_tokens": {"type": "integer", "minimum": 0},
+                        "usage": {"type": "object", "description": "a usage block of OpenAI or Anthropic as it is"},
+                        "response": {"type": "object", "description": "the whole response, in place of usage"},
+                        "finish_reason": {"type": "string", "description": "why the answer ended, such as stop"},
+                    },
+                    "additionalProperties": True,
+                },
+                "examples": {
+                    "tokens": {"value": {"id": "9nQx2s8Yk1VbTgZw", "completion_tokens": 231}},
+                    "OpenAI usage": {
+                        "value": {
+                            "id": "9nQx2s8Yk1VbTgZw",
+                            "usage": {"prompt_tokens": 12, "completion_tokens": 231, "total_tokens": 243},
+                            "finish_reason": "stop",
+                        }
+                    },
+                    "Anthropic usage": {
+                        "value": {
+                            "id": "9nQx2s8Yk1VbTgZw",
+                            "usage": {"input_tokens": 12, "output_tokens": 1024},
+                            "stop_reason": "max_tokens",
+                        }
+                    },
+                },
+            }
+        },
+    }
+}
