@@ -26,6 +26,7 @@ from mope import console as terminal
 from mope import packaged
 from mope.console import LOG_WIDTH
 from mope.errors import ConfigError, ServerError, UserError
+from mope.extras import require
 from mope.flags import Parser
 from mope.serving_hooks import checks
 from mope.serving_hooks.checks import Finding
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
+SERVE = "serve"  # `mope serve`, which is no engine
 OPTIONS = "options"  # the command that lists them
 DASHBOARD = Path(__file__).parent / "dashboards" / "mope.json"
 _MARK = "mope-probe "
@@ -57,6 +59,7 @@ mope doctor vllm -- vllm serve my/model --scheduler-cls mope.serving_hooks.vllm.
 mope doctor vllm --url http://127.0.0.1:8000 --metrics-port 9477
 mope doctor sglang -- sglang serve --model-path my/model --schedule-policy equinox
 mope doctor sglang --url http://127.0.0.1:30000 --api-key KEY
+mope doctor serve --url http://127.0.0.1:8400
 mope doctor options"""
 
 
@@ -73,13 +76,13 @@ def main(argv: Sequence[str]) -> int:
         ConfigError: arguments that cannot be used.
     """
     argv, words = _split(argv)
-    parser = Parser("mope doctor", DETAILS, "[vllm | sglang | options] [options] [-- COMMAND]", EXAMPLE)
+    parser = Parser("mope doctor", DETAILS, "[vllm | sglang | serve | options] [options] [-- COMMAND]", EXAMPLE)
     parser.add_argument(
         "what",
         nargs="?",
-        choices=(*ENGINES, OPTIONS),
+        choices=(*ENGINES, SERVE, OPTIONS),
         metavar="WHAT",
-        help="an engine, or options (default: the engine that is installed)",
+        help="an engine, serve for `mope serve`, or options (default: the engine that is installed)",
     )
     parser.add_argument("--url", metavar="URL", help="a server that runs, such as http://127.0.0.1:8000")
     parser.add_argument("--metrics-port", type=int, metavar="N", help="its metrics_port, where it does not say")
@@ -100,11 +103,13 @@ def main(argv: Sequence[str]) -> int:
         else:
             _print_options(rows)
         return 0
+    if arguments.url is not None and urlsplit(arguments.url).scheme not in ("http", "https"):
+        raise ConfigError(f"--url: got {arguments.url!r}; expected an address such as http://127.0.0.1:8000")
+    if arguments.what == SERVE:
+        return _told(_service(words, arguments.url, arguments.api_key), as_json=arguments.json)
     engine = arguments.what or next((name for name in ENGINES if find_spec(name)), None)
     if words and engine is None:
         raise ConfigError("a command, but of which engine? Type mope doctor vllm -- COMMAND")
-    if arguments.url is not None and urlsplit(arguments.url).scheme not in ("http", "https"):
-        raise ConfigError(f"--url: got {arguments.url!r}; expected an address such as http://127.0.0.1:8000")
     report = examine(
         engine,
         words,
@@ -113,11 +118,22 @@ def main(argv: Sequence[str]) -> int:
         metrics_port=arguments.metrics_port,
         timeout_s=arguments.timeout,
     )
-    if arguments.json:
+    return _told(report, as_json=arguments.json)
+
+
+def _told(report: dict[str, Any], *, as_json: bool) -> int:
+    if as_json:
         print(json.dumps(report))
     else:
         _print(report)
     return 0 if report["ok"] else 1
+
+
+def _service(words: Sequence[str], url: str | None, api_key: str | None) -> dict[str, Any]:
+    require("prometheus_client", "mope serve", "serve")
+    from mope.serving_hooks.service.doctor import examine as examine_service
+
+    return {**examine_service(words, url, api_key), "dashboard": str(DASHBOARD)}
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -395,7 +411,7 @@ def _print(report: dict[str, Any]) -> None:
         last = part
     console.print(table)
     if report["command"]:
-        console.print("\nInstalling activates nothing; to start with it:")
+        console.print("\nInstalling activates nothing; to start with it:" if report["engine"] else "\nto start it:")
         console.print(Text(report["command"]), soft_wrap=True)
     console.print(f"\ndashboard for Grafana: {report['dashboard']}", markup=False, soft_wrap=True)
 

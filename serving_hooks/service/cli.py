@@ -43,6 +43,19 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: options, a predictor or a port that cannot be used.
     """
+    artifact, config = parse(argv)
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        require(module, "mope serve", "serve")
+    serve(artifact, config)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[str, ServeConfig]:
+    """The predictor and the options of a command line.
+
+    Raises:
+        ConfigError: arguments that cannot be used.
+    """
     parser = Parser("mope serve", DETAILS, "ARTIFACT [options]", EXAMPLE)
     parser.add_argument(
         "artifact",
@@ -54,10 +67,7 @@ def main(argv: Sequence[str]) -> int:
     config = validated(
         ServeConfig, given(arguments).get("serve", {}), lambda place: flag_name(str(place[0])) if place else "options"
     )
-    for module in ("fastapi", "uvicorn", "prometheus_client"):
-        require(module, "mope serve", "serve")
-    serve(arguments.artifact, config)
-    return 0
+    return arguments.artifact, config
 
 
 def serve(artifact: str, config: ServeConfig) -> None:
