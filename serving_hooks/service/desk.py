@@ -89,10 +89,7 @@ class Desk:
             body = {**body, "token_unit": self._unit}
         if self.config.target_llm is not None and not any(body.get(name) for name in ("target_llm", "model")):
             body = {**body, "target_llm": self.config.target_llm}
-        try:
-            return as_request(body)
-        except RecursionError:
-            raise DataError("the request is nested too deeply") from None
+        return as_request(body)
 
     async def predict(
         self, bodies: Sequence[Any], client: str | None, deadline_s: float, came_s: float
