@@ -68,7 +68,7 @@ build/typed:
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install $(TORCH) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 	$(PIP) install 'pip>=23.1'
-	$(PIP) install -e '.[train,demo,export,profile,redis,dev]' -c constraints.txt
+	$(PIP) install -e '.[train,demo,export,profile,redis,serve,client,dev]' -c constraints.txt
 	@touch $@
 
 $(VLLM)/.installed: tests/engines/requirements-vllm.txt tests/engines/vllm-alias/pyproject.toml pyproject.toml

@@ -125,6 +125,8 @@ def test_every_dependency_is_pinned_once_for_every_python() -> None:
         *EXTRAS["demo"],
         *EXTRAS["profile"],
         *EXTRAS["redis"],
+        *EXTRAS["serve"],
+        *EXTRAS["client"],
         *EXTRAS["dev"],
     ]
     for wanted in map(Requirement, installed):
