@@ -20,6 +20,7 @@ from mope.fairness.mapper import MetricsMapper
 from mope.files import write_text
 from mope.inputs import as_request
 from mope.log_answers import CUT, answers_of, finish_of, usage_of
+from mope.prediction_batch import PredictionBatch
 from mope.reader import MAX_TOKENS, is_forced, shown
 from mope.request import Request
 from mope.serving import ServingPredictor
@@ -142,8 +143,9 @@ class Desk:
     def _answer(
         self, body: Mapping[str, Any], request: Request, prediction: LengthPrediction, client: str | None
     ) -> dict[str, Any]:
-        *quantiles, median, high = prediction.quantiles(self._levels).tolist()
-        mean = prediction.mean
+        row = PredictionBatch.of([prediction])
+        *quantiles, median, high = row.quantiles(self._levels)[0].tolist()
+        mean = float(row.mean[0])
         self.metrics.predicted(client, prediction.source)
         answer: dict[str, Any] = {
             "id": self._remember(body, prediction, mean, high, client),
