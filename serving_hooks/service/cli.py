@@ -6,7 +6,6 @@ import logging
 import logging.config
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 
 from mope.errors import ConfigError
@@ -17,8 +16,6 @@ from mope.serving_hooks.service.config import ServeConfig
 
 KEEP_ALIVE_S = 75  # that a connection without a request stays open: gateways reuse theirs
 BACKLOG = 2048
-# the event loop waits that long for a predicting thread to give up the interpreter; Python's own is 5 ms
-SWITCH_S = 0.0005
 
 DETAILS = """\
 Predict over HTTP: POST the body of a request (OpenAI chat, completions or responses, Anthropic messages, or
@@ -90,7 +87,6 @@ def serve(artifact: str, config: ServeConfig) -> None:
     from mope.serving_hooks.service.desk import Desk
     from mope.serving_hooks.service.keys import Keys
 
-    sys.setswitchinterval(SWITCH_S)
     logging.config.dictConfig(log_config := _log_config(config))
     keys = Keys(config)
     listening = listen(config.host, config.port)

@@ -2,7 +2,7 @@
 
     python tests/bench/serve.py chat-small chat-micro --rate 20 --seconds 60 --core 1 --output serve.json
 
-Requests come at even times, whether or not earlier ones were answered; prompts are made up and never repeat.
+Requests come at even times, whether or not earlier ones were answered; made-up prompts never repeat.
 Wall time is that of the client, which may share the server's core; `server_ms` are upper bounds of quantiles from the
 server's own histogram.
 On a machine with other work, `others_share` says what share of that core other processes took.
@@ -97,11 +97,12 @@ async def measure(artifact: str, arguments: argparse.Namespace) -> dict[str, Any
             "start_cpu_s": round(process_s(server.pid), 2),
             "start_others_share": share(at, started, process_s(server.pid), arguments.core),
         }
+        bodies = [json.loads(line) for line in arguments.prompts.read_text().splitlines()] if arguments.prompts else []
         waits: list[float] = []
         sources: dict[str, int] = {}
 
         async def ask(number: int, planned: float) -> None:
-            body = {"messages": [{"role": "user", "content": prompt(number)}], "model": "llama-3-8b"}
+            body = bodies[number % len(bodies)] if bodies else {"prompt": prompt(number), "model": "llama-3-8b"}
             answer = (await http.post("/v1/predict", json=body)).json()
             waits.append(time.perf_counter() - planned)
             sources[answer["source"]] = sources.get(answer["source"], 0) + 1
@@ -147,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifacts", nargs="*", default=["chat-small", "chat-micro"])
     parser.add_argument("--rate", type=float, default=20.0, help="requests each second")
+    parser.add_argument("--prompts", type=Path, help="JSON Lines of bodies; made-up prompts of 5 to 400 words if none")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--core", type=int, default=0, help="of the server")
     parser.add_argument("--output", type=Path)
