@@ -62,6 +62,7 @@ class Prediction:
         id: to observe with; None where the service did not answer.
         expert: index of the expert, -1 for a fallback.
         cost: only where the service has a profile.
+        visible: expected tokens without thoughts, where the service knows thoughts of the LLM.
     """
 
     median: float
@@ -71,6 +72,7 @@ class Prediction:
     id: str | None = None
     expert: int = -1
     cost: Cost | None = None
+    visible: float | None = None
 
     @property
     def made(self) -> bool:
@@ -346,5 +348,10 @@ def _read(answer: Any) -> Prediction:
             raise _Nonsense
         seconds = (_amount(cost.get(key)) for key in ("ttft_s", "latency_s", "gpu_s"))
         cost = Cost(int(_amount(cost.get("prompt_tokens"))), *seconds)
+    visible = None
+    if (thoughts := answer.get("thoughts")) is not None:
+        if not isinstance(thoughts, Mapping):
+            raise _Nonsense
+        visible = _amount(thoughts.get("visible_tokens"))
     median, mean = _amount(answer.get("median")), _amount(answer.get("mean"))
-    return Prediction(median, mean, dict(ordered), source, name, expert, cost)
+    return Prediction(median, mean, dict(ordered), source, name, expert, cost, visible)

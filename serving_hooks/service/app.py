@@ -41,8 +41,8 @@ DESCRIPTION = """\
 Predicts how many tokens an LLM will answer, before the first one. Send the body of a request as it is to
 `/v1/predict`, and what was generated to `/v1/observe`: later predictions are corrected by it.
 
-A prediction is never later than its deadline and never missing: where the predictor cannot answer in time, the length
-distribution of its training data is the answer, and `source` says so."""
+A prediction is never missing: where the predictor cannot answer before the deadline, the length distribution of its
+training data is the answer, and `source` says so."""
 
 router = APIRouter()
 

@@ -158,6 +158,8 @@ class Desk:
             "llm_known": prediction.llm_known,
             "max_tokens": prediction.max_tokens,
         }
+        if (thoughts := prediction.thoughts) is not None:
+            answer["thoughts"] = {name: round(value, 4) for name, value in thoughts._asdict().items()}
         if self._mapper is not None:
             prompt_tokens = prompt_tokens_of(request)
             cost = self._mapper.estimate(prompt_tokens, mean)

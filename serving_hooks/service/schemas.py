@@ -16,6 +16,14 @@ class Cost(BaseModel):
     gpu_s: float = Field(description="seconds of the engine's binding resource")
 
 
+class Thoughts(BaseModel):
+    """The expected parts of a response of a reasoning LLM; together its mean."""
+
+    share: float = Field(description="of thoughts in the response, from 0 to 1")
+    tokens: float = Field(description="expected tokens of thoughts")
+    visible_tokens: float = Field(description="expected tokens of the visible answer")
+
+
 class Prediction(BaseModel):
     """What is predicted for one answer. All lengths are tokens, with the request's cap applied."""
 
@@ -30,6 +38,7 @@ class Prediction(BaseModel):
     llm: str = Field(description="what the LLM's name was read as")
     llm_known: bool = Field(description="whether the predictor was trained on answers of this LLM")
     max_tokens: int | None = Field(description="the request's cap")
+    thoughts: Thoughts | None = Field(None, description="only where thoughts of the LLM are known")
     cost: Cost | None = Field(None, description="only with a profile")
 
 

@@ -29,6 +29,7 @@ GOOD = {
     "source": "model",
     "llm": "",
     "cost": {"prompt_tokens": 9, "ttft_s": 0.1, "latency_s": 2.0, "gpu_s": 0.5},
+    "thoughts": {"share": 0.75, "tokens": 90.0, "visible_tokens": 30.0},
 }
 MINE = Prediction(median=1.0, mean=2.0, quantiles={0.9: 3.0})
 SLACK_S = 1.0  # of a machine that is busy
@@ -90,6 +91,7 @@ def test_a_good_answer_is_read_whole() -> None:
     assert found.quantile(0.6) == found.quantile(0.99) == 300.0
     assert found.cost is not None
     assert found.cost.latency_s == 2.0
+    assert found.visible == 30.0
     assert seen[0].startswith(b"POST /v1/predict?deadline_ms=8000 HTTP/1.1")
     assert b"authorization: bearer sk-1" in seen[0].lower()
     assert seen[0].endswith(b'{"model": "gpt-4o", "messages": []}')

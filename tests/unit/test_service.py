@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,22 @@ def closing() -> Iterator[list[Desk]]:
 
 def asked(desk: Desk, *bodies: Any, deadline_s: float = 30.0, client: str | None = None) -> list[dict[str, Any]]:
     return asyncio.run(desk.predict(bodies, client, deadline_s, time.monotonic()))
+
+
+def test_thoughts_are_in_the_answer_where_they_are_known(
+    predictor: LengthPredictor, closing: list[Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(predictor, ServeConfig(), "chat-micro")
+    closing.append(desk)
+    (plain,) = asked(desk, {"prompt": "a"})
+    assert "thoughts" not in plain
+    predict = predictor.predict_batch
+    monkeypatch.setattr(
+        predictor, "predict_batch", lambda requests: [replace(one, thought_share=0.75) for one in predict(requests)]
+    )
+    (found,) = asked(desk, {"prompt": "a"})
+    assert found["thoughts"]["share"] == 0.75
+    assert found["thoughts"]["tokens"] + found["thoughts"]["visible_tokens"] == pytest.approx(found["mean"], abs=0.01)
 
 
 class Stuck:

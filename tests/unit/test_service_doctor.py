@@ -1,0 +1,122 @@
+"""`mope doctor serve`: packages, the options of a command, and a service that runs."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from mope.cli import main
+from mope.serving_hooks.service import doctor
+from mope.serving_hooks.service.config import ServeConfig
+from mope.serving_hooks.service.memory import Memory
+from mope.serving_hooks.service.metrics import ServiceMetrics
+
+READY = json.dumps({"status": "ready"})
+
+
+@contextmanager
+def serving(answers: dict[str, tuple[int, str]]) -> Iterator[str]:
+    """A server that answers each path with a status and a text."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, text = answers.get(self.path, (404, "{}"))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text.encode())))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def metrics(**sources: int) -> str:
+    """What a service with so many predictions of each source shows."""
+    config = ServeConfig()
+    made = ServiceMetrics("chat-small", Memory(1, 1.0), config.metrics_clients)
+    for source, number in sources.items():
+        for _ in range(number):
+            made.predicted(None, "model" if source == "model" else f"fallback:{source}")
+    return made.exposed().decode()
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "expected"),
+    [
+        ({"/ready": (200, READY), "/metrics": (200, metrics(model=5))}, "ok", "predictor chat-small; 5 predictions made"),
+        ({"/ready": (503, "{}")}, "failed", "it starts or ends, ask again"),
+        ({"/ready": (200, json.dumps({"status": "up"}))}, "failed", "is no mope serve"),
+        ({}, "failed", "/ready"),
+        ({"/ready": (200, READY), "/metrics": (401, "{}")}, "failed", "give --api-key"),
+        ({"/ready": (200, READY), "/metrics": (500, "{}")}, "failed", "/metrics: "),
+        ({"/ready": (200, READY), "/metrics": (200, "}{ 1 2 3")}, "failed", "holds no metrics"),
+    ],
+)  # fmt: skip
+def test_a_service_that_runs(answers: dict[str, tuple[int, str]], status: str, expected: str) -> None:
+    with serving(answers) as url:
+        (found,) = doctor.running(f"{url}/v1/", None)
+    assert found.status == status
+    assert expected in found.text
+
+
+def test_predictions_that_come_too_late_are_told() -> None:
+    with serving({"/ready": (200, READY), "/metrics": (200, metrics(model=50, deadline=5))}) as url:
+        first, second = doctor.running(url, None)
+    assert (first.status, second.status) == ("ok", "warning")
+    assert "5 of 55 predictions came too late: raise --deadline-ms, or serve chat-micro" in second.text
+
+
+def test_nobody_at_the_port_is_one_line() -> None:
+    (found,) = doctor.running("http://127.0.0.1:9", None)
+    assert found.status == "failed"
+    assert "\n" not in found.text
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "expected"),
+    [
+        ("mope serve chat-micro --port 0", "ok", "0 API keys"),
+        ("mope serve chat-micro --port 0 --host 0.0.0.0", "warning", "no API keys: everybody"),
+        ("mope serve chat-micro --deadline-ms 0", "failed", "--deadline-ms"),
+        ("mope serve chat-micro --port 0 --api-keys none.json", "failed", "none.json"),
+        ("mope predict chat-micro", "failed", "expected a command such as mope serve chat-small"),
+    ],
+)
+def test_a_command_is_read_as_the_service_reads_it(
+    words: str, status: str, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MOPE_API_KEYS", raising=False)
+    found, artifact, _ = doctor.command(words.split())
+    assert found[-1].status == status
+    assert expected in found[-1].text
+    assert artifact == (None if status == "failed" else "chat-micro")
+
+
+def test_the_doctor_fails_where_a_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PACKAGES", ("fastapi", "no-such-package"))
+    assert [finding.status for finding in doctor.packages()] == ["ok", "failed"]
+
+
+def test_the_commands_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "serve", "--", "mope", "serve", "chat-micro", "--port", "0"]) == 0
+    assert "chat-micro" in capsys.readouterr().out
+    assert main(["doctor", "serve", "--url", "http://127.0.0.1:9"]) == 1
