@@ -61,7 +61,7 @@ def metrics(**sources: int) -> str:
 @pytest.mark.parametrize(
     ("answers", "status", "expected"),
     [
-        ({"/ready": (200, READY), "/metrics": (200, metrics(model=5))}, "ok", "predictor chat-small; 5 predictions made"),
+        ({"/ready": (200, READY), "/metrics": (200, metrics(model=5))}, "ok", "chat-small; 5 predictions made"),
         ({"/ready": (503, "{}")}, "failed", "it starts or ends, ask again"),
         ({"/ready": (200, json.dumps({"status": "up"}))}, "failed", "is no mope serve"),
         ({}, "failed", "/ready"),
