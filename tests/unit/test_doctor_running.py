@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from stewards import busy_steward, guard
+from web import answering
 
 from mope.cli import main
 from mope.serving_hooks import doctor
@@ -27,29 +26,9 @@ LOGGER = logging.getLogger("test.doctor")
 BOTH = ["vllm", "serve", "m", "--scheduler-cls", commands.SCHEDULER, "--middleware", commands.MIDDLEWARE]
 
 
-@contextmanager
-def serving(text: str) -> Iterator[str]:
+def serving(text: str) -> AbstractContextManager[str]:
     """A server whose /metrics is the given text."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = text.encode()
-            self.send_response(200 if self.path == "/metrics" else 404)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return answering({"/metrics": (200, text)})
 
 
 def front(port: int, predictor: str = "chat-small", *, predicts: bool = True, **predictions: int) -> str:

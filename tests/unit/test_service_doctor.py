@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
+from web import answering
 
 pytest.importorskip("fastapi")
 
@@ -21,31 +17,6 @@ from mope.serving_hooks.service.memory import Memory
 from mope.serving_hooks.service.metrics import ServiceMetrics
 
 READY = json.dumps({"status": "ready"})
-
-
-@contextmanager
-def serving(answers: dict[str, tuple[int, str]]) -> Iterator[str]:
-    """A server that answers each path with a status and a text."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, text = answers.get(self.path, (404, "{}"))
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(text.encode())))
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *_: Any) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def metrics(**sources: int) -> str:
@@ -71,14 +42,14 @@ def metrics(**sources: int) -> str:
     ],
 )  # fmt: skip
 def test_a_service_that_runs(answers: dict[str, tuple[int, str]], status: str, expected: str) -> None:
-    with serving(answers) as url:
+    with answering(answers) as url:
         (found,) = doctor.running(f"{url}/v1/", None)
     assert found.status == status
     assert expected in found.text
 
 
 def test_predictions_that_come_too_late_are_told() -> None:
-    with serving({"/ready": (200, READY), "/metrics": (200, metrics(model=50, deadline=5))}) as url:
+    with answering({"/ready": (200, READY), "/metrics": (200, metrics(model=50, deadline=5))}) as url:
         first, second = doctor.running(url, None)
     assert (first.status, second.status) == ("ok", "warning")
     assert "5 of 55 predictions came too late: raise --deadline-ms, or serve chat-micro" in second.text

@@ -7,16 +7,14 @@ import json
 import re
 import shlex
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from enum import Enum
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from web import answering
 
 from mope.cli import main
 from mope.errors import ConfigError
@@ -299,29 +297,9 @@ def test_other_flags_of_sglang_are_not_complained_of(monkeypatch: pytest.MonkeyP
     assert [status for status, _ in mistakes(f"{command}{flag} 2", monkeypatch)] == ["ok"]
 
 
-@contextmanager
-def serving(states: Any, key: str | None = None) -> Iterator[str]:
+def serving(states: Any, key: str | None = None) -> AbstractContextManager[str]:
     """A server with SGLang's `/server_info`, which may want a key."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            allowed = key is None or self.headers.get("Authorization") == f"Bearer {key}"
-            answers = {"/server_info": json.dumps({"internal_states": states})}
-            self.send_response(401 if not allowed else 200 if self.path in answers else 404)
-            self.end_headers()
-            self.wfile.write(answers.get(self.path, "{}").encode() if allowed else b"{}")
-
-        def log_message(self, *_: Any) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return answering({"/server_info": (200, json.dumps({"internal_states": states}))}, key)
 
 
 ON = {"policy": "vtc", "on": True, "failure": None, "waiting": 2, "running": 3, "front_end": "hooked"}
