@@ -145,8 +145,8 @@ class EncodedRows:
         )
 
     def by_length(self, batch_size: int) -> list[Array]:
-        """Row positions in batches of like length."""
-        order = np.argsort(self.lengths, kind="stable")
+        """Row positions in batches of like length, rows of one text together."""
+        order = np.lexsort((self.text_R, self.lengths))
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     def batch(self, rows: Array) -> dict[str, Tensor]:

@@ -88,6 +88,13 @@ class FitConfig(Frozen):
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
     warmup_share: float = Field(0.06, ge=0, lt=1, description="share of the steps that warm up")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout in gate and heads")
+    encoder_dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="dropout inside the encoder; not given: as its config says (often 0.1). Drawing it is a fifth of a "
+        "step's time on a CPU",
+    )
     average_decay: float = Field(
         0.0,
         ge=0,

@@ -1,7 +1,8 @@
 """What a predictor is worth on each public set before and after it has observed answers: `mope evaluate --observe`.
 
 A server starts without having seen its LLMs' answers, and learns from those that finish. Both are measured here, next
-to constants per LLM. Rows with several sampled answers count once per sample. Trains nothing.
+to constants per LLM. No training row is observed. Rows with several sampled answers count once per sample. Trains
+nothing.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from mope import metrics
 from mope.console import progress
@@ -37,31 +39,65 @@ Positions = npt.NDArray[np.intp]
 class Part:
     """Rows of one set: those to test on, with the single answers that are the truth, and those to observe.
 
+    What is observed was not trained on: a predictor knows its training rows too well, and would take itself for surer
+    than it is. So the test rows fall into two halves by prompt, and each is predicted after answers of the other half
+    and of the validation rows.
+
     Attributes:
         test: rows whose answer was not cut off.
-        train: rows to draw observed answers from.
+        train: rows of the constants.
+        fresh: rows to draw observed answers from: test and validation rows.
+        half_T: the half of each row of `test`, shape (rows,): 0 or 1.
+        half_F: the half of each row of `fresh`, shape (rows,): 0 or 1, or -1 for validation rows.
         row_S: row of each answer of `test`, shape (answers,).
         tokens_S: their lengths, shape (answers,).
     """
 
     test: RowTable
     train: RowTable
+    fresh: RowTable
+    half_T: Positions
+    half_F: Positions
     row_S: Positions
     tokens_S: Array
 
     @classmethod
-    def of(cls, test: RowTable, train: RowTable) -> Part:
+    def of(cls, test: RowTable, train: RowTable, validation: RowTable, seed: int = 0) -> Part:
         """From the rows of a set, cut answers left out of the test."""
+        groups, group_R = np.unique(test.groups, return_inverse=True)
+        half_R = (np.random.default_rng([seed, 2]).permutation(len(groups)) % 2)[group_R]
         known = test.take(~test.censored)
         answers = answers_of(known)
         lengths = [len(each) for each in answers]
-        tokens = np.concatenate([np.asarray(each, dtype=np.float64) for each in answers]) if answers else np.empty(0)
-        return cls(known, train, np.repeat(np.arange(len(answers)), lengths), tokens)
+        tokens = [np.asarray(each, dtype=np.float64) for each in answers]
+        return cls(
+            test=known,
+            train=train,
+            fresh=RowTable(pa.concat_tables([test.table, validation.table])),
+            half_T=half_R[~test.censored],
+            half_F=np.concatenate([half_R, np.full(len(validation), -1)]),
+            row_S=np.repeat(np.arange(len(answers)), lengths),
+            tokens_S=np.concatenate([np.empty(0), *tokens]),
+        )
 
     @property
     def has_samples(self) -> bool:
         """Whether rows have several answers."""
         return len(self.tokens_S) > len(self.test)
+
+
+class Lesson(NamedTuple):
+    """An answer to observe.
+
+    Attributes:
+        prediction: what was predicted for it.
+        tokens: its length.
+        censored: it was cut off.
+    """
+
+    prediction: LengthPrediction
+    tokens: int
+    censored: bool
 
 
 def answers_of(table: RowTable) -> list[Sequence[int]]:
@@ -77,8 +113,8 @@ def evaluate_observed(
 
     Args:
         predictor: what it learned while serving is left out.
-        rows: of all splits; training rows are observed, test rows predicted.
-        observe: numbers of answers per LLM; 0, without any, is always measured.
+        rows: of all splits, see `Part`.
+        observe: numbers of answers per LLM, of some LLMs there are fewer; 0, without any, is always measured.
         samples: bootstrap samples.
         seed: of the draw of observed answers.
 
@@ -87,11 +123,11 @@ def evaluate_observed(
         two test rows are left out.
     """
     names = [name or "all" for name in rows.strings("dataset")]
-    tables = {split: rows.split(split) for split in ("test", "train")}
+    tables = {split: rows.split(split) for split in ("test", "train", "validation")}
     named = {split: np.array([name or "all" for name in table.strings("dataset")]) for split, table in tables.items()}
     found: dict[str, Any] = {}
     for name in dict.fromkeys(names):
-        part = Part.of(*(tables[split].take(named[split] == name) for split in ("test", "train")))
+        part = Part.of(*(table.take(named[split] == name) for split, table in tables.items()), seed=seed)
         if len(part.test) > 1:
             found[name] = evaluate_part(predictor, part, observe, name=name, samples=samples, seed=seed)
     if not found:
@@ -108,15 +144,21 @@ def evaluate_part(
         `num_rows`, `num_answers`, `num_llms`; `states`: a dictionary per number of observed answers with `mae` (of the
         median against single answers), `kendall_tau` over all rows, `kendall_tau_within_llm` (mean over LLMs, weighted
         by rows), `coverage_90` (share of answers up to the 90 % quantile), and `observed_constant_mae` (of the median
-        of the observed answers of each LLM); `constant_mae`: of the median training row of each LLM; where rows have
+        of the observed answers of each LLM) and `mean_observed` (answers of its LLM that were observed before a test
+        row, mean over the rows); `constant_mae`: of the median training row of each LLM; where rows have
         samples `constant_by_task_mae`; `by_task`: rows, `mae` and `kendall_tau_within_llm` of the last state.
     """
     llms = np.array(part.test.strings("target_llm"))
-    drawn = _drawn(part, max(observe, default=0), seed)
-    observed = part.train.take(np.array([row for rows in drawn.values() for row in rows], dtype=np.int64))
+    drawn = [_drawn(part, half, max(observe, default=0), seed) for half in (0, 1)]
+    chosen = sorted({row for own in drawn for rows in own.values() for row in rows})
+    observed = part.fresh.take(np.array(chosen, dtype=np.int64))
     predictions = list(_predictions(predictor, part.test, f"predicting {name}"))
     to_observe = list(_predictions(predictor, observed, f"predicting rows of {name} to observe"))
-    lengths = _one_answer(observed, seed)
+    lengths, cut = _one_answer(observed, seed), observed.censored
+    lessons = {
+        row: Lesson(prediction, length, bool(censored))
+        for row, prediction, length, censored in zip(chosen, to_observe, lengths, cut, strict=True)
+    }
     groups_S = part.test.groups[part.row_S]
     constant = _constants(part, [part.test.strings("target_llm")], [part.train.strings("target_llm")])
     result: dict[str, Any] = {
@@ -132,34 +174,39 @@ def evaluate_part(
         by_task = _constants(part, *([table.strings(name) for name in names] for table in (part.test, part.train)))
         result["constant_by_task_mae"] = _mae(part, by_task)
     for number in sorted({0, *observe}):
-        corrector, seen = _taught(predictor, drawn, to_observe, lengths, observed, number)
-        quantiles_NL = _quantiles(corrector, predictions)
+        quantiles_NL = np.empty((len(part.test), len(LEVELS)))
+        told, counts = np.empty(len(part.test)), np.zeros(len(part.test), dtype=np.int64)
+        for half in (0, 1):
+            mine = np.flatnonzero(part.half_T == half)
+            corrector, seen = _taught(predictor, drawn[half], lessons, number)
+            quantiles_NL[mine] = _quantiles(corrector, [predictions[row] for row in mine])
+            everything = [token for tokens in seen.values() for token in tokens]
+            medians = {llm: float(np.median(tokens)) for llm, tokens in seen.items() if tokens}
+            told[mine] = [medians.get(llm, np.median(everything) if everything else np.nan) for llm in llms[mine]]
+            counts[mine] = [len(seen.get(llm, ())) for llm in llms[mine]]
         state = _state(part, quantiles_NL, llms, groups_S, samples)
         if number:
-            everything = [token for tokens in seen.values() for token in tokens]
-            if everything:
-                medians = {llm: float(np.median(tokens)) for llm, tokens in seen.items() if tokens}
-                constant = np.array([medians.get(llm, np.median(everything)) for llm in llms])
-                state["observed_constant_mae"] = _mae(part, constant)
-            state["fewest_observed"] = min((len(seen.get(llm, ())) for llm in set(llms)), default=0)
+            if not np.isnan(told).any():
+                state["observed_constant_mae"] = _mae(part, told)
+            state["mean_observed"] = float(counts.mean())
         state["mae_over_constant"] = state["mae"] / result["constant_mae"] if result["constant_mae"] else 0.0
         result["states"][str(number)] = state
     result["by_task"] = _by_task(part, quantiles_NL[:, 0], llms)
     return result
 
 
-def _drawn(part: Part, most: int, seed: int) -> dict[str, list[int]]:
-    """Training rows to observe of each LLM, in the order in which they are.
+def _drawn(part: Part, half: int, most: int, seed: int) -> dict[str, list[int]]:
+    """Fresh rows to observe of each LLM before one half is predicted, in the order in which they are.
 
     Where rows have samples, the tasks come as often as in the test rows: a server observes the traffic that it
-    predicts, and CASTILLO's training rows are another mixture. Of other sets, a task may tell of the answer.
+    predicts, and CASTILLO's other rows are another mixture. Of other sets, a task may tell of the answer.
     """
-    rng = np.random.default_rng(seed)
-    train, shares = part.train, Counter(part.test.strings("task"))
-    llms, tasks = np.array(train.strings("target_llm")), train.strings("task")
+    rng = np.random.default_rng([seed, half])
+    shares = Counter(part.test.strings("task"))
+    llms, tasks = np.array(part.fresh.strings("target_llm")), part.fresh.strings("task")
     found: dict[str, list[int]] = {}
     for llm in sorted(set(llms.tolist())) if most else ():
-        rows = rng.permutation(np.flatnonzero(llms == llm)).tolist()
+        rows = rng.permutation(np.flatnonzero((llms == llm) & (part.half_F != half))).tolist()
         if part.has_samples:
             seen: Counter[str] = Counter()
             turns: dict[int, float] = {}
@@ -187,31 +234,22 @@ def _predictions(predictor: LengthPredictor, table: RowTable, description: str) 
 
 
 def _taught(
-    predictor: LengthPredictor,
-    drawn: Mapping[str, Sequence[int]],
-    predictions: Sequence[LengthPrediction],
-    lengths: Sequence[int],
-    observed: RowTable,
-    number: int,
+    predictor: LengthPredictor, drawn: Mapping[str, Sequence[int]], lessons: Mapping[int, Lesson], number: int
 ) -> tuple[Corrector, dict[str, list[int]]]:
     """A corrector that has seen `number` answers of each LLM, all LLMs in turn, and their lengths."""
     corrector = Corrector(predictor.config)
-    starts = dict(zip(drawn, np.cumsum([0, *(len(rows) for rows in drawn.values())])[:-1].tolist(), strict=True))
     seen: dict[str, list[int]] = {llm: [] for llm in drawn}
-    cut = observed.censored
     time_s = START_S
     for turn in range(number):
         for llm, rows in drawn.items():
             if turn >= len(rows):
                 continue
-            row, time_s = starts[llm] + turn, time_s + 1.0
-            prediction = predictions[row]
+            time_s += 1.0
+            prediction, tokens, censored = lessons[rows[turn]]
             if prediction.raw_cumulative is None or prediction.answering is None:
                 continue
-            corrector.observe(
-                prediction.raw_cumulative, prediction.answering, lengths[row], censored=bool(cut[row]), time_s=time_s
-            )
-            seen[llm].append(lengths[row])
+            corrector.observe(prediction.raw_cumulative, prediction.answering, tokens, censored=censored, time_s=time_s)
+            seen[llm].append(tokens)
     return corrector, seen
 
 

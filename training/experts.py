@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lightning as L
 import numpy as np
+from torch import nn
 
 from mope.artifact import weight_files
 from mope.backends.network import MopeNetwork
@@ -39,9 +40,14 @@ def new_network(
 ) -> MopeNetwork:
     """A network on the pre-trained encoder, gate and heads fresh from the seed; see `MopeNetwork.of`."""
     L.seed_everything(settings.seed, verbose=False)
+    encoder = source.load()
+    if settings.encoder_dropout is not None:
+        for module in encoder.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = settings.encoder_dropout
     return MopeNetwork.of(
         config,
-        source.load(),
+        encoder,
         gate=gate,
         num_heads=num_heads,
         plain=plain,

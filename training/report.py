@@ -216,7 +216,9 @@ def _observed(sets: Metrics) -> Iterator[Section]:
         told = [_or_dash(state.get("observed_constant_mae"), _tokens) for state in states[1:]]
         own = found.get("constant_by_task_mae", found["constant_mae"])
         maes = [_or_dash(state.get("mae"), _tokens) for state in states]
-        errors.append((name, _count(found["num_rows"]), _count(found["median_tokens"]), _tokens(own), *told, *maes))
+        seen = [_or_dash(state.get("mean_observed"), _count) for state in states[1:][-1:]]
+        sizes = (_count(found["num_rows"]), _count(found["median_tokens"]))
+        errors.append((name, *sizes, *seen, _tokens(own), *told, *maes))
         shares.append((name, *(_or_dash(state.get("mae_over_constant"), _two_digits) for state in states)))
         taus = [_or_dash(state.get("kendall_tau_within_llm"), _three_digits) for state in states]
         below = [_or_dash(state.get("coverage_90"), _percent) for state in states]
@@ -224,9 +226,10 @@ def _observed(sets: Metrics) -> Iterator[Section]:
     shown = [headings[number] for number in numbers]
     yield Section(
         "MAE before and after observed answers of each LLM",
-        ("set", "rows", "median", "constant\n(1)", *constants.values(), *shown),
+        ("set", "rows", "median", *(["seen\n(2)"] if constants else []), "constant\n(1)", *constants.values(), *shown),
         errors,
-        note="(1) the median training answer of each LLM, where rows have samples of each task and LLM",
+        note="(1) the median training answer of each LLM, where rows have samples of each task and LLM"
+        + (f"; (2) of {numbers[-1]:,} answers of an LLM so many were there, mean over the rows" if constants else ""),
     )
     if len(shares) > 1:
         middle = [

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from mope import artifact
+from mope.artifact import weight_files
 from mope.backends import RawOutputs
 from mope.backends.network import Encoder, MopeNetwork
 from mope.backends.torch_backend import TorchBackend
@@ -59,8 +61,10 @@ class Teacher:
 
     @cached_property
     def predictor(self) -> LengthPredictor:
-        """The predictor itself."""
-        return LengthPredictor.from_pretrained(self.folder, backend="torch", device=self.device)
+        """The predictor itself; one that was exported for serving answers without torch, on all cores."""
+        if (self.folder / weight_files(artifact.check(self.folder))[0]).exists():
+            return LengthPredictor.from_pretrained(self.folder, backend="torch", device=self.device)
+        return LengthPredictor.from_pretrained(self.folder, num_threads=os.cpu_count() or 1)
 
     @property
     def settings(self) -> PredictorConfig:

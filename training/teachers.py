@@ -52,7 +52,8 @@ class NamedTeacher:
             )
         others = []
         if packaged.folder_of(self.name):
-            others.append("not the packaged predictor, which has no PyTorch weights to teach with")
+            without = ", which has no PyTorch weights to teach with" if self.flag == "--teacher" else ""
+            others.append(f"not the packaged predictor{without}")
         if (self.folder / "files.json").exists():
             others.append(f"not the folder of that name: type {self.flag} ./{self.name} for it")
         which = f" ({'; '.join(others)})" if others else ""
@@ -88,6 +89,8 @@ def _named(flag: str, name: str) -> NamedTeacher:
             f"folder of a predictor that mope-train saved, or one of the recipes {', '.join(recipe_names())}"
         )
     config = artifact.check(folder)
+    if flag != "--teacher":  # which gives its trunk, too; of others only their answers are wanted
+        return NamedTeacher(flag, name, config)
     recipe = artifact.recipe_of(folder)
     artifact.check_weights(
         folder,

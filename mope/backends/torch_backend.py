@@ -9,6 +9,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load, save_model
 
@@ -56,6 +57,15 @@ def load_weights(network: MopeNetwork, content: bytes, where: str) -> None:
         first = cleaned(repr((missing + others)[0]))
         raise ArtifactError(f"{where} has not the weights that config.json describes ({first}); copy both again")
     network.load_state_dict(tensors, strict=False)
+
+
+def each_text_once(ids_BS: Array, mask_BS: Array, numbers_BF: Array, llm_B: Array) -> tuple[Array, ...]:
+    """The inputs of `MopeNetwork.forward`, a text that many rows share among them once."""
+    texts_TX, text_B = np.unique(np.concatenate([ids_BS, mask_BS], axis=1), axis=0, return_inverse=True)
+    if len(texts_TX) == len(ids_BS):
+        return ids_BS, mask_BS, numbers_BF, llm_B
+    ids_TS, mask_TS = np.split(texts_TX, 2, axis=1)
+    return np.ascontiguousarray(ids_TS), np.ascontiguousarray(mask_TS), numbers_BF, llm_B, text_B.reshape(-1)
 
 
 class TorchBackend:
@@ -145,7 +155,8 @@ class TorchBackend:
     def _runner(self, network: MopeNetwork) -> RunNetwork:
         @torch.inference_mode()
         def run(*inputs: Array) -> tuple[Array | None, Array | None, Array]:
-            gate, heads, embedding = network(*(torch.from_numpy(array).to(self._device) for array in inputs))
+            tensors = (torch.from_numpy(array).to(self._device) for array in each_text_once(*inputs))
+            gate, heads, embedding = network(*tensors)
             return (
                 None if gate is None else gate.float().cpu().numpy(),
                 None if heads is None else heads.float().cpu().numpy(),

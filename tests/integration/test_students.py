@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_train_run import settings, write_chats
 
-from mope import LengthPredictor
+from mope import LengthPredictor, packaged
 from mope.backends.static_encoder import StaticEncoder
 from mope.backends.torch_backend import TorchBackend
 from mope.errors import ArtifactError, ConfigError
@@ -27,6 +27,7 @@ from mope.training.data.table import RowTable
 from mope.training.prepare import Grid
 from mope.training.run import train
 from mope.training.teacher import Teacher, lessons, on_grid
+from mope.training.teachers import named_teachers
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +195,15 @@ def test_a_teacher_is_asked_only_for_rows_like_those_that_it_learned_from(
     np.testing.assert_allclose(both[30:, 0], 1.0, rtol=2e-2)  # the first did not learn from rows of "there"
     assert not first.learned_from("there")
     assert first.learned_from(config.data.source)
+
+
+def test_a_predictor_that_was_exported_for_serving_can_teach_beside_another() -> None:
+    """It has no weights to begin with, but what it answers is all that a co-teacher is asked for."""
+    folder = packaged.PREDICTORS / "chat-micro"
+    (named,) = named_teachers(ModelConfig(teacher="demo", co_teachers=(str(folder),)))[1:]
+    teacher = Teacher(named.folder)
+    assert teacher.predictor.backend.name == "onnx"
+    assert teacher.learned_from("sharegpt")
 
 
 @given(

@@ -35,6 +35,9 @@ def table(rows: list[dict[str, Any]]) -> RowTable:
     return RowTable(pa.Table.from_pylist(whole, schema=SCHEMA))
 
 
+NO_ROWS = table([])
+
+
 def answered(num_rows: int, split: str, seed: int, dataset: str = "one", **more: Any) -> list[dict[str, Any]]:
     """Rows of two LLMs, one of which answers six times as long as the other."""
     rng = np.random.default_rng(seed)
@@ -50,7 +53,8 @@ def answered(num_rows: int, split: str, seed: int, dataset: str = "one", **more:
 
 @pytest.fixture(scope="module")
 def rows() -> RowTable:
-    return table(answered(120, "train", 0) + answered(40, "test", 1) + answered(40, "test", 2, "two"))
+    one = answered(120, "train", 0) + answered(120, "validation", 3) + answered(40, "test", 1)
+    return table(one + answered(40, "test", 2, "two"))
 
 
 def test_observed_answers_teach_what_the_llms_do(predictor: LengthPredictor, rows: RowTable) -> None:
@@ -61,10 +65,9 @@ def test_observed_answers_teach_what_the_llms_do(predictor: LengthPredictor, row
     assert one["100"]["mae"] < 0.8 * one["0"]["mae"]
     assert one["100"]["kendall_tau"] > one["0"]["kendall_tau"] + 0.2  # told apart: one is longer than the other
     assert 0.8 < one["100"]["coverage_90"] <= 1.0
-    assert one["5"]["fewest_observed"] == 5
-    assert two["100"]["mae"] == two["0"]["mae"]  # no training rows of its own: nothing is observed
-    assert two["100"]["fewest_observed"] == 0
-    assert "observed_constant_mae" not in two["100"]
+    assert (one["5"]["mean_observed"], one["100"]["mean_observed"]) == (5, 100)
+    assert two["100"]["mean_observed"] == pytest.approx(20, abs=4)  # without validation rows: the other half alone
+    assert two["100"]["mae"] < two["0"]["mae"]
     json.dumps(found, allow_nan=False)
 
 
@@ -109,24 +112,40 @@ def test_no_test_rows_is_an_error(predictor: LengthPredictor) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(LLMS), st.integers(1, 900)), min_size=1, max_size=40), st.integers(1, 30))
-def test_draws_are_training_rows_of_each_llm_and_longer_ones_hold_shorter(
+def test_draws_are_fresh_rows_of_each_llm_and_longer_ones_hold_shorter(
     given_rows: list[tuple[str, int]], most: int
 ) -> None:
-    train = table([{"target_llm": llm, "response_tokens": length} for llm, length in given_rows])
-    part = Part.of(table([{}]), train)
-    drawn, all_of_them = _drawn(part, most, 0), _drawn(part, 1000, 0)
+    validation = table([{"target_llm": llm, "response_tokens": length} for llm, length in given_rows])
+    part = Part.of(table([{}]), NO_ROWS, validation)
+    half = int(part.half_T[0])
+    drawn, all_of_them = _drawn(part, half, most, 0), _drawn(part, half, 1000, 0)
     for llm, chosen in drawn.items():
-        own = [row for row, (name, _) in enumerate(given_rows) if name == llm]
+        own = [row + 1 for row, (name, _) in enumerate(given_rows) if name == llm]  # after the test row
         assert len(chosen) == len(set(chosen)) == min(most, len(own))
         assert set(chosen) <= set(own)
         assert all_of_them[llm][: len(chosen)] == chosen
 
 
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=40), st.integers(0, 9))
+def test_no_prompt_is_observed_before_it_is_predicted(given_rows: list[tuple[int, bool]], seed: int) -> None:
+    test = table([{"group": str(group), "censored": cut} for group, cut in given_rows])
+    part = Part.of(test, table([{"group": "t"}]), table([{"group": "v", "split": "validation"}]), seed)
+    assert len(part.test) == sum(not cut for _, cut in given_rows)
+    for half in (0, 1):
+        (drawn,) = _drawn(part, half, 1000, seed).values()
+        observed = part.fresh.take(np.array(drawn)).strings("group")
+        predicted = part.test.take(part.half_T == half).strings("group")
+        assert "v" in observed
+        assert "t" not in observed
+        assert not set(observed) & set(predicted)
+
+
 def test_tasks_are_drawn_as_often_as_they_are_tested() -> None:
-    train = table([{"task": "code" if at % 10 else "chat", "samples": [at + 1, at + 2]} for at in range(300)])
+    validation = table([{"task": "code" if at % 10 else "chat", "samples": [at + 1, at + 2]} for at in range(300)])
     test = table([{"task": "code" if at % 4 == 0 else "chat", "samples": [5, 6]} for at in range(40)])
-    (drawn,) = _drawn(Part.of(test, train), 40, 0).values()
-    assert sum(train.strings("task")[row] == "code" for row in drawn) == 10
+    part = Part.of(test, NO_ROWS, validation)
+    (drawn,) = _drawn(part, 0, 40, 0).values()
+    assert sum(part.fresh.strings("task")[row] == "code" for row in drawn) == 10
     assert len(set(drawn)) == 40
 
 
@@ -138,7 +157,7 @@ def test_a_constant_is_the_median_of_whole_answers(given_rows: list[tuple[str, i
     train = table(
         [{"target_llm": name, "response_tokens": length, "censored": cut} for name, length, cut in given_rows]
     )
-    part = Part.of(table([{"target_llm": llm}]), train)
+    part = Part.of(table([{"target_llm": llm}]), train, NO_ROWS)
     (found,) = _constants(part, [[llm]], [train.strings("target_llm")])
     whole = [length for _, length, cut in given_rows if not cut]
     own = [length for name, length, cut in given_rows if not cut and name == llm]
@@ -174,7 +193,8 @@ def test_evaluating_a_public_set_by_its_name(tiny: Path, tmp_path: Path) -> None
 def test_tables(predictor: LengthPredictor, rows: RowTable) -> None:
     shown = report.metrics_markdown({"observed": evaluate_observed(predictor, rows, [5, 100], samples=20)})
     assert "### MAE before and after observed answers of each LLM" in shown
-    assert "| set | rows | median | constant (1) | median of 5 | median of 100 | cold | after 5 | after 100 |" in shown
+    assert "| set | rows | median | seen (2) | constant (1) | median of 5 | median of 100 | cold | after 5 |" in shown
+    assert "(2) of 100 answers of an LLM so many were there, mean over the rows" in shown
     assert "| set | all rows cold | tau cold | tau after 5 | tau after 100 | ≤ q90 cold |" in shown
     assert "| median of the sets |" in shown
     assert report.metrics_markdown({"observed": {}}).strip() == ""

@@ -73,6 +73,16 @@ def prepared(tiny_encoder, **options):
     return prepare(rows, settings, source, "t"), source
 
 
+@pytest.mark.parametrize(("asked", "found"), [(None, {0.1}), (0.0, {0.0}), (0.3, {0.3})])
+def test_dropout_inside_the_encoder(tiny_encoder, tmp_path, fits, asked, found):
+    rows, source = prepared(tiny_encoder)
+    settings = SETTINGS.model_copy(update={"encoder_dropout": asked, "dropout": 0.25})
+    (network,), _ = train_mope(rows, source, settings, tmp_path, resume=False)
+    dropouts = {name: module.p for name, module in network.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert {p for name, p in dropouts.items() if name.startswith("encoder.")} == found
+    assert {p for name, p in dropouts.items() if name.startswith(("gate.", "heads."))} == {0.25}
+
+
 @pytest.mark.parametrize(("design", "num_experts"), [("shared", 1), ("shared", 2), ("separate", 1), ("separate", 2)])
 def test_trained_networks_fit_into_the_artifact(tiny_encoder, tmp_path, fits, design, num_experts):
     rows, source = prepared(tiny_encoder, design=design, num_experts=num_experts)

@@ -215,6 +215,24 @@ def test_the_separate_design_runs_the_experts_that_are_asked_for(tiny_separate):
     assert not some.heads_BKN[~chosen].any()
 
 
+def test_llms_that_share_a_prompt_share_the_trunk_s_work(predictor, monkeypatch):
+    """A batch of one prompt for many LLMs goes through the encoder once, and gives what single requests give."""
+    requests = [Request(prompt="hello there", target_llm=llm) for llm in ("chatgpt", "llama-3-8b", "")]
+    requests += [Request(prompt="why?"), Request(prompt="hello there", max_tokens=50), Request(prompt="why?")]
+    everyone = lambda gate, _: np.ones(gate.shape, bool)  # noqa: E731
+    single = [predictor.backend.run(predictor.encoder.encode([request]), everyone) for request in requests]
+    network = predictor.backend.networks[0]
+    seen = []
+    monkeypatch.setattr(
+        network, "forward", lambda *inputs: seen.append(inputs) or type(network).forward(network, *inputs)
+    )
+    together = predictor.backend.run(predictor.encoder.encode(requests), everyone)
+    assert len(seen[0][0]) == 2  # texts
+    for name in ("gate_BK", "heads_BKN", "embedding_BH"):
+        expected = np.concatenate([getattr(one, name) for one in single])
+        assert np.abs(getattr(together, name) - expected).max() < 1e-4
+
+
 def test_dropout_is_off_when_serving(predictor):
     encoded = predictor.encoder.encode([Request(prompt="hello")])
     first, second = (predictor.backend.run(encoded, lambda gate, _: gate > 0) for _ in range(2))

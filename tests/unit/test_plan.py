@@ -147,7 +147,7 @@ def test_teachers_are_named_loaded_and_checked(
     saved = "the predictor saved there (preset small on tiny-random-bert, 1 layers; 3 experts; knows "
     assert first.startswith(f"--teacher {tiny}: {saved}")
     assert second == (
-        "--co-teachers chat-small: the recipe (not the packaged predictor, which has no PyTorch weights to teach with; "
+        "--co-teachers chat-small: the recipe (not the packaged predictor; "
         "not the folder of that name: type --co-teachers ./chat-small for it), which is trained first, after the "
         "teachers of its own: chat-minilm"
     )
