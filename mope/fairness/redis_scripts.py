@@ -30,7 +30,8 @@ class Script(NamedTuple):
     digest: str
 
 
-def _script(text: str) -> Script:
+def script(text: str) -> Script:
+    """A script and its digest."""
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
@@ -38,7 +39,7 @@ def _script(text: str) -> Script:
 # KEYS totals changes told; ARGV @replica session epoch-if-there-is-none seconds-to-keep-told
 # -> epoch, whether `told` is there, number and session of the last batch, age of the namespace in seconds, which is
 #    endless when the server's clock was set back, since then nobody knows
-HELLO = _script("""
+HELLO = script("""
 local totals, changes, told = KEYS[1], KEYS[2], KEYS[3]
 local replica, session = ARGV[1], ARGV[2]
 local time = redis.call('TIME')
@@ -77,7 +78,7 @@ return {epoch, told_epoch and 1 or 0, last, string.format('%.6f', age)}
 # KEYS totals changes told; ARGV @replica session batch cursor page max-clients seconds-to-keep-told num-moves
 # moves... (client amount)...
 # -> lost, or: ok, refusals, highest version that was evicted, clients and versions, totals and marks
-TELL = _script("""
+TELL = script("""
 local totals, changes, told = KEYS[1], KEYS[2], KEYS[3]
 local batch, page, most = tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local keep, moves = ARGV[7], tonumber(ARGV[8])
@@ -142,7 +143,7 @@ return {'ok', refused, redis.call('HGET', totals, 'evicted'), found, values}
 
 # A replica goes and will tell nothing any more: its share stays in the totals.
 # KEYS totals told; ARGV @replica session -> whether it was known
-FAREWELL = _script("""
+FAREWELL = script("""
 if string.match(redis.call('HGET', KEYS[1], ARGV[1]) or '', '^%d+ %S+ (%S+)$') ~= ARGV[2] then return 0 end
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('DEL', KEYS[2])
