@@ -1,8 +1,8 @@
 """`Predictions`: asks a `mope serve` that runs elsewhere, and never fails because of it.
 
 A gateway awaits a prediction for each request. Where the service is down, late, or answers nonsense, there is still a
-prediction: the fallback that the gateway chose, whose `source` says what happened. Needs httpx2 (extra `client`) and
-nothing else of mope: no predictor and no ONNX Runtime is loaded.
+prediction: the fallback that the gateway chose, whose `source` says what happened. A budget that cannot be asked for
+allows. Needs httpx2 (extra `client`) and nothing else of mope: no predictor and no ONNX Runtime is loaded.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 4 * 2**20  # of a response that is read
 LARGEST = 1e9  # tokens or seconds that a service is believed
+SETTLE_ATTEMPTS = 3
+SETTLED = ("settled", "already", "late")
 FAILURES_IN_A_ROW = 5  # after which the service is not asked for `rest_s`
 
 _logger = logging.getLogger("mope")
@@ -91,6 +93,29 @@ class Prediction:
         return self.quantiles[max(self.quantiles)] if self.quantiles else self.mean
 
 
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What became of a reservation.
+
+    Attributes:
+        allowed: whether the request may run.
+        wait_s: seconds until there is room; None if it is allowed, or larger than the whole budget.
+        id: to settle with; None where nothing was reserved.
+        prediction: of the request.
+        amount: what is held, in the budget's unit.
+        limit: what the client may use in a window; None without a limit.
+        source: `"books"`; `"fallback:..."` where the service did not decide, for the reasons that `Prediction` has.
+    """
+
+    allowed: bool
+    wait_s: float | None
+    id: str | None
+    prediction: Prediction
+    amount: float = 0.0
+    limit: float | None = None
+    source: str = "books"
+
+
 # a round guess; a gateway that knows its own traffic gives something better
 TYPICAL = Prediction(
     median=250.0, mean=350.0, quantiles={0.1: 20.0, 0.5: 250.0, 0.9: 800.0, 0.99: 2000.0}, source="fallback"
@@ -111,8 +136,9 @@ class Predictions:
         await predictions.observe(prediction, usage=response["usage"], finish_reason="stop")
     ```
 
-    `predict` and `observe` raise nothing for what a service or a network does, nor for a body that the service refuses.
-    After five failures in a row the service is not asked for `rest_s`, so that a dead one costs no time.
+    `reserve` and `settle` do the same with a budget. None of them raises anything for what a service or a network
+    does, nor for a body that the service refuses. After five failures in a row the service is not asked for `rest_s`,
+    so that a dead one costs no time.
 
     Args:
         url: of the service, such as `http://127.0.0.1:8400`.
@@ -230,18 +256,80 @@ class Predictions:
         name = prediction if isinstance(prediction, str) else prediction.id
         if name is None:
             return False
-        body: dict[str, Any] = {"id": name}
-        for key, value in (
-            ("completion_tokens", completion_tokens), ("usage", usage), ("finish_reason", finish_reason),
-        ):  # fmt: skip
-            if value is not None:
-                body[key] = value
-        try:
-            content = json.dumps(body, default=_plain).encode("utf-8", "surrogatepass")
-        except (TypeError, ValueError, RecursionError):
+        content = _outcome(name, completion_tokens, usage, finish_reason)
+        if content is None:
             return False
         answered, reason = await self._post("observe", content, self.observe_timeout_s)
         return not reason and isinstance(answered, Mapping) and answered.get("learned") is True
+
+    async def reserve(
+        self,
+        request: str | Mapping[str, Any],
+        *,
+        client: str | None = None,
+        id: str | None = None,
+        prompt_tokens: int | None = None,
+        deadline_s: float | None = None,
+    ) -> Reservation:
+        """Takes what a request may need from a client's budget. Where the service does not answer, it is allowed.
+
+        Args:
+            request: as `predict` takes it.
+            client: whose budget it is; the client of the API key if None.
+            id: of the reservation, so that one that is sent again is not made twice; made up if None.
+            prompt_tokens: of the prompt, where they are known.
+            deadline_s: seconds that it may take, in place of the one for all.
+        """
+        if not isinstance(deadline_s, int | float) or not 0 < deadline_s < math.inf:
+            deadline_s = self.deadline_s
+        body: dict[str, Any] = {"request": {"prompt": request} if isinstance(request, str) else request}
+        for key, value in (("client", client), ("id", id), ("prompt_tokens", prompt_tokens)):
+            if value is not None:
+                body[key] = value
+        reason = "refused"
+        try:
+            content = json.dumps(body, default=_plain).encode("utf-8", "surrogatepass")
+        except (TypeError, ValueError, RecursionError):
+            pass
+        else:
+            path = f"reserve?deadline_ms={min(max(800 * deadline_s, 0.001), 60_000.0):g}"
+            answered, reason = await self._post(path, content, deadline_s)
+            try:
+                if not reason:
+                    return _read_reservation(answered)
+            except _Nonsense:
+                reason = self._failed("nonsense")
+        return Reservation(True, None, None, self._fallbacks(reason, 1)[0], source=f"fallback:{reason}")
+
+    async def settle(
+        self,
+        reservation: Reservation | str,
+        *,
+        completion_tokens: int | None = None,
+        usage: Mapping[str, Any] | None = None,
+        finish_reason: str | None = None,
+    ) -> bool:
+        """Says what a reserved request took; the rest is given back. Tried three times: sent again, it changes nothing.
+
+        Args:
+            reservation: what `reserve` gave, or its id. One without an id is passed over.
+            completion_tokens: tokens that were generated.
+            usage: the usage block of the response as it is, in place of `completion_tokens`.
+            finish_reason: why the answer ended.
+
+        Returns:
+            Whether the service counted it.
+        """
+        name = reservation if isinstance(reservation, str) else reservation.id
+        if name is None:
+            return False
+        content = _outcome(name, completion_tokens, usage, finish_reason)
+        for attempt in range(SETTLE_ATTEMPTS if content is not None else 0):
+            await asyncio.sleep(attempt * self.rest_s)
+            answered, reason = await self._post("settle", content or b"", self.observe_timeout_s)
+            if not reason or reason == "refused":
+                return not reason and isinstance(answered, Mapping) and answered.get("state") in SETTLED
+        return False
 
     async def _post(self, path: str, content: bytes, timeout_s: float) -> tuple[Any, str]:
         """What the service answers, and an empty text; or None and what happened instead."""
@@ -258,7 +346,7 @@ class Predictions:
         if status in (400, 401, 403, 404, 413, 422):  # it lives, and this request is not for it
             self._failures = 0
             return None, "refused"
-        if status != 200:
+        if status not in (200, 429):  # which holds a decision
             return None, self._failed("unreachable")
         try:
             answered = json.loads(text)
@@ -305,6 +393,18 @@ class Predictions:
         await self.close()
 
 
+def _outcome(
+    name: str, completion_tokens: int | None, usage: Mapping[str, Any] | None, finish_reason: str | None
+) -> bytes | None:
+    """What was generated, as the service reads it; None if that is no JSON."""
+    said = {"completion_tokens": completion_tokens, "usage": usage, "finish_reason": finish_reason}
+    body = {"id": name, **{key: value for key, value in said.items() if value is not None}}
+    try:
+        return json.dumps(body, default=_plain).encode("utf-8", "surrogatepass")
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
 def _plain(value: Any) -> Any:
     """Objects of clients' libraries as JSON: pydantic models, other mappings."""
     if callable(dump := getattr(value, "model_dump", None)):
@@ -318,6 +418,30 @@ def _amount(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
         raise _Nonsense
     return float(value)
+
+
+def _read_reservation(answer: Any) -> Reservation:
+    """A reservation from JSON of a service, which is not trusted.
+
+    Raises:
+        _Nonsense: it is none.
+    """
+    if not isinstance(answer, Mapping):
+        raise _Nonsense
+    decision, name, wait, limit = (answer.get(key) for key in ("decision", "id", "retry_after_s", "limit"))
+    if decision not in ("allow", "wait", "deny") or not isinstance(name, str) or not 0 < len(name) <= 200:
+        raise _Nonsense
+    allowed = decision == "allow"
+    booked = answer.get("books") is True
+    return Reservation(
+        allowed,
+        None if allowed or wait is None else _amount(wait),
+        name if allowed and booked else None,
+        _read(answer.get("prediction")),
+        _amount(answer.get("amount")),
+        None if limit is None else _amount(limit),
+        "books" if booked else "fallback:books",
+    )
 
 
 def _read(answer: Any) -> Prediction:

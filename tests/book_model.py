@@ -10,7 +10,7 @@ START_S = 1_700_000_000.0
 LIMIT, WINDOW_S, HOLD_S = 100, 60.0, 45.0
 
 
-def hold(name: str, amount: int, client: str = "a", **more: float) -> Hold:
+def hold(name: str, amount: int, client: str = "a", **more: float | str) -> Hold:
     fields = {"refund": 0, "due_s": 10.0, "hold_s": HOLD_S, "limit": LIMIT, "window_s": WINDOW_S, **more}
     return Hold(name, client, amount, **fields)  # type: ignore[arg-type]
 

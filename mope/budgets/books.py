@@ -1,8 +1,8 @@
 """The books of budgets: what each client holds and has used in the present window, and in all.
 
 Two kinds keep them: a file or the memory of one process (`mope.budgets.sqlite_books`), or a Redis server that replicas
-share (`mope.budgets.redis_books`). Each call is done as a whole or not at all, and may be repeated: a reservation has an
-id, is made once and settled once, whatever was lost on the way of the reply.
+share (`mope.budgets.redis_books`). Each call is done as a whole or not at all, and may be repeated: a reservation has
+an id, is made once and settled once, whatever was lost on the way of the reply.
 
 All amounts are whole parts (`mope.budgets.config.MICRO`).
 """
@@ -32,6 +32,7 @@ class Hold(NamedTuple):
         hold_s: seconds from now after which it expires.
         limit: parts that the client may use in a window.
         window_s: length of the windows in seconds. They begin at whole multiples of it since 1970.
+        note: a short text that is kept with it, for whoever settles it.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Hold(NamedTuple):
     hold_s: float
     limit: int
     window_s: float
+    note: str = ""
 
 
 class Decision(NamedTuple):
@@ -119,6 +121,14 @@ class Books(ABC):
 
         Raises:
             StoreError: the books cannot be reached or written. Nothing is known of the reservation then.
+        """
+
+    @abstractmethod
+    async def note(self, name: str) -> str | None:
+        """The note of a reservation, also of a closed one that is remembered; None if there is none of that id.
+
+        Raises:
+            StoreError: see `reserve`.
         """
 
     @abstractmethod

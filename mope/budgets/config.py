@@ -59,7 +59,7 @@ class Budgets(Frozen):
 
     def of(self, client: str) -> Budget | None:
         """The budget of a client; None if it has no limit."""
-        return self.clients[client] if client in self.clients else self.default
+        return self.clients.get(client, self.default)
 
 
 def parts_of(amount: float) -> int:

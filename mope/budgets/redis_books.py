@@ -17,7 +17,7 @@ up to a second with `everysec`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from typing_extensions import override
@@ -73,7 +73,7 @@ local function sweep(most)
 end
 """
 
-# ARGV ... id client amount refund due_s hold_s limit window_s most-refunds
+# ARGV ... id client amount refund due_s hold_s limit window_s most-refunds note
 # -> state, used, held, seconds to the window's end, then pairs: seconds to a refund, and its amount
 RESERVE = script(
     _BEGIN
@@ -105,7 +105,7 @@ if tonumber(used) + tonumber(held) + tonumber(amount) > tonumber(limit) then
 end
 local due = string.format('%.6f', now + tonumber(ARGV[7]))
 redis.call('HSET', hold, 'client', client, 'window', window, 'amount', amount, 'refund', ARGV[6], 'due', due,
-  'state', 'open', 'used', 0)
+  'state', 'open', 'used', 0, 'note', ARGV[12])
 redis.call('ZADD', open, string.format('%.6f', now + tonumber(ARGV[8])), id)
 redis.call('ZADD', prefix .. 'due:' .. client, due, id)
 held = redis.call('HINCRBY', window, 'held', amount)
@@ -189,14 +189,21 @@ class RedisBooks(Books):
 
     @override
     async def reserve(self, hold: Hold) -> Decision:
-        amounts = (hold.amount, hold.refund, hold.due_s, hold.hold_s, hold.limit, hold.window_s, DUE_LOOKED_AT)
-        state, used, held, left, *rest = await self._run(RESERVE, hold.id, hold.client, *amounts)
+        amounts = (hold.amount, hold.refund, hold.due_s, hold.hold_s, hold.limit, hold.window_s)
+        state, used, held, left, *rest = await self._run(
+            RESERVE, hold.id, hold.client, *amounts, DUE_LOOKED_AT, hold.note
+        )
         window_s, wait_s = float(left), 0.0
         if state == b"full":
             refunds = [(float(due), int(amount)) for due, amount in zip(rest[::2], rest[1::2], strict=True)]
             lack = int(used) + int(held) + hold.amount - hold.limit
             wait_s = wait_of(lack, refunds, window_s, fits=hold.amount <= hold.limit)
         return Decision(state.decode(), int(used), int(held), wait_s, window_s)
+
+    @override
+    async def note(self, name: str) -> str | None:
+        found = await self._told(self._client.hget(f"{self._prefix}hold:{name}", "note"))
+        return None if found is None else found.decode()
 
     @override
     async def settle(self, name: str, used: int) -> Settlement:
@@ -219,11 +226,14 @@ class RedisBooks(Books):
     async def _run(self, asked: Script, *arguments: str | float) -> Sequence[Any]:
         values = (f"{self._prefix}open", self._prefix, self._kept_s, *arguments)
         try:
-            try:
-                reply = await self._client.evalsha(asked.digest, 1, *values)
-            except self._unknown_script:
-                reply = await self._client.eval(asked.text, 1, *values)
+            return await self._told(self._client.evalsha(asked.digest, 1, *values))
+        except self._unknown_script:
+            return await self._told(self._client.eval(asked.text, 1, *values))
+
+    async def _told(self, reply: Awaitable[Any]) -> Any:
+        try:
+            return await reply
+        except self._unknown_script:
+            raise
         except self._failures as error:
             raise StoreError(f"books {self._shown}: {str(error) or type(error).__name__}") from error
-        found: Sequence[Any] = reply
-        return found

@@ -31,7 +31,7 @@ CREATE TABLE IF NOT EXISTS windows (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS holds (
     id TEXT PRIMARY KEY, client TEXT, starts_s REAL, amount INTEGER, refund INTEGER, due_s REAL, expires_s REAL,
-    state INTEGER, used INTEGER, closed_s REAL
+    state INTEGER, used INTEGER, closed_s REAL, note TEXT
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS open_holds ON holds (expires_s) WHERE state = {OPEN};
 CREATE INDEX IF NOT EXISTS due_holds ON holds (client, due_s) WHERE state = {OPEN};
@@ -85,12 +85,27 @@ class SqliteBooks(Books):
                 lack, fits = used + held + hold.amount - hold.limit, hold.amount <= hold.limit
                 return Decision("full", used, held, wait_of(lack, refunds, left_s, fits=fits), left_s)
             self._db.execute(
-                f"INSERT INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, {OPEN}, 0, NULL)",
-                (hold.id, hold.client, starts_s, hold.amount, hold.refund, now + hold.due_s, now + hold.hold_s),
+                f"INSERT INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, {OPEN}, 0, NULL, ?)",
+                (
+                    hold.id,
+                    hold.client,
+                    starts_s,
+                    hold.amount,
+                    hold.refund,
+                    now + hold.due_s,
+                    now + hold.hold_s,
+                    hold.note,
+                ),
             )
             self._move(hold.client, starts_s, held=hold.amount)
             self._count(hold.client, reserved=hold.amount, held=hold.amount, num_reserved=1)
             return Decision("held", used, held + hold.amount, 0.0, left_s)
+
+    @override
+    async def note(self, name: str) -> str | None:
+        with self._told():
+            found = self._one("SELECT note FROM holds WHERE id = ?", name)
+        return None if found is None else str(found[0])
 
     @override
     async def settle(self, name: str, used: int) -> Settlement:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
-from mope.errors import DataError, UserError
+from mope.errors import DataError, StoreError, UserError
 from mope.reader import shown
 from mope.serving_hooks.bodies import MAX_PARSED, readable
 from mope.serving_hooks.metrics import own_version
@@ -24,7 +25,19 @@ from mope.serving_hooks.service.config import MAX_DEADLINE_MS
 from mope.serving_hooks.service.desk import Desk, UnknownId
 from mope.serving_hooks.service.keys import Keys
 from mope.serving_hooks.service.logs import Door
-from mope.serving_hooks.service.schemas import OBSERVE_BODY, PREDICT_BODY, Failure, Health, Observed, Prediction
+from mope.serving_hooks.service.schemas import (
+    OBSERVE_BODY,
+    PREDICT_BODY,
+    RESERVE_BODY,
+    SETTLE_BODY,
+    Account,
+    Failure,
+    Health,
+    Observed,
+    Prediction,
+    Reservation,
+    Settled,
+)
 
 _bearer = HTTPBearer(auto_error=False, description="an API key, where the service was given any")
 _x_api_key = APIKeyHeader(
@@ -122,6 +135,65 @@ async def observe(request: Request, client: Client) -> Response:
     return JSONResponse(desk.observe(body, client))
 
 
+@router.post(
+    "/v1/reserve",
+    response_model=Reservation,
+    responses={**_FAILURES, 429: {"model": Reservation, "description": "no room in the budget"}},
+    openapi_extra=RESERVE_BODY,
+    summary="Reserve what a request may need",
+)
+async def reserve(
+    request: Request,
+    client: Client,
+    deadline_ms: Annotated[
+        float | None,
+        Query(gt=0, le=MAX_DEADLINE_MS, description="milliseconds for the prediction, as for /v1/predict"),
+    ] = None,
+) -> Response:
+    """Predicts the answer and takes the prompt and a quantile of it from the client's budget.
+
+    Status 200 allows the request. Status 429 does not: `Retry-After` says when there is room, as far as is known; where
+    it is missing, the request is larger than the whole budget. A reservation that was made under an `id` is not made
+    twice.
+    """
+    desk: Desk = request.app.state.desk
+    body = await _json(request, desk)
+    came_s = time.monotonic()
+    desk.metrics.requests.labels("/v1/reserve").inc()
+    deadline_s = (desk.config.deadline_ms if deadline_ms is None else deadline_ms) / 1000
+    found = await desk.reserve(body, client, deadline_s, came_s)
+    if found["decision"] == "allow":
+        return JSONResponse(found)
+    wait_s = found["retry_after_s"]
+    return JSONResponse(found, 429, None if wait_s is None else {"Retry-After": str(max(math.ceil(wait_s), 1))})
+
+
+@router.post(
+    "/v1/settle",
+    response_model=Settled,
+    responses={
+        **_FAILURES,
+        404: {"model": Failure, "description": "no reservation has this id"},
+        503: {"model": Failure, "description": "the books cannot be reached; send it again"},
+    },
+    openapi_extra=SETTLE_BODY,
+    summary="Say what a reserved request took",
+)
+async def settle(request: Request, client: Client) -> Response:
+    """Counts what was used and gives back the rest of the reservation. Sent again, it changes nothing."""
+    desk: Desk = request.app.state.desk
+    body = await _json(request, desk)
+    desk.metrics.requests.labels("/v1/settle").inc()
+    return JSONResponse(await desk.settle(body, client))
+
+
+@router.get("/v1/budgets", response_model=dict[str, Account], responses=_FAILURES, summary="What each client used")
+async def budgets(request: Request, client: Client) -> Response:
+    """All that each client ever reserved and used, as the books have it; `reserved = held + settled + expired`."""
+    desk: Desk = request.app.state.desk
+    return JSONResponse(await desk.accounts())
+
+
 @router.get("/health", response_model=Health, summary="Whether the process lives")
 async def health() -> Response:
     """Always status 200."""
@@ -199,6 +271,10 @@ async def _on_user_error(request: Request, error: Exception) -> Response:
     return _failure(404 if isinstance(error, UnknownId) else 400, str(error))
 
 
+async def _on_store_error(request: Request, error: Exception) -> Response:
+    return _failure(503, str(error), {"Retry-After": "1"})
+
+
 async def _on_http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, StarletteHTTPException):
         raise error
@@ -240,12 +316,14 @@ def create_app(desk: Desk, keys: Keys) -> Door:
         finally:
             app.state.ready = False
             saving.cancel()
+            await desk.limiter.close()
             await asyncio.get_running_loop().run_in_executor(None, desk.close)
 
     app = FastAPI(title="mope serve", version=own_version(), description=DESCRIPTION, lifespan=live, redoc_url=None)
     app.state.desk, app.state.keys, app.state.ready = desk, keys, False
     app.include_router(router)
     app.add_exception_handler(UserError, _on_user_error)
+    app.add_exception_handler(StoreError, _on_store_error)
     app.add_exception_handler(StarletteHTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_query_error)
     app.add_exception_handler(ClientDisconnect, _on_gone)

@@ -76,6 +76,29 @@ class ServeConfig(Frozen):
     learned: Path | None = Field(
         None, description="file that keeps what observations taught over restarts; written every half minute"
     )
+    budgets: Path | None = Field(
+        None,
+        description='JSON file of budgets, {"default": {"limit": 100000}, "clients": {"team-a": {"limit": 1000000, '
+        '"window_s": 60}}}; read again when it changes',
+    )
+    books: str = Field(
+        "memory",
+        min_length=1,
+        repr=False,  # it may hold a password
+        description="where reservations are kept: memory, the path of a file, or a Redis server that replicas share "
+        "(redis://HOST:PORT/DB, env:NAME)",
+    )
+    books_namespace: str = Field(
+        "default", pattern=r"^[^{}\s]{1,64}$", description="replicas that share budgets on a Redis server have the same"
+    )
+    books_down: Literal["allow", "deny"] = Field(
+        "allow", description="what becomes of reservations while the books cannot be reached"
+    )
+    gateways: tuple[str, ...] = Field(
+        (),
+        max_length=1000,
+        description="clients of API keys that may reserve for other clients; none named: all keys may",
+    )
     metrics_clients: int = Field(
         200, ge=1, le=100_000, description="clients with metrics of their own; all others count as `(others)`"
     )

@@ -9,12 +9,14 @@ import asyncio
 import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mope.budgets.config import MICRO
 from mope.errors import ArtifactError, ConfigError, DataError, UserError
 from mope.fairness.mapper import MetricsMapper
 from mope.files import write_text
@@ -26,6 +28,7 @@ from mope.request import Request
 from mope.serving import ServingPredictor
 from mope.serving_hooks.front import PLACES_ON_CPU, PLACES_ON_GPU
 from mope.serving_hooks.service.config import ServeConfig
+from mope.serving_hooks.service.limiter import Asked, Limiter
 from mope.serving_hooks.service.memory import Memory, Remembered
 from mope.serving_hooks.service.metrics import ServiceMetrics
 from mope.serving_hooks.turns import Turns
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 MARGIN_S, MARGIN_SHARE = 0.002, 0.2  # of a deadline, for writing the response
 CHARS_PER_TOKEN = 4  # of further messages and tools, whose characters alone are counted
 LEARNED_EVERY_S = 30.0
+AMOUNTS = ("reserved", "held", "settled", "expired", "used")  # of `Totals`, in parts
+MAX_CLIENT, MAX_ID = 200, 200  # characters of a name
 
 logger = logging.getLogger("mope")
 
@@ -65,6 +70,7 @@ class Desk:
         self._levels = [*config.levels, 0.5, 0.9]
         knows_units = predictor.encoder.knows("counts_own")
         self._unit = config.token_unit if knows_units and config.token_unit != "trained" else None
+        self.limiter = Limiter(config, self._mapper)
         self._saved = 0
         self._restore()
         self.memory = Memory(config.remember, config.remember_s)
@@ -141,14 +147,19 @@ class Desk:
             self._turns.leave()
 
     def _answer(
-        self, body: Mapping[str, Any], request: Request, prediction: LengthPrediction, client: str | None
+        self,
+        body: Mapping[str, Any],
+        request: Request,
+        prediction: LengthPrediction,
+        client: str | None,
+        name: str | None = None,
     ) -> dict[str, Any]:
         row = PredictionBatch.of([prediction])
         *quantiles, median, high = row.quantiles(self._levels)[0].tolist()
         mean = float(row.mean[0])
         self.metrics.predicted(client, prediction.source)
         answer: dict[str, Any] = {
-            "id": self._remember(body, prediction, mean, high, client),
+            "id": self._remember(body, prediction, mean, high, client, name),
             "median": round(median, 2),
             "mean": round(mean, 2),
             "quantiles": dict(zip(self._names, (round(one, 2) for one in quantiles), strict=True)),
@@ -172,10 +183,16 @@ class Desk:
         return answer
 
     def _remember(
-        self, body: Mapping[str, Any], prediction: LengthPrediction, mean: float, high: float, client: str | None
+        self,
+        body: Mapping[str, Any],
+        prediction: LengthPrediction,
+        mean: float,
+        high: float,
+        client: str | None,
+        name: str | None,
     ) -> str | None:
         if prediction.raw_cumulative is None or prediction.answering is None:
-            return None
+            return name
         powers = (float(2**power) for power in range(32))
         return self.memory.add(
             Remembered(
@@ -187,8 +204,77 @@ class Desk:
                 prediction.source == "model",
                 next((tokens for tokens in powers if not is_forced(body, tokens)), math.inf),
                 client,
-            )
+            ),
+            name,
         )
+
+    async def reserve(self, body: Any, client: str | None, deadline_s: float, came_s: float) -> dict[str, Any]:
+        """Predict a request and reserve what it may need.
+
+        Args:
+            body: `request`, and if wanted `client`, `id` and `prompt_tokens`.
+            client: who asks; the budget's client where `client` names none.
+            deadline_s: seconds from `came_s` on.
+            came_s: when the request came, by `time.monotonic`.
+
+        Raises:
+            DataError: a body that cannot be read.
+        """
+        if not isinstance(body, Mapping) or "request" not in body:
+            raise DataError(f"a reservation is an object such as {_RESERVE_EXAMPLE}; got {shown(body)}")
+        payer, name, given = (body.get(key) for key in ("client", "id", "prompt_tokens"))
+        payer = client or "" if payer is None else payer
+        for key, value, most in (("client", payer, MAX_CLIENT), ("id", "" if name is None else name, MAX_ID)):
+            if not isinstance(value, str) or len(value) > most or not value.isprintable():
+                raise DataError(f"{key} is a text of at most {most} printable characters; got {shown(value)}")
+        if name == "":
+            raise DataError("id is empty; leave it out, or send one that no other request has")
+        if given is not None and (type(given) is not int or not 0 <= given <= MAX_TOKENS):
+            raise DataError(f"prompt_tokens is a whole number from 0 to {MAX_TOKENS:,}; got {shown(given)}")
+        if payer != (client or "") and self.config.gateways and client not in self.config.gateways:
+            raise DataError(f"client: this key reserves for {shown(client)} alone (--gateways); got {shown(payer)}")
+        request = self.read(body["request"])
+        end_s = came_s + deadline_s - min(MARGIN_S, MARGIN_SHARE * deadline_s)
+        prediction = await self._predict(request, client, end_s)
+        answer = self._answer(body["request"], request, prediction, client, name)
+        row = PredictionBatch.of([prediction])
+        asked = Asked(
+            answer["id"] or secrets.token_urlsafe(12),
+            client,
+            payer,
+            prompt_tokens_of(request) if given is None else given,
+            float(row.mean[0]),
+            lambda level: float(row.quantiles([level])[0, 0]),
+        )
+        found = await self.limiter.reserve(asked)
+        self.metrics.reserved(payer, found)
+        self.metrics.seconds.observe(time.monotonic() - came_s)
+        return {**found, "prediction": answer}
+
+    async def settle(self, body: Any, client: str | None) -> dict[str, Any]:
+        """Close a reservation with what it took, and learn from it.
+
+        Args:
+            body: `id`, and what was generated as `observe` takes it.
+            client: who says so.
+
+        Raises:
+            UnknownId: no reservation has the id, or no longer.
+            DataError: the body cannot be read.
+            StoreError: the books cannot be reached.
+        """
+        if not isinstance(body, Mapping):
+            raise DataError(f"a settlement is an object such as {_EXAMPLE}; got {shown(body)}")
+        name = body.get("id")
+        if not isinstance(name, str) or len(name) > MAX_ID:
+            raise DataError(f"id is the id of a reservation, a text; got {shown(name)}; expected {_EXAMPLE}")
+        tokens, _ = _generated(body)
+        found = await self.limiter.settle(name, client, _prompt_tokens(body), tokens)
+        if found is None:
+            raise UnknownId(f"no reservation has the id {shown(name)}: it was forgotten or never made")
+        self.metrics.settled(found)
+        learned = self.observe(body, client)["learned"] if self.memory.find(name, client) is not None else False
+        return {**found, "learned": learned}
 
     def observe(self, body: Any, client: str | None) -> dict[str, Any]:
         """Learn from a finished request.
@@ -233,6 +319,13 @@ class Desk:
         self.metrics.not_learned.labels("share").inc()
         return {"id": name, "learned": False, "reason": "this client has taught its share"}
 
+    async def accounts(self) -> dict[str, dict[str, float | int]]:
+        """All that each client ever reserved and used, by client, see `mope.budgets.Totals`; amounts in its unit."""
+        return {
+            client: {name: value / MICRO if name in AMOUNTS else value for name, value in total._asdict().items()}
+            for client, total in (await self.limiter.books.totals()).items()
+        }
+
     # -- what was learned, over restarts
 
     def _restore(self) -> None:
@@ -270,6 +363,20 @@ class Desk:
 
 
 _EXAMPLE = '{"id": "...", "completion_tokens": 231} or {"id": "...", "usage": {...}, "finish_reason": "stop"}'
+
+
+_RESERVE_EXAMPLE = '{"client": "team-a", "request": {"model": "...", "messages": [...]}}'
+
+
+def _prompt_tokens(body: Mapping[str, Any]) -> int | None:
+    """Tokens of the prompt, as the server's usage block counts them."""
+    for holder in (body, body.get("response")):
+        usage = holder.get("usage") if isinstance(holder, Mapping) else None
+        for name in ("prompt_tokens", "input_tokens"):
+            found = usage.get(name) if isinstance(usage, Mapping) else None
+            if type(found) is int and 0 <= found <= MAX_TOKENS:
+                return found
+    return None
 
 
 def _generated(body: Mapping[str, Any]) -> tuple[int, bool | None]:

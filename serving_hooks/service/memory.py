@@ -56,13 +56,17 @@ class Memory:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def add(self, found: Remembered) -> str:
-        """Remembers a prediction; returns its id."""
+    def add(self, found: Remembered, name: str | None = None) -> str:
+        """Remembers a prediction, under a name if there is one; returns its id."""
         self.expire()
         if len(self._kept) >= self._size:
             self._kept.popitem(last=False)
             self.num_crowded += 1
-        name = secrets.token_urlsafe(12)
+        name = name or secrets.token_urlsafe(12)
+        if (before := self._kept.get(name)) is not None:
+            if before[1].client != found.client:
+                return name  # of another client, who loses nothing by that
+            del self._kept[name]  # so that the newest comes last
         self._kept[name] = self._clock() + self._lasts_s, found
         return name
 

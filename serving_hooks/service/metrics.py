@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -22,6 +25,13 @@ _COUNTERS = {
     "expected_tokens": "Response tokens that observed requests were predicted to need.",
     "covered": "Observed requests whose predicted 90 % quantile is known.",
     "within": "Those of mope_client_covered_total whose answer was no longer than that quantile.",
+}
+
+
+_BOOKED = {
+    "reserved": "Tokens or GPU seconds that reservations held.",
+    "settled_reserved": "What settled reservations had held.",
+    "used": "What settled reservations took.",
 }
 
 
@@ -68,6 +78,19 @@ class ServiceMetrics:
             buckets=ERROR,
             registry=registry,
         )
+        self._decisions = Counter(
+            "mope_budget_decisions",
+            "Reservations: `allow`, `wait` for room, or `deny` what never fits.",
+            ["client", "decision"],
+            registry=registry,
+        )
+        self._booked = {
+            name: Counter(f"mope_budget_{name}", text, ["client", "unit"], registry=registry)
+            for name, text in _BOOKED.items()
+        }
+        self._unbooked = Counter(
+            "mope_budget_unbooked", "Reservations decided without the books, which were gone.", registry=registry
+        )
         registry.register(_Kept(memory))
 
     def _label(self, client: str | None) -> str:
@@ -105,6 +128,23 @@ class ServiceMetrics:
             counters["covered"].labels(label).inc()
             counters["within"].labels(label).inc(tokens <= high)
             self._ratio.labels(label).observe(tokens / max(mean, 1.0))
+
+    def reserved(self, client: str, found: Mapping[str, Any]) -> None:
+        """Counts a reservation, see `Limiter.reserve`."""
+        label = self._label(client)
+        self._decisions.labels(label, found["decision"]).inc()
+        if not found["books"]:
+            self._unbooked.inc()
+        elif found["decision"] == "allow":
+            self._booked["reserved"].labels(label, found["unit"]).inc(found["amount"])
+
+    def settled(self, found: Mapping[str, Any]) -> None:
+        """Counts a settlement, see `Limiter.settle`."""
+        if found["state"] == "already":
+            return
+        labels = self._label(found["client"]), found["unit"]
+        self._booked["settled_reserved"].labels(*labels).inc(found["reserved"])
+        self._booked["used"].labels(*labels).inc(found["used"])
 
     def exposed(self) -> bytes:
         """As Prometheus reads it."""

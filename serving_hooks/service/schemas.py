@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -48,6 +49,56 @@ class Observed(BaseModel):
     id: str
     learned: bool
     reason: str = Field(description="why it was not learned; empty if it was")
+
+
+class Reservation(BaseModel):
+    """What became of a reservation. Amounts are in the budget's unit."""
+
+    id: str = Field(description="to settle with")
+    client: str = Field(description="whose budget it takes from")
+    decision: Literal["allow", "wait", "deny"] = Field(
+        description="allow; wait: there will be room; deny: it is larger than the whole budget"
+    )
+    amount: float = Field(description="what it holds: the prompt, and the budget's quantile of the answer")
+    unit: Literal["tokens", "gpu_seconds"]
+    limit: float | None = Field(description="what the client may use in a window; null without a limit")
+    used: float | None = Field(description="what was settled in the window")
+    held: float | None = Field(description="what is held in the window, with this reservation if it was made")
+    retry_after_s: float | None = Field(description="seconds to wait; null if it is allowed, or never fits")
+    window_s: float | None = Field(description="seconds to the end of the window")
+    books: bool = Field(description="false: the books could not be reached, and nothing was reserved")
+    prediction: Prediction
+
+
+class Settled(BaseModel):
+    """What became of a settlement. Amounts are in the budget's unit."""
+
+    id: str
+    client: str
+    state: Literal["settled", "already", "late"] = Field(
+        description="already: it was settled before, and nothing changed; late: it had expired, and counts all the same"
+    )
+    unit: Literal["tokens", "gpu_seconds"]
+    reserved: float = Field(description="what was held")
+    used: float = Field(description="what it took")
+    refunded: float = Field(description="what was given back; negative where the answer was longer than reserved")
+    learned: bool = Field(description="whether later predictions are corrected by it")
+
+
+class Account(BaseModel):
+    """All that a client ever reserved and used, in the unit of its budget."""
+
+    reserved: float = Field(description="of all reservations: held + settled + expired")
+    held: float = Field(description="of open reservations")
+    settled: float = Field(description="that settled reservations had held")
+    expired: float = Field(description="of reservations that expired and were not settled since")
+    used: float = Field(description="that settled reservations took")
+    num_reserved: int
+    num_settled: int
+    num_expired: int
+    num_full: int = Field(description="reservations that found no room")
+    windows: int = Field(description="windows that are over and done")
+    windows_over: int = Field(description="of them, those in which more than the limit was used")
 
 
 class Health(BaseModel):
@@ -151,3 +202,42 @@ OBSERVE_BODY: dict[str, Any] = {
         },
     }
 }
+RESERVE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["request"],
+                    "properties": {
+                        "request": _REQUEST,
+                        "client": {
+                            "type": "string",
+                            "maxLength": 200,
+                            "description": "whose budget it takes from; by default the client of the API key",
+                        },
+                        "id": {
+                            "type": "string",
+                            "minLength": 1,
+                            "maxLength": 200,
+                            "description": "of the reservation; one that is sent again is not made twice",
+                        },
+                        "prompt_tokens": {
+                            "type": "integer",
+                            "minimum": 0,
+                            "description": "of the prompt, where they are known; by default they are estimated",
+                        },
+                    },
+                    "additionalProperties": True,
+                },
+                "examples": {"OpenAI chat": {"value": {"client": "team-a", "request": _CHAT}}},
+            }
+        },
+    }
+}
+SETTLE_BODY: dict[str, Any] = copy.deepcopy(OBSERVE_BODY)
+del SETTLE_BODY["requestBody"]["content"]["application/json"]["schema"]["properties"]["prediction"]
+SETTLE_BODY["requestBody"]["content"]["application/json"]["schema"]["properties"]["id"]["description"] = (
+    "of a reservation"
+)

@@ -120,8 +120,11 @@ def test_a_server_that_is_gone_is_told_and_found_again(tmp_path: Path) -> None:
 
     async def run() -> None:
         books = open_books(server.url)
-        await books.reserve(hold("x", 40, window_s=30 * DAY_S))
+        await books.reserve(hold("x", 40, window_s=30 * DAY_S, note="of x"))
+        assert (await books.note("x"), await books.note("y")) == ("of x", None)
         server.kill()
+        with pytest.raises(StoreError):
+            await books.note("x")
         with pytest.raises(StoreError, match=r"books redis://127\.0\.0\.1"):
             await books.reserve(hold("y", 40, window_s=30 * DAY_S))
         server.start()

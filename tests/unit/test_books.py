@@ -98,7 +98,8 @@ def test_a_file_outlives_its_process_and_serves_several(tmp_path: Path) -> None:
     async def run() -> None:
         path = tmp_path / "books.db"
         one, two = SqliteBooks(path), SqliteBooks(path)
-        assert (await one.reserve(hold("x", 70))).state == "held"
+        assert (await one.reserve(hold("x", 70, note="of x"))).state == "held"
+        assert (await two.note("x"), await two.note("y")) == ("of x", None)
         assert (await two.reserve(hold("y", 70))).state == "full"
         await one.close()
         three = SqliteBooks(path)
@@ -114,7 +115,7 @@ def test_a_file_outlives_its_process_and_serves_several(tmp_path: Path) -> None:
 
 def test_files_that_hold_no_books_are_told(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("no database at all, just a long text" * 40)
-    with pytest.raises(StoreError, match="text.db: file is not a database"):
+    with pytest.raises(StoreError, match=r"text\.db: file is not a database"):
         open_books(str(tmp_path / "text.db"))
     with pytest.raises(StoreError, match="unable to open"):
         open_books(str(tmp_path / "no" / "folder.db"))
