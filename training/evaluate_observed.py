@@ -127,7 +127,8 @@ def evaluate_observed(
     named = {split: np.array([name or "all" for name in table.strings("dataset")]) for split, table in tables.items()}
     found: dict[str, Any] = {}
     for name in dict.fromkeys(names):
-        part = Part.of(*(table.take(named[split] == name) for split, table in tables.items()), seed=seed)
+        own = {split: table.take(named[split] == name) for split, table in tables.items()}
+        part = Part.of(own["test"], own["train"], own["validation"], seed)
         if len(part.test) > 1:
             found[name] = evaluate_part(predictor, part, observe, name=name, samples=samples, seed=seed)
     if not found:

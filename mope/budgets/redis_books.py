@@ -225,10 +225,12 @@ class RedisBooks(Books):
 
     async def _run(self, asked: Script, *arguments: str | float) -> Sequence[Any]:
         values = (f"{self._prefix}open", self._prefix, self._kept_s, *arguments)
+        reply: Sequence[Any]
         try:
-            return await self._told(self._client.evalsha(asked.digest, 1, *values))
+            reply = await self._told(self._client.evalsha(asked.digest, 1, *values))
         except self._unknown_script:
-            return await self._told(self._client.eval(asked.text, 1, *values))
+            reply = await self._told(self._client.eval(asked.text, 1, *values))
+        return reply
 
     async def _told(self, reply: Awaitable[Any]) -> Any:
         try:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from typing_extensions import override
 
@@ -191,8 +192,8 @@ class SqliteBooks(Books):
         sums = ", ".join(f"{name} = {name} + ?" for name in changes)
         self._db.execute(f"UPDATE clients SET {sums} WHERE client = ?", (*changes.values(), client))
 
-    def _one(self, query: str, *values: object) -> tuple[object, ...] | None:
-        found: tuple[object, ...] | None = self._db.execute(query, values).fetchone()
+    def _one(self, query: str, *values: object) -> tuple[Any, ...] | None:
+        found: tuple[Any, ...] | None = self._db.execute(query, values).fetchone()
         return found
 
     @contextmanager

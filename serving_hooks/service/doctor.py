@@ -9,7 +9,9 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from mope import packaged
+from mope.budgets.config import read_budgets
 from mope.errors import ServerError, UserError
+from mope.fairness.stores import MEMORY
 from mope.serving_hooks import checks
 from mope.serving_hooks.checks import Finding
 from mope.serving_hooks.fetch import fetch, fetch_json, readable
@@ -50,11 +52,21 @@ def command(words: Sequence[str]) -> tuple[list[Finding], str | None, ServeConfi
     try:
         artifact, config = cli.parse(words[at + 1 :])
         keys = Keys(config)
+        budgets = None if config.budgets is None else read_budgets(config.budgets)
         with cli.listen(config.host, config.port):
             pass
     except UserError as error:
         return [Finding("command", "failed", str(error))], None, ServeConfig()
     found = [Finding("command", "ok", f"{config.host}:{config.port} is free; {len(keys)} API keys")]
+    if budgets is not None:
+        limited = sum(budget is not None for budget in budgets.clients.values())
+        others = (
+            "have no limit" if budgets.default is None else f"may use {budgets.default.limit:g} {budgets.default.unit}"
+        )
+        found.append(Finding("command", "ok", f"budgets of {limited} clients; all others {others}"))
+        if config.books == MEMORY:
+            text = "--books memory: a restart forgets what clients used; name a file, or a Redis server for replicas"
+            found.append(Finding("command", "warning", text))
     if not keys.required and config.host not in ("127.0.0.1", "::1", "localhost"):
         text = f"no API keys: everybody who reaches {config.host} may ask and teach; give --api-keys"
         found.append(Finding("command", "warning", text))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mope.budgets import Budget, read_budgets
 from mope.serving_hooks.service import cli
 from mope.serving_hooks.service.config import ServeConfig
 
@@ -107,9 +108,24 @@ def test_one_key_is_enough_for_prometheus_and_the_service() -> None:
 
 def test_the_client_of_the_how_to_runs_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("httpx2")
-    (block,) = re.findall(r"^```python\n(.*?)^```$", HOW_TO, flags=re.MULTILINE | re.DOTALL)
-    block = block.replace(str(PORT), "9").replace("deadline_s=0.05", "deadline_s=5.0")
+    first, second = re.findall(r"^```python\n(.*?)^```$", HOW_TO, flags=re.MULTILINE | re.DOTALL)
+    block = f"{first}\n{second}".replace(str(PORT), "9").replace("deadline_s=0.05", "deadline_s=5.0")
     namespace: dict[str, Any] = {}
-    exec("async def run():\n" + textwrap.indent(block, "    "), namespace)
-    asyncio.run(namespace["run"]())
+    exec("async def run():\n" + textwrap.indent(f"{block}\nreturn reservation", "    "), namespace)
+    reservation = asyncio.run(namespace["run"]())
     assert "fallback:unreachable" in capsys.readouterr().out
+    assert (reservation.allowed, reservation.source) == (True, "fallback:unreachable")
+
+
+def test_the_budgets_of_the_how_to_and_of_the_compose_file_can_be_read(tmp_path: Path) -> None:
+    (shown,) = re.findall(r"echo '(.*)' > budgets.json", HOW_TO)
+    for text in (shown, COMPOSE["configs"]["budgets"]["content"]):
+        (tmp_path / "budgets.json").write_text(text, encoding="utf-8")
+        default = read_budgets(tmp_path / "budgets.json").default
+        assert default is not None
+        assert default.window_s == 60
+    rows = dict(re.findall(r"^\| `(\w+)`[^|]*\|([^|]*)\|", HOW_TO, flags=re.MULTILINE))
+    assert set(rows) == set(Budget.model_fields) - {"response_weight"}  # which shares a row
+    for name, default in rows.items():
+        if default.strip():
+            assert default.strip("` ") == str(Budget.model_fields[name].default)
