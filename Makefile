@@ -18,8 +18,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
 VLLM := runs/vllm-env
 SGLANG := runs/sglang-env
+GATEWAYS := runs/gateways-env
 
-.PHONY: help demo test engines engines-sglang lint format clean
+.PHONY: help demo test engines engines-sglang gateways lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -46,6 +47,9 @@ engines: $(VLLM)/.installed ## run the hook in vLLM's real engine and server on 
 
 engines-sglang: $(SGLANG)/.installed ## run the hook in SGLang's real servers on the CPU (2 GB on disk, about half an hour)
 	$(SGLANG)/bin/python -m pytest -p no:cacheprovider $(if $(ENGINE_TESTS),$(ENGINE_TESTS),tests/engines -k sglang) $(PYTEST_FLAGS)
+
+gateways: $(GATEWAYS)/.installed ## run the hook in LiteLLM's real proxy (1 GB on disk, about three minutes)
+	$(GATEWAYS)/bin/python -m pytest -p no:cacheprovider tests/gateways $(PYTEST_FLAGS)
 
 lint: $(INSTALLED) build/typed ## check style and types
 	$(BIN)/ruff check .
@@ -86,6 +90,12 @@ $(SGLANG)/.installed: tests/engines/requirements-sglang.txt tests/engines/requir
 	$(SGLANG)/bin/python -m pip install -q -r tests/engines/requirements-sglang.txt
 	$(SGLANG)/bin/python -m pip install -q --no-deps -r tests/engines/requirements-sglang-alone.txt
 	$(SGLANG)/bin/python -m pip install -q -e '.[sglang]' pytest hypothesis
+	@touch $@
+
+$(GATEWAYS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(GATEWAYS)
+	$(GATEWAYS)/bin/python -m pip install -q 'litellm[proxy]==1.108.7' pytest hypothesis
+	$(GATEWAYS)/bin/python -m pip install -q -e '.[serve,client]'
 	@touch $@
 
 $(BIN)/python:

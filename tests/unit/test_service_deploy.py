@@ -129,3 +129,17 @@ def test_the_budgets_of_the_how_to_and_of_the_compose_file_can_be_read(tmp_path:
     for name, default in rows.items():
         if default.strip():
             assert default.strip("` ") == str(Budget.model_fields[name].default)
+
+
+def test_the_gateways_how_to_names_what_the_hook_reads() -> None:
+    folder = ROOT / "serving_hooks" / "gateways"
+    how_to, source = ((folder / name).read_text(encoding="utf-8") for name in ("README.md", "litellm.py"))
+    rows = re.findall(r"^\| `(MOPE_\w+)` \|[ `]*([^|` ]*)[ `]*\|", how_to, flags=re.MULTILINE)
+    assert dict(rows) == {"MOPE_URL": f"http://127.0.0.1:{PORT}", "MOPE_API_KEY": "", "MOPE_DEADLINE_MS": "100"}
+    for name, default in rows:
+        assert f'"{name}"' in source
+        assert default in source
+    assert "mope.serving_hooks.gateways.litellm.hook" in how_to
+    assert re.search(r"^hook = MopeHook\(\)$", source, flags=re.MULTILINE)
+    (version,) = re.findall(r"litellm\[proxy\]==([\d.]+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert f"LiteLLM {version} " in how_to
