@@ -360,6 +360,12 @@ def _replay(argv: list[str]) -> int:
     return replay(argv)
 
 
+def _report(argv: list[str]) -> int:
+    from mope.serving_hooks.report import main as report
+
+    return report(argv)
+
+
 def _doctor(argv: list[str]) -> int:
     from mope.serving_hooks.doctor import main as doctor
 
@@ -375,6 +381,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "profile": (_profile, "measure a running LLM server, and write how long its steps take"),
     "export": (_export, "export a saved predictor to ONNX"),
     "serve": (_serve, "serve predictions over HTTP, and learn from finished requests"),
+    "report": (_report, "who used what in a period: tokens, GPU seconds, budgets, by client or group"),
     "replay": (_replay, "replay workloads through an engine's real scheduler under a virtual clock"),
     "doctor": (_doctor, "say what is installed, what would work and what is active in a serving engine"),
 }

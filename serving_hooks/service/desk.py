@@ -21,7 +21,7 @@ from mope.errors import ArtifactError, ConfigError, DataError, UserError
 from mope.fairness.mapper import MetricsMapper
 from mope.files import write_text
 from mope.inputs import as_request
-from mope.log_answers import CUT, answers_of, finish_of, usage_of
+from mope.log_answers import CUT, answers_of, at, finish_of, usage_of
 from mope.prediction_batch import PredictionBatch
 from mope.reader import MAX_TOKENS, is_forced, shown
 from mope.request import Request
@@ -306,7 +306,7 @@ class Desk:
         self.memory.forget(name)
         if tokens == 0:
             return {"id": name, "learned": False, "reason": "no tokens were generated"}
-        self.metrics.observed(client, tokens, found.mean, found.high, made=found.made)
+        self.metrics.observed(client, tokens, found.mean, found.high, made=found.made, more=self._used(body, tokens))
         if tokens < found.free_from:
             self.metrics.not_learned.labels("forced").inc()
             return {"id": name, "learned": False, "reason": "the request forced the length"}
@@ -318,6 +318,21 @@ class Desk:
             return {"id": name, "learned": True, "reason": ""}
         self.metrics.not_learned.labels("share").inc()
         return {"id": name, "learned": False, "reason": "this client has taught its share"}
+
+    def _used(self, body: Mapping[str, Any], tokens: int) -> dict[str, float]:
+        """What else an observation says was used."""
+        prompt = _prompt_tokens(body)
+        cached = at(body, "usage.prompt_tokens_details.cached_tokens")
+        known: dict[str, float | None] = {
+            "prompt_tokens": prompt,
+            "cached_tokens": cached if type(cached) is int and 0 <= cached <= (prompt or 0) else None,
+            "thought_tokens": usage_of(body).thoughts,
+            "gpu_seconds": None,
+        }
+        if self._mapper is not None and prompt is not None:
+            cost = self._mapper.estimate(prompt, tokens, cached_tokens=int(known["cached_tokens"] or 0))
+            known["gpu_seconds"] = cost.latency_s * cost.gpu_utilization
+        return {name: float(amount) for name, amount in known.items() if amount is not None}
 
     async def accounts(self) -> dict[str, dict[str, float | int]]:
         """All that each client ever reserved and used, by client, see `mope.budgets.Totals`; amounts in its unit."""

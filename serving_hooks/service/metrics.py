@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
@@ -21,7 +22,11 @@ _COUNTERS = {
     "finished": "Requests that were observed.",
     "predicted": "Requests that came with a prediction.",
     "unpredicted": "Requests that got the fallback.",
+    "prompt_tokens": "Tokens of prompts of observed requests, as their usage says.",
+    "cached_tokens": "Those of them that a cache held.",
     "response_tokens": "Tokens that were generated.",
+    "thought_tokens": "Those of mope_client_response_tokens_total that are thoughts, as their usage says.",
+    "gpu_seconds": "GPU seconds of observed requests, by the profile.",
     "expected_tokens": "Response tokens that observed requests were predicted to need.",
     "covered": "Observed requests whose predicted 90 % quantile is known.",
     "within": "Those of mope_client_covered_total whose answer was no longer than that quantile.",
@@ -110,7 +115,16 @@ class ServiceMetrics:
         self._clients["arrived"].labels(label).inc()
         self._clients["predicted" if outcome == "made" else "unpredicted"].labels(label).inc()
 
-    def observed(self, client: str | None, tokens: int, mean: float, high: float, *, made: bool) -> None:
+    def observed(
+        self,
+        client: str | None,
+        tokens: int,
+        mean: float,
+        high: float,
+        *,
+        made: bool,
+        more: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """Counts a finished request.
 
         Args:
@@ -119,8 +133,11 @@ class ServiceMetrics:
             mean: expected tokens.
             high: the predicted 90 % quantile.
             made: whether the predictor answered.
+            more: `prompt_tokens`, `cached_tokens`, `thought_tokens` and `gpu_seconds`, as far as they are known.
         """
         label, counters = self._label(client), self._clients
+        for name, amount in more.items():
+            counters[name].labels(label).inc(amount)
         counters["finished"].labels(label).inc()
         counters["response_tokens"].labels(label).inc(tokens)
         counters["expected_tokens"].labels(label).inc(mean)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from mope.budgets import Budget, read_budgets
+from mope.serving_hooks import report
 from mope.serving_hooks.service import cli
 from mope.serving_hooks.service.config import ServeConfig
 
@@ -54,7 +55,8 @@ def test_each_command_can_be_used(words: list[str]) -> None:
 
 
 def test_flags_that_the_how_to_names_are_flags() -> None:
-    known = {f"--{name.replace('_', '-')}" for name in ServeConfig.model_fields} | {"--url"}
+    of_report = {option for action in report._parser()._actions for option in action.option_strings}
+    known = {f"--{name.replace('_', '-')}" for name in ServeConfig.model_fields} | {"--url"} | of_report
     assert set(re.findall(r"--[a-z][a-z-]+", HOW_TO)) <= known
     assert f"127.0.0.1:{PORT}" in HOW_TO
 
