@@ -26,7 +26,7 @@ def write(path: Path, text: str) -> str:
 
 def test_the_recipes_that_are_promised_are_there() -> None:
     assert recipe_names() == [
-        "chat-base", "chat-micro", "chat-minilm", "chat-small", "demo", "lmsys-base", "lmsys-small",
+        "chat-base", "chat-e5", "chat-micro", "chat-minilm", "chat-small", "demo", "lmsys-base", "lmsys-small",
         "sharegpt-base", "sharegpt-micro", "sharegpt-minilm", "sharegpt-small",
     ]  # fmt: skip
 
@@ -251,6 +251,7 @@ def flags(name: str, chats: dict[str, str], encoder: Path, folder: Path, trained
     return [
         chats["lmsys" if name.startswith("lmsys") else "sharegpt"], "--recipe", name, "--output", str(folder / "out"),
         *(["--encoder", str(encoder)] if model.encoder or not taught else []),
+        *(["--vocab-size", "none"] if model.vocab_size else []),
         "--label-tokenizer", "encoder", "--cache-dir", str(folder / "cache"), "--epochs", "1",
         "--max-prompt-tokens", "24", "--max-context-tokens", "8", "--lookup-rows", "64", "--baselines", "constant",
         "--fine-tuned", "none", "--bootstrap-samples", "10", "--checks-per-epoch", "1", "--accelerator", "cpu",
