@@ -33,6 +33,7 @@ class Hold(NamedTuple):
         limit: parts that the client may use in a window.
         window_s: length of the windows in seconds. They begin at whole multiples of it since 1970.
         note: a short text that is kept with it, for whoever settles it.
+        risk: share of the client's windows that may go over its limit, see `mope.budgets.risk`.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Hold(NamedTuple):
     limit: int
     window_s: float
     note: str = ""
+    risk: float = 0.1
 
 
 class Decision(NamedTuple):
@@ -56,6 +58,8 @@ class Decision(NamedTuple):
         wait_s: seconds after which there is room, as far as is known: as expected refunds come, or in the next window;
             0.0 if it was made, endless if it is larger than the whole limit.
         window_s: seconds to the end of the window.
+        odds: log odds of the level that the client's reservations should have from now on; None before any of its
+            windows has ended.
     """
 
     state: Literal["held", "known", "full"]
@@ -63,6 +67,7 @@ class Decision(NamedTuple):
     held: int
     wait_s: float
     window_s: float
+    odds: float | None = None
 
 
 class Settlement(NamedTuple):
@@ -95,7 +100,8 @@ class Totals(NamedTuple):
         num_settled: of them, settled.
         num_expired: of them, expired and not settled since.
         num_full: reservations that found no room.
-        windows: windows in which the client reserved, once nothing of them is open or remembered.
+        windows: windows in which the client reserved, once they have ended and nothing of them is open. What is settled
+            later than that no longer changes `windows_over`.
         windows_over: of them, those in which it used more than its limit.
     """
 

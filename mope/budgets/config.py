@@ -31,7 +31,11 @@ class Budget(Frozen):
     prompt_weight: float = Field(1, ge=0, le=1000, description="what a token of the prompt counts")
     response_weight: float = Field(1, ge=0, le=1000, description="what a token of the response counts")
     quantile: float = Field(
-        0.9, gt=0, lt=1, description="share of answers that a reservation covers; lower admits more and overruns more"
+        0.9,
+        gt=0,
+        lt=1,
+        description="share of the windows that stay within the limit; reservations begin at this quantile of the "
+        "answer, and follow what windows did; lower admits more",
     )
     hold_s: float = Field(
         600,

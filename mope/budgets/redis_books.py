@@ -23,13 +23,16 @@ from typing import Any
 from typing_extensions import override
 
 from mope.budgets.books import DUE_LOOKED_AT, KEPT_S, Books, Decision, Hold, Settlement, Totals, wait_of
+from mope.budgets.risk import HIGHEST, LOWEST, STEP
 from mope.errors import StoreError
 from mope.extras import require
 from mope.fairness.redis_scripts import Script, script
 from mope.fairness.stores import StoreConfig, shown
 
 # what all scripts begin with; KEYS open; ARGV prefix seconds-to-keep ...
-_BEGIN = """
+_BEGIN = (
+    f"local STEP, LOWEST, HIGHEST = {STEP}, {LOWEST}, {HIGHEST}"
+    + """
 local open, prefix, kept = KEYS[1], ARGV[1], tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
@@ -47,6 +50,8 @@ local function close(id, hold, client)
   redis.call('ZREM', prefix .. 'due:' .. client, id)
   redis.call('PEXPIRE', hold, math.ceil(kept * 1000))
 end
+local function clip(odds) return math.min(math.max(odds, LOWEST), HIGHEST) end
+local function log_odds(level) return clip(math.log(level / (1 - level))) end
 local function sweep(most)
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', open, '-inf', now, 'LIMIT', 0, most)) do
     local hold = prefix .. 'hold:' .. id
@@ -60,21 +65,27 @@ local function sweep(most)
       redis.call('ZREM', open, id)
     end
   end
-  for _, window in ipairs(redis.call('ZRANGEBYSCORE', windows, '-inf', now - kept, 'LIMIT', 0, most)) do
-    local found = redis.call('HMGET', window, 'client', 'allowed', 'used', 'held')
+  for _, window in ipairs(redis.call('ZRANGEBYSCORE', windows, '-inf', now, 'LIMIT', 0, most)) do
+    local found = redis.call('HMGET', window, 'client', 'allowed', 'used', 'held', 'risk')
     if not found[1] then
       redis.call('ZREM', windows, window)
     elseif found[4] == '0' then
-      count(found[1], 'windows', 1, 'windows_over', tonumber(found[3]) > tonumber(found[2]) and 1 or 0)
-      redis.call('DEL', window)
+      local over = tonumber(found[3]) > tonumber(found[2]) and 1 or 0
+      count(found[1], 'windows', 1, 'windows_over', over)
+      local totals, risk = prefix .. 'totals:' .. found[1], tonumber(found[5])
+      local odds = tonumber(redis.call('HGET', totals, 'odds') or '') or log_odds(1 - risk)
+      redis.call('HSET', totals, 'odds', string.format('%.9f', clip(odds + STEP * (over - risk))))
       redis.call('ZREM', windows, window)
+      redis.call('PEXPIRE', window, math.ceil(kept * 1000))
     end
   end
 end
 """
+)
 
-# ARGV ... id client amount refund due_s hold_s limit window_s most-refunds note
-# -> state, used, held, seconds to the window's end, then pairs: seconds to a refund, and its amount
+# ARGV ... id client amount refund due_s hold_s limit window_s most-refunds note risk
+# -> state, used, held, seconds to the window's end, log odds of the level or empty, then pairs: seconds to a refund,
+#    and its amount
 RESERVE = script(
     _BEGIN
     + """
@@ -86,14 +97,15 @@ local window = prefix .. 'window:' .. client .. ':' .. string.format('%.3f', sta
 redis.call('SADD', clients, client)
 redis.call('HSETNX', window, 'used', 0)
 redis.call('HSETNX', window, 'held', 0)
-redis.call('HSET', window, 'client', client, 'allowed', limit)
+redis.call('HSET', window, 'client', client, 'allowed', limit, 'risk', ARGV[13])
 redis.call('ZADD', windows, string.format('%.6f', starts + length), window)
+local odds = redis.call('HGET', prefix .. 'totals:' .. client, 'odds') or ''
 local used, held = unpack(redis.call('HMGET', window, 'used', 'held'))
 local hold = prefix .. 'hold:' .. id
-if redis.call('EXISTS', hold) == 1 then return {'known', used, held, left} end
+if redis.call('EXISTS', hold) == 1 then return {'known', used, held, left, odds} end
 if tonumber(used) + tonumber(held) + tonumber(amount) > tonumber(limit) then
   count(client, 'num_full', 1)
-  local reply = {'full', used, held, left}
+  local reply = {'full', used, held, left, odds}
   for _, other in ipairs(redis.call('ZRANGE', prefix .. 'due:' .. client, 0, tonumber(ARGV[11]) - 1)) do
     local found = redis.call('HMGET', prefix .. 'hold:' .. other, 'window', 'due', 'refund')
     if found[1] == window then
@@ -110,7 +122,7 @@ redis.call('ZADD', open, string.format('%.6f', now + tonumber(ARGV[8])), id)
 redis.call('ZADD', prefix .. 'due:' .. client, due, id)
 held = redis.call('HINCRBY', window, 'held', amount)
 count(client, 'reserved', amount, 'held', amount, 'num_reserved', 1)
-return {'held', used, tostring(redis.call('HGET', window, 'held')), left}
+return {'held', used, redis.call('HGET', window, 'held'), left, odds}
 """
 )
 
@@ -190,15 +202,16 @@ class RedisBooks(Books):
     @override
     async def reserve(self, hold: Hold) -> Decision:
         amounts = (hold.amount, hold.refund, hold.due_s, hold.hold_s, hold.limit, hold.window_s)
-        state, used, held, left, *rest = await self._run(
-            RESERVE, hold.id, hold.client, *amounts, DUE_LOOKED_AT, hold.note
+        state, used, held, left, odds, *rest = await self._run(
+            RESERVE, hold.id, hold.client, *amounts, DUE_LOOKED_AT, hold.note, hold.risk
         )
         window_s, wait_s = float(left), 0.0
         if state == b"full":
             refunds = [(float(due), int(amount)) for due, amount in zip(rest[::2], rest[1::2], strict=True)]
             lack = int(used) + int(held) + hold.amount - hold.limit
             wait_s = wait_of(lack, refunds, window_s, fits=hold.amount <= hold.limit)
-        return Decision(state.decode(), int(used), int(held), wait_s, window_s)
+        known = float(odds) if odds else None
+        return Decision(state.decode(), int(used), int(held), wait_s, window_s, known)
 
     @override
     async def note(self, name: str) -> str | None:
@@ -215,8 +228,8 @@ class RedisBooks(Books):
         reply = await self._run(TOTALS)
         found = {}
         for client, fields in zip(reply[::2], reply[1::2], strict=True):
-            values = dict(zip((name.decode() for name in fields[::2]), map(int, fields[1::2]), strict=True))
-            found[client.decode()] = Totals(**{name: values.get(name, 0) for name in Totals._fields})
+            values = dict(zip((name.decode() for name in fields[::2]), fields[1::2], strict=True))
+            found[client.decode()] = Totals(**{name: int(values.get(name, 0)) for name in Totals._fields})
         return dict(sorted(found.items()))
 
     @override

@@ -12,6 +12,7 @@ from typing import Any
 from typing_extensions import override
 
 from mope.budgets.books import DUE_LOOKED_AT, KEPT_S, Books, Decision, Hold, Settlement, Totals, wait_of
+from mope.budgets.risk import following, log_odds
 from mope.errors import StoreError
 
 VERSION = 1
@@ -24,11 +25,11 @@ PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS clients (
     client TEXT PRIMARY KEY, reserved INTEGER, held INTEGER, settled INTEGER, expired INTEGER, used INTEGER,
     num_reserved INTEGER, num_settled INTEGER, num_expired INTEGER, num_full INTEGER, windows INTEGER,
-    windows_over INTEGER
+    windows_over INTEGER, odds REAL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS windows (
     client TEXT, starts_s REAL, ends_s REAL, allowed INTEGER, used INTEGER, held INTEGER,
-    PRIMARY KEY (client, starts_s)
+    risk REAL, counted INTEGER, PRIMARY KEY (client, starts_s)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS holds (
     id TEXT PRIMARY KEY, client TEXT, starts_s REAL, amount INTEGER, refund INTEGER, due_s REAL, expires_s REAL,
@@ -36,6 +37,7 @@ CREATE TABLE IF NOT EXISTS holds (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS open_holds ON holds (expires_s) WHERE state = {OPEN};
 CREATE INDEX IF NOT EXISTS due_holds ON holds (client, due_s) WHERE state = {OPEN};
+CREATE INDEX IF NOT EXISTS ended_windows ON windows (ends_s) WHERE counted = 0;
 CREATE INDEX IF NOT EXISTS closed_holds ON holds (closed_s) WHERE state <> {OPEN};
 PRAGMA user_version = {VERSION};
 """
@@ -71,11 +73,13 @@ class SqliteBooks(Books):
         left_s = starts_s + hold.window_s - now
         with self._transaction():
             self._expire(now)
+            self._end_windows(now)
             self._tidy(now)
+            odds = self._odds(hold.client)
             self._open_window(hold, starts_s)
             used, held = self._window(hold.client, starts_s)
             if self._one("SELECT 1 FROM holds WHERE id = ?", hold.id) is not None:
-                return Decision("known", used, held, 0.0, left_s)
+                return Decision("known", used, held, 0.0, left_s, odds)
             if used + held + hold.amount > hold.limit:
                 self._count(hold.client, num_full=1)
                 refunds = self._db.execute(
@@ -84,7 +88,7 @@ class SqliteBooks(Books):
                     (now, hold.client, starts_s),
                 ).fetchall()
                 lack, fits = used + held + hold.amount - hold.limit, hold.amount <= hold.limit
-                return Decision("full", used, held, wait_of(lack, refunds, left_s, fits=fits), left_s)
+                return Decision("full", used, held, wait_of(lack, refunds, left_s, fits=fits), left_s, odds)
             self._db.execute(
                 f"INSERT INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, {OPEN}, 0, NULL, ?)",
                 (
@@ -100,7 +104,7 @@ class SqliteBooks(Books):
             )
             self._move(hold.client, starts_s, held=hold.amount)
             self._count(hold.client, reserved=hold.amount, held=hold.amount, num_reserved=1)
-            return Decision("held", used, held + hold.amount, 0.0, left_s)
+            return Decision("held", used, held + hold.amount, 0.0, left_s, odds)
 
     @override
     async def note(self, name: str) -> str | None:
@@ -149,15 +153,24 @@ class SqliteBooks(Books):
             return
         self._until_tidy = TIDY_EVERY
         self._db.execute(f"DELETE FROM holds WHERE state <> {OPEN} AND closed_s < ?", (now - KEPT_S,))
-        self._end_windows(now)
+        self._db.execute("DELETE FROM windows WHERE counted = 1 AND ends_s < ?", (now - KEPT_S,))
 
     def _end_windows(self, now: float) -> None:
-        """Counts windows whose reservations are closed and forgotten, and forgets them, too."""
-        over = self._db.execute(
-            "DELETE FROM windows WHERE ends_s <= ? AND held = 0 RETURNING client, used > allowed", (now - KEPT_S,)
+        """Counts windows that have ended, and lets each client's level follow."""
+        ended = self._db.execute(
+            "UPDATE windows SET counted = 1 WHERE counted = 0 AND held = 0 AND ends_s <= ? "
+            "RETURNING client, ends_s, used > allowed, risk",
+            (now,),
         ).fetchall()
-        for client, too_much in over:
-            self._count(client, windows=1, windows_over=too_much)
+        for client, _, over, risk in sorted(ended, key=lambda window: window[1]):
+            odds = self._odds(client)
+            odds = following(log_odds(1.0 - risk) if odds is None else odds, risk, over=bool(over))
+            self._count(client, windows=1, windows_over=over)
+            self._db.execute("UPDATE clients SET odds = ? WHERE client = ?", (odds, client))
+
+    def _odds(self, client: str) -> float | None:
+        found = self._one("SELECT odds FROM clients WHERE client = ?", client)
+        return None if found is None else found[0]
 
     def _expire(self, now: float) -> None:
         """Gives back what reservations hold that were not settled in time."""
@@ -172,9 +185,9 @@ class SqliteBooks(Books):
 
     def _open_window(self, hold: Hold, starts_s: float) -> None:
         self._db.execute(
-            "INSERT INTO windows VALUES (?, ?, ?, ?, 0, 0) ON CONFLICT DO UPDATE SET allowed = excluded.allowed, "
-            "ends_s = excluded.ends_s",
-            (hold.client, starts_s, starts_s + hold.window_s, hold.limit),
+            "INSERT INTO windows VALUES (?, ?, ?, ?, 0, 0, ?, 0) ON CONFLICT DO UPDATE SET "
+            "allowed = excluded.allowed, ends_s = excluded.ends_s, risk = excluded.risk",
+            (hold.client, starts_s, starts_s + hold.window_s, hold.limit, hold.risk),
         )
 
     def _window(self, client: str, starts_s: float) -> tuple[int, int]:
@@ -188,7 +201,7 @@ class SqliteBooks(Books):
         )
 
     def _count(self, client: str, **changes: int) -> None:
-        self._db.execute(f"INSERT OR IGNORE INTO clients VALUES (?{', 0' * len(Totals._fields)})", (client,))
+        self._db.execute(f"INSERT OR IGNORE INTO clients VALUES (?{', 0' * len(Totals._fields)}, NULL)", (client,))
         sums = ", ".join(f"{name} = {name} + ?" for name in changes)
         self._db.execute(f"UPDATE clients SET {sums} WHERE client = ?", (*changes.values(), client))
 

@@ -1,6 +1,7 @@
 """What `mope serve` does with budgets: how much a reservation holds, for how long, and what a settlement counts.
 
-A reservation holds what the prompt takes and what the answer takes at the budget's quantile. Knows budgets, books and
+A reservation holds what the prompt takes and what the answer takes at a level that begins at the budget's quantile and
+follows what the client's windows did. Knows budgets, books and
 the engine's profile; nothing of HTTP, and no predictor.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from math import isinf
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 
 from mope.budgets.books import Books, Hold, Settlement, open_books
 from mope.budgets.config import MICRO, MOST, Budget, Budgets, parts_of, read_budgets
+from mope.budgets.risk import level_of
 from mope.errors import ConfigError, DataError, StoreError, UserError
 from mope.fairness.mapper import MetricsMapper
 from mope.serving_hooks.service.config import ServeConfig
@@ -23,6 +26,7 @@ from mope.serving_hooks.service.config import ServeConfig
 UNLIMITED = Budget(limit=MOST)
 CHECK_S = 1.0  # between two looks at whether the file has changed
 TOKEN_S = 0.03  # what a token takes, where no profile says it: only for how long to wait
+MOST_CLIENTS = 100_000  # whose level is remembered here; of others, the first reservation has the budget's
 SLOWER, LEAST_HOLD_S = 4.0, 30.0  # a request may take so many times its latency on an idle engine, and at least that
 
 logger = logging.getLogger("mope")
@@ -69,6 +73,7 @@ class Limiter:
         if self._path is not None:
             self._changed = _state_of(self._path)
             self._budgets = self._read(self._path)
+        self._odds: OrderedDict[str, float] = OrderedDict()  # log odds of each client's level, as the books had it last
         self.books: Books = open_books(config.books, config.books_namespace)
 
     def budget(self, client: str) -> Budget | None:
@@ -101,7 +106,9 @@ class Limiter:
         """
         limited = self.budget(asked.client)
         budget = limited or UNLIMITED
-        amount = self._amount(budget, asked.prompt_tokens, asked.quantile(budget.quantile))
+        odds = self._odds.get(asked.client)
+        high = asked.quantile(budget.quantile if odds is None else level_of(odds))
+        amount = self._amount(budget, asked.prompt_tokens, high)
         expected = self._amount(budget, asked.prompt_tokens, asked.mean)
         parts = parts_of(amount)
         note = {
@@ -115,10 +122,11 @@ class Limiter:
             parts,
             max(parts - parts_of(expected), 0),
             self._latency_s(asked.prompt_tokens, asked.mean),
-            self._hold_s(budget, asked.prompt_tokens, asked.quantile(budget.quantile)),
+            self._hold_s(budget, asked.prompt_tokens, high),
             budget.limit_parts,
             budget.window_s,
             json.dumps(note),
+            1.0 - budget.quantile,
         )
         answer = {
             "id": asked.id,
@@ -138,6 +146,10 @@ class Limiter:
                 "decision": "allow" if self._allows else "wait",
                 "used": None, "held": None, "retry_after_s": retry_after_s, "window_s": None, "books": False,
             }  # fmt: skip
+        if decision.odds is not None:
+            self._odds[asked.client] = decision.odds
+            if len(self._odds) > MOST_CLIENTS:
+                self._odds.popitem(last=False)
         full = decision.state == "full"
         never = full and isinf(decision.wait_s)
         return {

@@ -18,6 +18,7 @@ from real_redis import RealRedis, needs_redis
 
 from mope.budgets.books import Totals, open_books
 from mope.budgets.redis_books import RedisBooks
+from mope.budgets.risk import following, log_odds
 from mope.errors import StoreError
 from mope.fairness.stores import StoreConfig
 
@@ -81,10 +82,12 @@ def test_what_is_not_settled_expires_and_may_be_settled_late(redis: RealRedis) -
 
 def test_windows_end_and_nothing_is_kept_for_ever(redis: RealRedis) -> None:
     async def run() -> None:
-        books = books_on(redis, "windows", kept_s=0.3)
+        books, odds = books_on(redis, "windows", kept_s=0.3), log_odds(0.9)
         for number in range(6):
-            await books.reserve(hold(f"r{number}", 60, window_s=0.2))
+            decision = await books.reserve(hold(f"r{number}", 60, window_s=0.2))
+            assert decision.odds == (None if number == 0 else pytest.approx(odds, abs=1e-6))
             await books.settle(f"r{number}", 150 if number % 3 == 0 else 50)
+            odds = following(odds, 0.1, over=number % 3 == 0)
             time.sleep(0.2)
         time.sleep(0.8)
         assert await books.settle("r1", 5) == ("unknown", 0, 5, "")  # forgotten

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mope.budgets.books import KEPT_S, Totals, open_books, wait_of
+from mope.budgets.risk import HIGHEST, LOWEST, STEP, following, level_of, log_odds
 from mope.budgets.sqlite_books import SqliteBooks
 from mope.errors import StoreError
 
@@ -49,10 +50,53 @@ def test_they_are_those_of_a_list_of_reservations(taken: list[tuple[str, str, in
                 assert settlement[:3] == model.settle(name, number)
         found = await books.totals()
         for client in CLIENTS:
-            assert found.get(client, Totals()) == model.totals(client)
+            total = found.get(client, Totals())
+            assert total._replace(windows=0, windows_over=0) == model.totals(client)
+            assert total.windows_over <= total.windows
         await books.close()
 
     asyncio.run(run())
+
+
+@given(st.lists(st.tuples(st.integers(0, 120), st.integers(0, 160)), max_size=40), st.sampled_from([0.5, 0.1, 0.01]))
+def test_the_level_follows_what_windows_did(asked: list[tuple[int, int]], risk: float) -> None:
+    async def run() -> None:
+        clock, books = Clock(), SqliteBooks(None, Clock())
+        books._clock = clock
+        odds, over, windows = log_odds(1.0 - risk), 0, 0
+        for turn, (amount, used) in enumerate(asked):
+            decision = await books.reserve(hold(f"{turn}", amount, risk=risk))
+            assert decision.odds == (None if turn == 0 else odds)
+            if decision.state == "held":
+                await books.settle(f"{turn}", used)
+            gone_over = decision.state == "held" and used > LIMIT
+            odds, over, windows = following(odds, risk, over=gone_over), over + gone_over, windows + 1
+            clock.now += WINDOW_S
+        total = (await books.totals()).get("a", Totals())
+        assert (total.windows, total.windows_over) == (windows, over)
+        await books.close()
+
+    asyncio.run(run())
+
+
+@given(
+    st.lists(st.floats(-6.0, 12.0), min_size=1, max_size=400), st.floats(0.005, 0.5), st.floats(LOWEST + 2, HIGHEST - 2)
+)
+def test_the_share_of_windows_that_go_over_comes_to_the_wanted_one(
+    enough: list[float], risk: float, begins: float
+) -> None:
+    """Whatever level each window would have needed: it went over where the level was lower."""
+    odds, num_over, clipped = begins, 0, False
+    for needed in enough:
+        over = odds < needed
+        num_over += over
+        odds = following(odds, risk, over=over)
+        clipped |= odds in (LOWEST, HIGHEST)
+    bound = (HIGHEST - LOWEST) / (STEP * len(enough))
+    if not clipped:
+        assert abs(num_over / len(enough) - risk) <= bound
+    assert LOWEST <= odds <= HIGHEST
+    assert level_of(log_odds(0.9)) == pytest.approx(0.9)
 
 
 def test_a_window_that_is_over_is_counted_and_nothing_is_kept_for_ever() -> None:
@@ -63,8 +107,7 @@ def test_a_window_that_is_over_is_counted_and_nothing_is_kept_for_ever() -> None
             await books.reserve(hold(f"r{number}", 80))
             await books.settle(f"r{number}", 120 if number % 5 == 0 else 60)
             clock.now += WINDOW_S
-        clock.now += WINDOW_S + KEPT_S
-        for number in range(300):  # until it tidies
+        for number in range(300):
             await books.reserve(hold(f"s{number}", 0))
         total = (await books.totals())["a"]
         assert (total.windows, total.windows_over) == (50, 10)
