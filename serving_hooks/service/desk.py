@@ -27,6 +27,7 @@ from mope.reader import MAX_TOKENS, is_forced, shown
 from mope.request import Request
 from mope.serving import ServingPredictor
 from mope.serving_hooks.front import PLACES_ON_CPU, PLACES_ON_GPU
+from mope.serving_hooks.service import traces
 from mope.serving_hooks.service.config import ServeConfig
 from mope.serving_hooks.service.limiter import Asked, Limiter
 from mope.serving_hooks.service.memory import Memory, Remembered
@@ -171,6 +172,7 @@ class Desk:
         }
         if (thoughts := prediction.thoughts) is not None:
             answer["thoughts"] = {name: round(value, 4) for name, value in thoughts._asdict().items()}
+        traces.predicted(answer, high)
         if self._mapper is not None:
             prompt_tokens = prompt_tokens_of(request)
             cost = self._mapper.estimate(prompt_tokens, mean)
@@ -306,7 +308,9 @@ class Desk:
         self.memory.forget(name)
         if tokens == 0:
             return {"id": name, "learned": False, "reason": "no tokens were generated"}
-        self.metrics.observed(client, tokens, found.mean, found.high, made=found.made, more=self._used(body, tokens))
+        more = self._used(body, tokens)
+        self.metrics.observed(client, tokens, found.mean, found.high, made=found.made, more=more)
+        traces.finished(tokens, more, finish_of(body))
         if tokens < found.free_from:
             self.metrics.not_learned.labels("forced").inc()
             return {"id": name, "learned": False, "reason": "the request forced the length"}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from mope.corrector import Answering
 from mope.errors import ConfigError, DataError
 from mope.reader import is_forced
 from mope.serving_hooks.identity import digest
+from mope.serving_hooks.service import traces
 from mope.serving_hooks.service.config import ServeConfig
 from mope.serving_hooks.service.desk import Desk, UnknownId
 from mope.serving_hooks.service.keys import Keys
@@ -320,3 +322,36 @@ def test_clients_beyond_the_limit_share_metrics(predictor: LengthPredictor, clos
     assert 'mope_client_arrived_total{client="a"} 1.0' in text
     assert 'mope_client_arrived_total{client="(others)"} 3.0' in text
     assert 'client="c"' not in text
+
+
+def test_spans_say_what_was_predicted_and_used(
+    predictor: LengthPredictor, closing: list[Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Span:
+        def __init__(self) -> None:
+            self.attributes: dict[str, Any] = {}
+
+        def is_recording(self) -> bool:
+            return True
+
+        def set_attributes(self, attributes: dict[str, Any]) -> None:
+            self.attributes |= attributes
+
+    span = Span()
+    monkeypatch.setattr(traces, "trace", SimpleNamespace(get_current_span=lambda: span))
+    desk = Desk(predictor, ServeConfig(deadline_ms=30_000), "x")
+    closing.append(desk)
+    body = {"prompt": "Hello.", "model": "llama-3-8b", "max_tokens": 40}
+    (answer,) = asyncio.run(desk.predict([body], None, 30.0, time.monotonic()))
+    assert span.attributes == {
+        "gen_ai.request.model": answer["llm"], "gen_ai.request.max_tokens": 40, "mope.source": "model",
+        "mope.output_tokens.expected": answer["mean"], "mope.output_tokens.q90": answer["quantiles"]["0.9"],
+    }  # fmt: skip
+    span.attributes.clear()
+    usage = {"prompt_tokens": 3, "completion_tokens": 9}
+    desk.observe({"id": answer["id"], "usage": usage, "finish_reason": "stop"}, None)
+    assert span.attributes == {
+        "gen_ai.usage.input_tokens": 3, "gen_ai.usage.output_tokens": 9, "gen_ai.response.finish_reasons": ["stop"],
+    }  # fmt: skip
+    monkeypatch.setattr(traces, "trace", None)
+    asyncio.run(desk.predict([body], None, 30.0, time.monotonic()))
