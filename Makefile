@@ -19,8 +19,9 @@ INSTALLED := .venv/.installed
 VLLM := runs/vllm-env
 SGLANG := runs/sglang-env
 GATEWAYS := runs/gateways-env
+TRITON := runs/triton-env
 
-.PHONY: help demo test engines engines-sglang gateways lint format clean
+.PHONY: help demo test engines engines-sglang gateways triton lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -50,6 +51,9 @@ engines-sglang: $(SGLANG)/.installed ## run the hook in SGLang's real servers on
 
 gateways: $(GATEWAYS)/.installed ## run the hook in LiteLLM's real proxy (1 GB on disk, about three minutes)
 	$(GATEWAYS)/bin/python -m pytest -p no:cacheprovider tests/gateways $(PYTEST_FLAGS)
+
+triton: $(TRITON)/.installed ## run an exported model repository in NVIDIA's real Triton on the CPU (1 GB on disk, about two minutes)
+	$(TRITON)/bin/python -m pytest -p no:cacheprovider tests/engines/test_triton.py $(PYTEST_FLAGS)
 
 lint: $(INSTALLED) build/typed ## check style and types
 	$(BIN)/ruff check .
@@ -96,6 +100,13 @@ $(GATEWAYS)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(GATEWAYS)
 	$(GATEWAYS)/bin/python -m pip install -q 'litellm[proxy]==1.108.7' pytest hypothesis
 	$(GATEWAYS)/bin/python -m pip install -q -e '.[serve,client]'
+	@touch $@
+
+# the package has Triton's server and its Python back end, for Python 3.8 to 3.13
+$(TRITON)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install -q nvidia-pytriton==0.7.0 'numpy<2' pytest hypothesis
+	$(TRITON)/bin/python -m pip install -q -e '.[onnx]' 'numpy<2'
 	@touch $@
 
 $(BIN)/python:

@@ -18,7 +18,7 @@ from mope.extras import require
 from mope.flags import NONE, Parser
 
 TARGETS: dict[str, Precision] = {export_target(precision): precision for precision in PRECISIONS}
-TENSORRT = "tensorrt"
+TENSORRT, TRITON = "tensorrt", "triton"
 
 DETAILS = f"""\
 Export a saved predictor to ONNX, into its folder {ONNX_FOLDER}/, beside what was exported before.
@@ -28,6 +28,7 @@ Export a saved predictor to ONNX, into its folder {ONNX_FOLDER}/, beside what wa
   onnx-int8    int8 weights and activations: a quarter of the file, about twice as fast on CPUs
   onnx-qdq     int8 with ranges calibrated on training rows, for TensorRT
   tensorrt     TensorRT engines for the NVIDIA GPU of this machine, into the folder tensorrt/
+  triton       a model repository for NVIDIA Triton, into the new folder --output; exports a graph if there is none
 
 Each graph is checked before it appears: its form, its values against PyTorch, and the whole predictor on test rows of
 the data that it was trained on. A precision that adds more than 1 % to the mean absolute error is refused. If anything
@@ -37,7 +38,8 @@ EXAMPLE = """\
 {prog} runs/demo --to onnx-int8 --output serving/demo
 {prog} runs/mine --to onnx-fp16 --data chats.jsonl --max-test-rows 500
 {prog} runs/mine --to onnx --data none --json
-{prog} runs/mine --to tensorrt --precision fp16"""
+{prog} runs/mine --to tensorrt --precision fp16
+{prog} chat-small --to triton --output models"""
 
 
 def main(argv: list[str] | None = None, *, prog: str = "mope-export") -> int:
@@ -48,13 +50,14 @@ def main(argv: list[str] | None = None, *, prog: str = "mope-export") -> int:
 def _export(argv: list[str], prog: str) -> int:
     parser = Parser(prog, DETAILS, "ARTIFACT --to FORMAT [options]", EXAMPLE.format(prog=prog))
     parser.add_argument("artifact", metavar="ARTIFACT", type=Path, help="folder of a saved predictor")
-    formats = (*TARGETS, TENSORRT)
+    formats = (*TARGETS, TENSORRT, TRITON)
     parser.add_argument("--to", required=True, choices=formats, metavar="FORMAT", help=", ".join(formats))
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="write a copy for serving there, without the weights that PyTorch needs, and leave ARTIFACT as it is",
+        help="write a copy for serving there, without the weights that PyTorch needs, and leave ARTIFACT as it is; for "
+        "triton the model repository, a new folder",
     )
     parser.add_argument(
         "--data",
@@ -84,20 +87,32 @@ def _export(argv: list[str], prog: str) -> int:
     engines.add_argument(
         "--version-compatible", action="store_true", help="engines that later versions of TensorRT can run"
     )
+    triton = parser.add_argument_group("Triton model repository")
+    triton.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where Triton runs the model; cuda: on each GPU, in fp16 (default: cpu)",
+    )
     arguments = parser.parse_args(argv)
     if arguments.max_test_rows < 2:
         raise ConfigError(f"--max-test-rows: got {arguments.max_test_rows}; expected at least 2")
 
+    for target, flags in (
+        (TENSORRT, ("precision", "hardware_compatibility", "version_compatible")),
+        (TRITON, ("device",)),
+    ):
+        for flag in flags:
+            if arguments.to != target and getattr(arguments, flag):
+                raise ConfigError(f"--{flag.replace('_', '-')} goes with --to {target}; got --to {arguments.to}")
+
     arguments.artifact = packaged.located(arguments.artifact)
+    if arguments.to == TRITON:
+        return _export_repository(arguments)
     if arguments.to != TENSORRT:
         artifact.check_weights(arguments.artifact, artifact.check(arguments.artifact), prog)
     require("torch", "mope-export")
     if arguments.to == TENSORRT:
         return _export_engines(arguments)
-
-    for flag in ("precision", "hardware_compatibility", "version_compatible"):
-        if getattr(arguments, flag):
-            raise ConfigError(f"--{flag.replace('_', '-')} goes with --to {TENSORRT}; got --to {arguments.to}")
 
     from mope.export.run import export_onnx
 
@@ -135,6 +150,26 @@ def _export_engines(arguments: Namespace) -> int:
         terminal.console().print(
             f"{arguments.artifact / TENSORRT / engine['file']}: {engine['bytes'] / 1e6:.1f} MB", highlight=False
         )
+    return 0
+
+
+def _export_repository(arguments: Namespace) -> int:
+    from mope.export.triton import export_triton
+
+    if arguments.output is None:
+        raise ConfigError(f"--to {TRITON} writes a model repository; say where: --output FOLDER")
+    manifest = export_triton(
+        arguments.artifact,
+        arguments.output,
+        device=arguments.device or "cpu",
+        data=arguments.data,
+        max_test_rows=arguments.max_test_rows,
+    )
+    if arguments.json:
+        print(json.dumps(manifest, indent=2))
+    readme = arguments.output / "README.md"
+    line = f"{readme} says how to start Triton: tritonserver --model-repository={arguments.output}"
+    terminal.console().print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -39,6 +38,7 @@ from mope.backends.torch_backend import TorchBackend
 from mope.config import PredictorConfig, network_names
 from mope.console import console, progress
 from mope.errors import ArtifactError, ConfigError
+from mope.export.copies import lean_copy
 from mope.export.graphs import OPSET, TOLERANCES, check_form, check_values, write_graph
 from mope.export.precisions import Inputs, write_fp16, write_int8, write_qdq
 from mope.export.tensorrt import HardwareCompatibility, export_tensorrt
@@ -47,11 +47,10 @@ from mope.files import room_for
 from mope.flags import NONE
 from mope.predictor import LengthPredictor
 from mope.provenance import file_sha256
-from mope.sealed import LISTING, NEEDED, Sealed
+from mope.sealed import Sealed
 
 PACKAGES = ("mope-llm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 QUALITY_MODULES = ("pyarrow", "sklearn", "scipy", "tiktoken", "matplotlib")
-PICTURE = re.compile(r"^!\[.*\]\(plots/.*\)\n+", re.MULTILINE)  # of the card; copies for serving have no plots
 MAX_TEST_ROWS = 1000
 NUM_THREADS = 1  # of each call whose latency is measured
 
@@ -94,7 +93,7 @@ def export_onnx(
     reference = LengthPredictor.from_pretrained(folder, backend="torch")
     saved = Sealed(folder)
     exported_from = {name: saved.files[name].sha256 for name in weight_files(config) if name in saved}
-    with _adding(folder) if output is None else _lean_copy(folder, config, output) as temporary:
+    with _adding(folder) if output is None else lean_copy(folder, config, output) as temporary:
         earlier = _kept(folder if output is None else output, precision, exported_from, temporary)
         quality = latency = calibration = None
         if data == NONE:
@@ -282,32 +281,3 @@ def _adding(folder: Path) -> Iterator[Path]:
             artifact.put_in_place(temporary, folder / ONNX_FOLDER)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lean_copy(folder: Path, config: PredictorConfig, output: Path) -> Iterator[Path]:
-    """The folder `onnx/` of a copy without weights, which appears when the block ends without an error.
-
-    Raises:
-        ConfigError: weights lie where the copy should go.
-        ArtifactError: the copy of another predictor lies there.
-    """
-    weights = weight_files(config)
-    if any((output / name).exists() for name in weights):
-        raise ConfigError(f"--output {output} is a predictor with weights, which would be lost; choose another folder")
-    saved = Sealed(folder)
-    source_of = dict.fromkeys((name for name in saved.files if name not in weights), saved)
-    if is_same := (output / LISTING).exists():
-        there = Sealed(output)
-        is_same = all(there.files.get(name) == saved.files[name] for name in NEEDED)
-        if is_same and artifact.LEARNED in there:  # what the copy learned while it served
-            source_of[artifact.LEARNED] = there
-    hint = "it was exported from another predictor: choose another folder, or remove it"
-    with artifact.writing(output, overwrite=is_same, hint=hint) as temporary:
-        for name, source in source_of.items():
-            source.verify(name, copy_to=temporary / name)
-        artifact.copy_for_people(folder, temporary, plots=False)
-        if (card := temporary / "README.md").exists():
-            card.write_text(PICTURE.sub("", card.read_text(encoding="utf-8")), encoding="utf-8")
-        (temporary / ONNX_FOLDER).mkdir()
-        yield temporary / ONNX_FOLDER

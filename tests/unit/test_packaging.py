@@ -30,7 +30,7 @@ EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
 PREDICTORS = ROOT / "mope" / "predictors"
 PROFILES = ROOT / "mope" / "fairness" / "profiles"
 DATA_SUFFIXES = {".yaml", ".gz", ".typed"}
-DASHBOARD = "mope/serving_hooks/dashboards/mope.json"
+OTHER_DATA = {"mope/serving_hooks/dashboards/mope.json", "mope/export/TRITON.md"}
 
 
 def package_of(folder: Path) -> str:
@@ -82,7 +82,7 @@ def test_the_wheel_holds_every_source_and_data_file_and_nothing_else(wheel: zipf
     assert len(profiles) == 2
     expected |= predictors | profiles
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert found == expected | {DASHBOARD}
+    assert found == expected | OTHER_DATA
     assert "mope/py.typed" in found
 
 
