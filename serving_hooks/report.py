@@ -223,6 +223,7 @@ def table(rows: Sequence[Row], by: str) -> tuple[list[str], list[list[Any]]]:
 
 
 def _exact(value: float) -> float | int:
+    value = round(value, 6)  # what counters add up is whole parts of a millionth
     return int(value) if value == int(value) else value
 
 

@@ -46,7 +46,9 @@ class Model:
         window = self.now // WINDOW_S
         used, held = self.sums(client, window)
         if name in self.holds:
-            return "known", used, held
+            before = self.holds[name]
+            same = (before["client"], before["state"]) == (client, "open")
+            return ("known" if same else "used"), used, held
         if used + held + amount > LIMIT:
             self.num_full[client] += 1
             return "full", used, held

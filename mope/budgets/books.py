@@ -52,7 +52,8 @@ class Decision(NamedTuple):
     """What became of a reservation.
 
     Attributes:
-        state: `held`; `known`: it was made before, and nothing was changed; `full`: the window has no room for it.
+        state: `held`; `known`: it was made before and is open, and nothing was changed; `used`: the id is that of a
+            closed reservation or of another client's; `full`: the window has no room for it.
         used: parts that were settled in the window.
         held: parts that are held in the window, with this reservation if it was made.
         wait_s: seconds after which there is room, as far as is known: as expected refunds come, or in the next window;
@@ -62,7 +63,7 @@ class Decision(NamedTuple):
             windows has ended.
     """
 
-    state: Literal["held", "known", "full"]
+    state: Literal["held", "known", "used", "full"]
     used: int
     held: int
     wait_s: float

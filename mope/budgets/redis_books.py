@@ -102,7 +102,10 @@ redis.call('ZADD', windows, string.format('%.6f', starts + length), window)
 local odds = redis.call('HGET', prefix .. 'totals:' .. client, 'odds') or ''
 local used, held = unpack(redis.call('HMGET', window, 'used', 'held'))
 local hold = prefix .. 'hold:' .. id
-if redis.call('EXISTS', hold) == 1 then return {'known', used, held, left, odds} end
+local before = redis.call('HMGET', hold, 'client', 'state')
+if before[1] then
+  return {before[1] == client and before[2] == 'open' and 'known' or 'used', used, held, left, odds}
+end
 if tonumber(used) + tonumber(held) + tonumber(amount) > tonumber(limit) then
   count(client, 'num_full', 1)
   local reply = {'full', used, held, left, odds}

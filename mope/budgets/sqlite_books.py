@@ -78,8 +78,9 @@ class SqliteBooks(Books):
             odds = self._odds(hold.client)
             self._open_window(hold, starts_s)
             used, held = self._window(hold.client, starts_s)
-            if self._one("SELECT 1 FROM holds WHERE id = ?", hold.id) is not None:
-                return Decision("known", used, held, 0.0, left_s, odds)
+            if (before := self._one("SELECT client, state FROM holds WHERE id = ?", hold.id)) is not None:
+                open_still = before == (hold.client, OPEN)
+                return Decision("known" if open_still else "used", used, held, 0.0, left_s, odds)
             if used + held + hold.amount > hold.limit:
                 self._count(hold.client, num_full=1)
                 refunds = self._db.execute(

@@ -24,6 +24,7 @@ from mope.serving_hooks.metrics import own_version
 from mope.serving_hooks.service.config import MAX_DEADLINE_MS
 from mope.serving_hooks.service.desk import Desk, UnknownId
 from mope.serving_hooks.service.keys import Keys
+from mope.serving_hooks.service.limiter import UsedId
 from mope.serving_hooks.service.logs import Door
 from mope.serving_hooks.service.schemas import (
     OBSERVE_BODY,
@@ -138,7 +139,11 @@ async def observe(request: Request, client: Client) -> Response:
 @router.post(
     "/v1/reserve",
     response_model=Reservation,
-    responses={**_FAILURES, 429: {"model": Reservation, "description": "no room in the budget"}},
+    responses={
+        **_FAILURES,
+        409: {"model": Failure, "description": "the id is another reservation's"},
+        429: {"model": Reservation, "description": "no room in the budget"},
+    },
     openapi_extra=RESERVE_BODY,
     summary="Reserve what a request may need",
 )
@@ -187,11 +192,22 @@ async def settle(request: Request, client: Client) -> Response:
     return JSONResponse(await desk.settle(body, client))
 
 
-@router.get("/v1/budgets", response_model=dict[str, Account], responses=_FAILURES, summary="What each client used")
+@router.get(
+    "/v1/budgets",
+    response_model=dict[str, Account],
+    responses={**_FAILURES, 503: {"model": Failure, "description": "the books cannot be reached"}},
+    summary="What each client used",
+)
 async def budgets(request: Request, client: Client) -> Response:
-    """All that each client ever reserved and used, as the books have it; `reserved = held + settled + expired`."""
+    """All that each client ever reserved and used, as the books have it; `reserved = held + settled + expired`.
+
+    With --gateways, other keys see their own account alone.
+    """
     desk: Desk = request.app.state.desk
-    return JSONResponse(await desk.accounts())
+    accounts = await desk.accounts()
+    if desk.config.gateways and client not in desk.config.gateways:
+        accounts = {name: account for name, account in accounts.items() if name == client}
+    return JSONResponse(accounts)
 
 
 @router.get("/health", response_model=Health, summary="Whether the process lives")
@@ -268,7 +284,8 @@ def _failure(status: int, message: str, headers: Any = None) -> Response:
 
 
 async def _on_user_error(request: Request, error: Exception) -> Response:
-    return _failure(404 if isinstance(error, UnknownId) else 400, str(error))
+    status = 404 if isinstance(error, UnknownId) else 409 if isinstance(error, UsedId) else 400
+    return _failure(status, str(error))
 
 
 async def _on_store_error(request: Request, error: Exception) -> Response:

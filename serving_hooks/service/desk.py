@@ -154,13 +154,15 @@ class Desk:
         prediction: LengthPrediction,
         client: str | None,
         name: str | None = None,
+        payer: str | None = None,
     ) -> dict[str, Any]:
         row = PredictionBatch.of([prediction])
         *quantiles, median, high = row.quantiles(self._levels)[0].tolist()
         mean = float(row.mean[0])
-        self.metrics.predicted(client, prediction.source)
+        if payer is None:
+            self.metrics.predicted(client, prediction.source)
         answer: dict[str, Any] = {
-            "id": self._remember(body, prediction, mean, high, client, name),
+            "id": self._remember(body, prediction, mean, high, client, name, payer),
             "median": round(median, 2),
             "mean": round(mean, 2),
             "quantiles": dict(zip(self._names, (round(one, 2) for one in quantiles), strict=True)),
@@ -192,6 +194,7 @@ class Desk:
         high: float,
         client: str | None,
         name: str | None,
+        payer: str | None,
     ) -> str | None:
         if prediction.raw_cumulative is None or prediction.answering is None:
             return name
@@ -206,6 +209,7 @@ class Desk:
                 prediction.source == "model",
                 next((tokens for tokens in powers if not is_forced(body, tokens)), math.inf),
                 client,
+                client if payer is None else payer or None,
             ),
             name,
         )
@@ -238,7 +242,7 @@ class Desk:
         request = self.read(body["request"])
         end_s = came_s + deadline_s - min(MARGIN_S, MARGIN_SHARE * deadline_s)
         prediction = await self._predict(request, client, end_s)
-        answer = self._answer(body["request"], request, prediction, client, name)
+        answer = self._answer(body["request"], request, prediction, client, name, payer)
         row = PredictionBatch.of([prediction])
         asked = Asked(
             answer["id"] or secrets.token_urlsafe(12),
@@ -250,6 +254,8 @@ class Desk:
         )
         found = await self.limiter.reserve(asked)
         self.metrics.reserved(payer, found)
+        if found["decision"] == "allow" and not found["again"]:
+            self.metrics.predicted(payer or None, prediction.source)
         self.metrics.seconds.observe(time.monotonic() - came_s)
         return {**found, "prediction": answer}
 
@@ -275,7 +281,8 @@ class Desk:
         if found is None:
             raise UnknownId(f"no reservation has the id {shown(name)}: it was forgotten or never made")
         self.metrics.settled(found)
-        learned = self.observe(body, client)["learned"] if self.memory.find(name, client) is not None else False
+        first = found["state"] != "already" and self.memory.find(name, client) is not None
+        learned = self.observe(body, client)["learned"] if first else False
         return {**found, "learned": learned}
 
     def observe(self, body: Any, client: str | None) -> dict[str, Any]:
@@ -309,7 +316,7 @@ class Desk:
         if tokens == 0:
             return {"id": name, "learned": False, "reason": "no tokens were generated"}
         more = self._used(body, tokens)
-        self.metrics.observed(client, tokens, found.mean, found.high, made=found.made, more=more)
+        self.metrics.observed(found.payer, tokens, found.mean, found.high, made=found.made, more=more)
         traces.finished(tokens, more, finish_of(body))
         if tokens < found.free_from:
             self.metrics.not_learned.labels("forced").inc()
@@ -317,7 +324,7 @@ class Desk:
         if cut is None:
             cut = found.max_tokens is not None and tokens >= found.max_tokens
         raw_E = np.frombuffer(found.raw, dtype=np.float32).astype(np.float64)
-        if self.predictor.corrector.observe(raw_E, found.answering, tokens, censored=cut, client=client):
+        if self.predictor.corrector.observe(raw_E, found.answering, tokens, censored=cut, client=found.payer):
             self.metrics.learned.inc()
             return {"id": name, "learned": True, "reason": ""}
         self.metrics.not_learned.labels("share").inc()
@@ -326,10 +333,10 @@ class Desk:
     def _used(self, body: Mapping[str, Any], tokens: int) -> dict[str, float]:
         """What else an observation says was used."""
         prompt = _prompt_tokens(body)
-        cached = at(body, "usage.prompt_tokens_details.cached_tokens")
+        cached = _cached_tokens(body)
         known: dict[str, float | None] = {
             "prompt_tokens": prompt,
-            "cached_tokens": cached if type(cached) is int and 0 <= cached <= (prompt or 0) else None,
+            "cached_tokens": None if cached is None else min(cached, prompt or 0),
             "thought_tokens": usage_of(body).thoughts,
             "gpu_seconds": None,
         }
@@ -388,14 +395,38 @@ _RESERVE_EXAMPLE = '{"client": "team-a", "request": {"model": "...", "messages":
 
 
 def _prompt_tokens(body: Mapping[str, Any]) -> int | None:
-    """Tokens of the prompt, as the server's usage block counts them."""
-    for holder in (body, body.get("response")):
-        usage = holder.get("usage") if isinstance(holder, Mapping) else None
-        for name in ("prompt_tokens", "input_tokens"):
-            found = usage.get(name) if isinstance(usage, Mapping) else None
-            if type(found) is int and 0 <= found <= MAX_TOKENS:
-                return found
+    """Tokens of the prompt, as the server's usage block counts them, or as `prompt_tokens` says."""
+    for usage in _usages(body):
+        if (whole := _count(usage.get("prompt_tokens"))) is not None:
+            return whole
+        if (fresh := _count(usage.get("input_tokens"))) is not None:  # Anthropic counts what was cached apart
+            return fresh + (_count(usage.get("cache_creation_input_tokens")) or 0) + _cached_apart(usage)
+    return _count(body.get("prompt_tokens"))
+
+
+def _cached_tokens(body: Mapping[str, Any]) -> int | None:
+    """Those of them that came from a cache."""
+    for usage in _usages(body):
+        for name in ("prompt_tokens_details.cached_tokens", "input_tokens_details.cached_tokens"):
+            if (cached := _count(at(usage, name))) is not None:
+                return cached
+        if "cache_read_input_tokens" in usage:
+            return _cached_apart(usage)
     return None
+
+
+def _cached_apart(usage: Mapping[str, Any]) -> int:
+    return _count(usage.get("cache_read_input_tokens")) or 0
+
+
+def _usages(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    places = (body, body.get("response"))
+    found = [place.get("usage") for place in places if isinstance(place, Mapping)]
+    return [usage for usage in found if isinstance(usage, Mapping)]
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value <= MAX_TOKENS else None
 
 
 def _generated(body: Mapping[str, Any]) -> tuple[int, bool | None]:

@@ -21,6 +21,7 @@ from mope.budgets.config import MICRO, MOST, Budget, Budgets, parts_of, read_bud
 from mope.budgets.risk import level_of
 from mope.errors import ConfigError, DataError, StoreError, UserError
 from mope.fairness.mapper import MetricsMapper
+from mope.reader import shown
 from mope.serving_hooks.service.config import ServeConfig
 
 UNLIMITED = Budget(limit=MOST)
@@ -52,6 +53,10 @@ class Asked(NamedTuple):
     quantile: Callable[[float], float]
 
 
+class UsedId(DataError):
+    """The id of a reservation belongs to another one."""
+
+
 class Limiter:
     """Reserves and settles.
 
@@ -68,7 +73,7 @@ class Limiter:
     def __init__(self, config: ServeConfig, mapper: MetricsMapper | None) -> None:
         self._path, self._mapper, self._allows = config.budgets, mapper, config.books_down == "allow"
         self._changed: tuple[int, int] | None = None
-        self._next_check_s = 0.0
+        self._next_check_s, self._warned = 0.0, False
         self._budgets = Budgets()
         if self._path is not None:
             self._changed = _state_of(self._path)
@@ -78,6 +83,9 @@ class Limiter:
 
     def budget(self, client: str) -> Budget | None:
         """The budget of a client; None without a limit. The file is read again when it has changed."""
+        if self._path is None and not self._warned:
+            self._warned = True
+            logger.warning("a reservation without --budgets: it is counted, and nothing is limited")
         if self._path is not None and time.monotonic() >= self._next_check_s:
             self._next_check_s = time.monotonic() + CHECK_S
             changed = _state_of(self._path)
@@ -111,6 +119,9 @@ class Limiter:
         amount = self._amount(budget, asked.prompt_tokens, high)
         expected = self._amount(budget, asked.prompt_tokens, asked.mean)
         parts = parts_of(amount)
+        likely = self._amount(budget, asked.prompt_tokens, asked.quantile(0.5))
+        if likely <= budget.limit < amount:  # nothing is refused for ever that will probably fit: it gets all there is
+            parts = budget.limit_parts
         note = {
             "unit": budget.unit,
             "weights": [budget.prompt_weight, budget.response_weight],
@@ -132,7 +143,7 @@ class Limiter:
             "id": asked.id,
             "client": asked.client,
             "unit": budget.unit,
-            "amount": round(amount, 6),
+            "amount": parts / MICRO,
             "limit": None if limited is None else limited.limit,
             "books": True,
         }
@@ -144,17 +155,23 @@ class Limiter:
             return {
                 **answer,
                 "decision": "allow" if self._allows else "wait",
+                "again": False,
                 "used": None, "held": None, "retry_after_s": retry_after_s, "window_s": None, "books": False,
             }  # fmt: skip
         if decision.odds is not None:
             self._odds[asked.client] = decision.odds
             if len(self._odds) > MOST_CLIENTS:
                 self._odds.popitem(last=False)
+        if decision.state == "used":
+            raise UsedId(
+                f"the id {shown(asked.id)} was used for another reservation; send one that no other request has"
+            )
         full = decision.state == "full"
         never = full and isinf(decision.wait_s)
         return {
             **answer,
             "decision": "deny" if never else "wait" if full else "allow",
+            "again": decision.state == "known",
             "used": decision.used / MICRO,
             "held": decision.held / MICRO,
             "retry_after_s": round(decision.wait_s, 3) if full and not never else None,

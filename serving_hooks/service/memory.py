@@ -23,6 +23,7 @@ class Remembered(NamedTuple):
         made: whether the predictor answered, not the fallback.
         free_from: the least response tokens that the request did not force.
         client: who asked.
+        payer: who is counted and taught for it: the one whose budget it took from, where there is one.
     """
 
     raw: bytes
@@ -33,6 +34,7 @@ class Remembered(NamedTuple):
     made: bool
     free_from: float
     client: str | None
+    payer: str | None = None
 
 
 class Memory:

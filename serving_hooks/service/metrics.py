@@ -152,7 +152,7 @@ class ServiceMetrics:
         self._decisions.labels(label, found["decision"]).inc()
         if not found["books"]:
             self._unbooked.inc()
-        elif found["decision"] == "allow":
+        elif found["decision"] == "allow" and not found["again"]:
             self._booked["reserved"].labels(label, found["unit"]).inc(found["amount"])
 
     def settled(self, found: Mapping[str, Any]) -> None:

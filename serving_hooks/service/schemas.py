@@ -57,9 +57,13 @@ class Reservation(BaseModel):
     id: str = Field(description="to settle with")
     client: str = Field(description="whose budget it takes from")
     decision: Literal["allow", "wait", "deny"] = Field(
-        description="allow; wait: there will be room; deny: it is larger than the whole budget"
+        description="allow; wait: there will be room; deny: even its median is larger than the whole budget"
     )
-    amount: float = Field(description="what it holds: the prompt, and the budget's quantile of the answer")
+    again: bool = Field(description="it was made before under this id, and nothing was changed")
+    amount: float = Field(
+        description="what it holds: the prompt and a quantile of the answer, or the whole limit where that is less "
+        "and the median fits"
+    )
     unit: Literal["tokens", "gpu_seconds"]
     limit: float | None = Field(description="what the client may use in a window; null without a limit")
     used: float | None = Field(description="what was settled in the window")
