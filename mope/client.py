@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,7 +101,8 @@ class Reservation:
     Attributes:
         allowed: whether the request may run.
         wait_s: seconds until there is room; None if it is allowed, or larger than the whole budget.
-        id: to settle with; None where nothing was reserved.
+        id: to settle with, also where the service did not answer in time: it may have reserved all the same; None where
+            the request may not run.
         prediction: of the request.
         amount: what is held, in the budget's unit.
         limit: what the client may use in a window; None without a limit.
@@ -147,6 +149,7 @@ class Predictions:
         observe_timeout_s: seconds that an observation may take.
         fallback: given where there is no prediction.
         rest_s: seconds without questions after five failures in a row.
+        allow_unbooked: whether `reserve` allows where the service does not answer.
         max_connections: connections at the same time.
 
     Raises:
@@ -163,6 +166,7 @@ class Predictions:
         observe_timeout_s: float = 2.0,
         fallback: Prediction = TYPICAL,
         rest_s: float = 1.0,
+        allow_unbooked: bool = True,
         max_connections: int = 100,
     ) -> None:
         httpx = require("httpx2", "mope.client")
@@ -172,8 +176,8 @@ class Predictions:
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ConfigError(f"{name}: got {value!r}; expected seconds above 0")
         self.deadline_s, self.observe_timeout_s, self.rest_s = deadline_s, observe_timeout_s, rest_s
-        self.fallback = fallback
-        self._failures, self._rests_until_s = 0, 0.0
+        self.fallback, self.allow_unbooked = fallback, allow_unbooked
+        self._failures, self._rests_until_s, self._key_refused = 0, 0.0, False
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if api_key is not None:
             if not api_key.isascii() or not api_key.isprintable():
@@ -276,14 +280,16 @@ class Predictions:
         Args:
             request: as `predict` takes it.
             client: whose budget it is; the client of the API key if None.
-            id: of the reservation, so that one that is sent again is not made twice; made up if None.
+            id: of the reservation, which no other one may have, so that one that is sent again is not made twice; made
+                up if None.
             prompt_tokens: of the prompt, where they are known.
             deadline_s: seconds that it may take, in place of the one for all.
         """
         if not isinstance(deadline_s, int | float) or not 0 < deadline_s < math.inf:
             deadline_s = self.deadline_s
         body: dict[str, Any] = {"request": {"prompt": request} if isinstance(request, str) else request}
-        for key, value in (("client", client), ("id", id), ("prompt_tokens", prompt_tokens)):
+        name = id or secrets.token_urlsafe(12)
+        for key, value in (("client", client), ("id", name), ("prompt_tokens", prompt_tokens)):
             if value is not None:
                 body[key] = value
         reason = "refused"
@@ -299,7 +305,13 @@ class Predictions:
                     return _read_reservation(answered)
             except _Nonsense:
                 reason = self._failed("nonsense")
-        return Reservation(True, None, None, self._fallbacks(reason, 1)[0], source=f"fallback:{reason}")
+        return Reservation(
+            self.allow_unbooked,
+            None if self.allow_unbooked else self.rest_s,
+            name if self.allow_unbooked else None,
+            self._fallbacks(reason, 1)[0],
+            source=f"fallback:{reason}",
+        )
 
     async def settle(
         self,
@@ -343,8 +355,11 @@ class Predictions:
             return None, self._failed("unreachable")
         except (_Nonsense, ValueError, RuntimeError) as error:  # a length that is none; a client that was closed
             return None, self._failed("unreachable" if isinstance(error, RuntimeError) else "nonsense")
-        if status in (400, 401, 403, 404, 413, 422):  # it lives, and this request is not for it
-            self._failures = 0
+        if status in (400, 401, 403, 404, 409, 413, 422):  # it lives, and this request is not for it
+            self._well()
+            if status in (401, 403) and not self._key_refused:
+                self._key_refused = True
+                _logger.error("%s refuses the API key: no predictions and no budgets", self._http.base_url)
             return None, "refused"
         if status not in (200, 429):  # which holds a decision
             return None, self._failed("unreachable")
@@ -352,7 +367,7 @@ class Predictions:
             answered = json.loads(text)
         except (ValueError, RecursionError):
             return None, self._failed("nonsense")
-        self._failures = 0
+        self._well()
         return answered, ""
 
     async def _read_response(self, path: str, content: bytes) -> tuple[int, bytes]:
@@ -365,12 +380,21 @@ class Predictions:
                 parts.append(part)
             return response.status_code, b"".join(parts)
 
+    def _well(self) -> None:
+        if self._failures >= FAILURES_IN_A_ROW:
+            _logger.warning("predictions come from %s again", self._http.base_url)
+        self._failures = 0
+
     def _failed(self, reason: str) -> str:
         self._failures += 1
         if self._failures >= FAILURES_IN_A_ROW:
             if self._failures == FAILURES_IN_A_ROW:
                 _logger.warning(
-                    "no predictions from %s (%s); asking again every %g s", self._http.base_url, reason, self.rest_s
+                    "no predictions from %s (%s), and what is to be reserved is %s; asking again every %g s",
+                    self._http.base_url,
+                    reason,
+                    "allowed" if self.allow_unbooked else "refused",
+                    self.rest_s,
                 )
             self._rests_until_s = time.monotonic() + self.rest_s
         return reason
@@ -436,7 +460,7 @@ def _read_reservation(answer: Any) -> Reservation:
     return Reservation(
         allowed,
         None if allowed or wait is None else _amount(wait),
-        name if allowed and booked else None,
+        name if allowed else None,
         _read(answer.get("prediction")),
         _amount(answer.get("amount")),
         None if limit is None else _amount(limit),

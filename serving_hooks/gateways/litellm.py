@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
@@ -23,12 +24,11 @@ from litellm.integrations.custom_logger import CustomLogger
 
 from mope.client import Predictions, Reservation
 
-URL, KEY, DEADLINE = "MOPE_URL", "MOPE_API_KEY", "MOPE_DEADLINE_MS"
+URL, KEY, DEADLINE, DOWN = "MOPE_URL", "MOPE_API_KEY", "MOPE_DEADLINE_MS", "MOPE_DOWN"
 CALLS = frozenset({
     "completion", "acompletion", "text_completion", "atext_completion", "responses", "aresponses", "anthropic_messages",
 })  # fmt: skip
 MOST_OPEN, LASTS_S = 100_000, 3600.0  # calls that are remembered, and for how long
-WAIT_UNKNOWN_S = 60.0  # where a budget is smaller than the request, and no time makes room
 
 logger = logging.getLogger("mope")
 
@@ -61,9 +61,11 @@ class MopeHook(CustomLogger):
 
     def __init__(self, url: str | None = None, api_key: str | None = None, deadline_s: float | None = None) -> None:
         super().__init__()
+        logger.info("mope: budgets and routing by %s", url or os.environ.get(URL, "http://127.0.0.1:8400"))
         self._url = url or os.environ.get(URL, "http://127.0.0.1:8400")
         self._api_key = api_key or os.environ.get(KEY)
-        self._deadline_s = deadline_s or float(os.environ.get(DEADLINE, "100")) / 1000
+        self._deadline_s = deadline_s or float(os.environ.get(DEADLINE, "1000")) / 1000
+        self._allows = os.environ.get(DOWN, "allow") != "deny"
         self._asked: Predictions | None = None
         self._open: OrderedDict[str, Open] = OrderedDict()
         self._work: defaultdict[str, float] = defaultdict(float)  # tokens that each deployment is expected to generate
@@ -71,7 +73,9 @@ class MopeHook(CustomLogger):
     @property
     def _predictions(self) -> Predictions:
         if self._asked is None:  # in the event loop of the proxy
-            self._asked = Predictions(self._url, api_key=self._api_key, deadline_s=self._deadline_s)
+            self._asked = Predictions(
+                self._url, api_key=self._api_key, deadline_s=self._deadline_s, allow_unbooked=self._allows
+            )
         return self._asked
 
     def client(self, key: Any) -> str:
@@ -95,14 +99,10 @@ class MopeHook(CustomLogger):
         if call_type not in CALLS:
             return
         body = {name: value for name, value in data.items() if name in READ and value is not None}
-        reservation = await self._predictions.reserve(body, client=self.client(user_api_key_dict))
+        client = self.client(user_api_key_dict)
+        reservation = await self._predictions.reserve(body, client=client)
         if not reservation.allowed:
-            never = reservation.wait_s is None
-            wait_s = WAIT_UNKNOWN_S if reservation.wait_s is None else reservation.wait_s
-            said = "is larger than the whole budget" if never else f"has to wait {ceil(wait_s)} s for its budget"
-            needs = f"{reservation.amount:,.0f} of {reservation.limit or 0:,.0f}"
-            headers = {"Retry-After": str(max(ceil(wait_s), 1))}
-            raise HTTPException(429, {"error": f"the request may need {needs} and {said}"}, headers)
+            raise _refusal(reservation, client)
         call = data.get("litellm_call_id")
         if isinstance(call, str):
             self._forget_old()
@@ -120,9 +120,9 @@ class MopeHook(CustomLogger):
         call = self._open.get(str((request_kwargs or {}).get("litellm_call_id")))
         if call is None or len(healthy_deployments) < 2:
             return healthy_deployments
-        by_work = [(self._work[_name(one)], place) for place, one in enumerate(healthy_deployments)]
-        chosen = healthy_deployments[min(by_work)[1]]
         self._leave(call)
+        by_work = [(self._work.get(_name(one), 0.0), random.random(), one) for one in healthy_deployments]
+        chosen = min(by_work, key=lambda found: found[:2])[2]
         call.deployment = _name(chosen)
         self._work[call.deployment] += call.work
         return [chosen]
@@ -173,6 +173,16 @@ class MopeHook(CustomLogger):
             if self._open[oldest].since_s > limit and len(self._open) < MOST_OPEN:
                 return
             self._leave(self._open.pop(oldest))
+
+
+def _refusal(reservation: Reservation, client: str) -> HTTPException:
+    needs = f"may need {reservation.amount:,.0f} of the {reservation.limit or 0:,.0f} that {client} has in its budget"
+    if reservation.wait_s is None:
+        # OpenAI's clients ask this header whether to try again
+        return HTTPException(429, {"error": f"the request {needs}: it never fits"}, {"x-should-retry": "false"})
+    wait_s = max(ceil(reservation.wait_s), 1)
+    why = needs if reservation.source == "books" else "cannot be counted now, since the service of budgets is away"
+    return HTTPException(429, {"error": f"the request {why}; try again in {wait_s} s"}, {"Retry-After": str(wait_s)})
 
 
 READ = frozenset({

@@ -12,7 +12,7 @@ import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,20 @@ logger = logging.getLogger("mope")
 
 class UnknownId(DataError):
     """No prediction of this client has the id, or no longer."""
+
+
+class Payer(NamedTuple):
+    """Whose reservation a prediction is for.
+
+    Attributes:
+        id: of the reservation.
+        client: who is counted and taught for it; None if nobody is named.
+        kept: it was made, so the prediction waits for its observation.
+    """
+
+    id: str
+    client: str | None
+    kept: bool
 
 
 class Desk:
@@ -153,16 +167,15 @@ class Desk:
         request: Request,
         prediction: LengthPrediction,
         client: str | None,
-        name: str | None = None,
-        payer: str | None = None,
+        payer: Payer | None = None,
     ) -> dict[str, Any]:
         row = PredictionBatch.of([prediction])
         *quantiles, median, high = row.quantiles(self._levels)[0].tolist()
         mean = float(row.mean[0])
-        if payer is None:
-            self.metrics.predicted(client, prediction.source)
+        if payer is None or payer.kept:
+            self.metrics.predicted(client if payer is None else payer.client, prediction.source)
         answer: dict[str, Any] = {
-            "id": self._remember(body, prediction, mean, high, client, name, payer),
+            "id": self._remember(body, prediction, mean, high, client, payer),
             "median": round(median, 2),
             "mean": round(mean, 2),
             "quantiles": dict(zip(self._names, (round(one, 2) for one in quantiles), strict=True)),
@@ -193,10 +206,10 @@ class Desk:
         mean: float,
         high: float,
         client: str | None,
-        name: str | None,
-        payer: str | None,
+        payer: Payer | None,
     ) -> str | None:
-        if prediction.raw_cumulative is None or prediction.answering is None:
+        name = None if payer is None else payer.id
+        if prediction.raw_cumulative is None or prediction.answering is None or not (payer is None or payer.kept):
             return name
         powers = (float(2**power) for power in range(32))
         return self.memory.add(
@@ -209,7 +222,7 @@ class Desk:
                 prediction.source == "model",
                 next((tokens for tokens in powers if not is_forced(body, tokens)), math.inf),
                 client,
-                client if payer is None else payer or None,
+                client if payer is None else payer.client,
             ),
             name,
         )
@@ -242,10 +255,9 @@ class Desk:
         request = self.read(body["request"])
         end_s = came_s + deadline_s - min(MARGIN_S, MARGIN_SHARE * deadline_s)
         prediction = await self._predict(request, client, end_s)
-        answer = self._answer(body["request"], request, prediction, client, name, payer)
         row = PredictionBatch.of([prediction])
         asked = Asked(
-            answer["id"] or secrets.token_urlsafe(12),
+            name or secrets.token_urlsafe(12),
             client,
             payer,
             prompt_tokens_of(request) if given is None else given,
@@ -253,9 +265,10 @@ class Desk:
             lambda level: float(row.quantiles([level])[0, 0]),
         )
         found = await self.limiter.reserve(asked)
+        # of what may not run, or was reserved before, nothing new is remembered
+        kept = found["decision"] == "allow" and not found["again"]
+        answer = self._answer(body["request"], request, prediction, client, Payer(asked.id, payer or None, kept))
         self.metrics.reserved(payer, found)
-        if found["decision"] == "allow" and not found["again"]:
-            self.metrics.predicted(payer or None, prediction.source)
         self.metrics.seconds.observe(time.monotonic() - came_s)
         return {**found, "prediction": answer}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from mope import packaged
+from mope.budgets.books import open_books
 from mope.budgets.config import read_budgets
 from mope.errors import ServerError, UserError
-from mope.fairness.stores import MEMORY
+from mope.fairness.stores import MEMORY, shown
 from mope.serving_hooks import checks
 from mope.serving_hooks.checks import Finding
 from mope.serving_hooks.fetch import fetch, fetch_json, readable
@@ -37,6 +39,14 @@ def packages() -> list[Finding]:
     return found
 
 
+async def _looked_into(config: ServeConfig) -> None:
+    books = open_books(config.books, config.books_namespace)
+    try:
+        await books.totals()
+    finally:
+        await books.close()
+
+
 def command(words: Sequence[str]) -> tuple[list[Finding], str | None, ServeConfig]:
     """What is wrong with a command.
 
@@ -58,6 +68,14 @@ def command(words: Sequence[str]) -> tuple[list[Finding], str | None, ServeConfi
     except UserError as error:
         return [Finding("command", "failed", str(error))], None, ServeConfig()
     found = [Finding("command", "ok", f"{config.host}:{config.port} is free; {len(keys)} API keys")]
+    if config.gateways and not keys.required:
+        found.append(Finding("command", "warning", "--gateways names clients of API keys, and there are no keys"))
+    if config.books != MEMORY:
+        try:
+            asyncio.run(_looked_into(config))
+            found.append(Finding("command", "ok", f"the books at {shown(config.books)} can be read"))
+        except UserError as error:
+            found.append(Finding("command", "failed", str(error)))
     if budgets is not None:
         limited = sum(budget is not None for budget in budgets.clients.values())
         others = (

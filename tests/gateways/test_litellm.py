@@ -177,7 +177,7 @@ def test_a_team_over_its_budget_gets_429_and_another_one_is_not_touched(
         refused = [answer for answer in answers if answer.status_code == 429]
         for answer in refused:
             assert 1 <= int(answer.headers["retry-after"]) <= window_s
-            assert "for its budget" in answer.text
+            assert "that flood has in its budget" in answer.text
         found = accounts(books, flood=statuses[200], light=10)
         assert found["flood"]["used"] == statuses[200] * 320 <= 8000
         assert found["flood"]["held"] == 0

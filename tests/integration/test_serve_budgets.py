@@ -162,6 +162,7 @@ def test_keys_spend_and_settle_only_what_they_may(tmp_path: Path) -> None:
         assert http.post("/v1/settle", json=said, headers=by["gate"]).json()["client"] == "alice"
         assert http.get("/v1/budgets").status_code == 401
         assert set(http.get("/v1/budgets", headers=by["gate"]).json()) == {"alice", "bob"}
+        assert set(http.get("/v1/budgets", headers=by["bob"]).json()) == {"bob"}
     assert _booked_as("b", "a/") != _booked_as("/b", "a")
     assert _booked_as("b", None) != _booked_as("b", "")
 
@@ -231,6 +232,105 @@ def test_the_python_client_reserves_and_settles_and_allows_without_a_service(tmp
         assert settled[1] is second.allowed
         assert settled[4] is False
     (first, *_), settled = asyncio.run(run(str(http.base_url)))
-    assert (first.allowed, first.id, first.source) == (True, None, "fallback:unreachable")
+    assert (first.allowed, first.source) == (True, "fallback:unreachable")
     assert not any(settled)
     assert httpx
+
+
+def test_an_id_that_was_used_is_no_free_pass(plain: Any) -> None:
+    first = reserve(plain, "ids", "job-1").json()
+    assert not first["again"]
+    again = reserve(plain, "ids", "job-1").json()
+    assert (again["decision"], again["again"], again["held"]) == ("allow", True, first["held"])
+    assert reserve(plain, "other", "job-1").status_code == 409
+    assert plain.post("/v1/settle", json={"id": "job-1", **usage(3, 4)}).json()["used"] == 7
+    used = reserve(plain, "ids", "job-1")
+    assert used.status_code == 409
+    assert "the id 'job-1' was used for another reservation" in used.json()["error"]["message"]
+    late = plain.post("/v1/settle", json={"id": "job-1", **usage(3, 7000)}).json()
+    assert (late["state"], late["used"], late["learned"]) == ("already", 7, False)
+    text = plain.get("/metrics").text
+    assert f'mope_budget_reserved_total{{client="ids",unit="tokens"}} {first["amount"]}' in text
+    # what a gateway's clients use is theirs, and each request is counted once
+    assert 'mope_client_arrived_total{client="ids"} 1.0' in text
+    assert 'mope_client_response_tokens_total{client="ids"} 4.0' in text
+
+
+@pytest.mark.parametrize(
+    ("said", "used", "cached"),
+    [
+        (usage(10, 20), 30, None),
+        ({"prompt_tokens": 9, "completion_tokens": 4}, 13, None),
+        (
+            {"usage": {"prompt_tokens": 50, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 40}}},
+            55,
+            40,
+        ),
+        (
+            {
+                "usage": {
+                    "input_tokens": 10, "cache_read_input_tokens": 100, "cache_creation_input_tokens": 7,
+                    "output_tokens": 20,
+                }
+            },
+            137,
+            100,
+        ),
+    ],
+    ids=["openai", "top level", "openai cached", "anthropic cached"],
+)  # fmt: skip
+def test_tokens_of_a_prompt_count_in_every_dialect(
+    plain: Any, said: dict[str, Any], used: int, cached: int | None, request: pytest.FixtureRequest
+) -> None:
+    client = f"dialect {request.node.callspec.id}"
+    name = reserve(plain, client).json()["id"]
+    assert plain.post("/v1/settle", json={"id": name, **said}).json()["used"] == used
+    if cached is not None:
+        assert f'mope_client_cached_tokens_total{{client="{client}"}} {cached}.0' in plain.get("/metrics").text
+
+
+def test_a_budget_that_the_median_fits_is_lent_as_a_whole(tmp_path: Path) -> None:
+    """A quantile that is too wide would refuse such requests for ever, and nothing would be learned from them."""
+    with service("--no-log-requests") as (http, _):
+        quantiles = reserve(http, "any").json()["prediction"]["quantiles"]
+    limit = (quantiles["0.5"] + quantiles["0.9"]) / 2 + 10
+    file = budgets(tmp_path, a={"limit": limit, "window_s": DAY_S}, b={"limit": 5})
+    with service("--budgets", file, "--no-log-requests") as (http, _):
+        whole = reserve(http, "a").json()
+        assert (whole["decision"], whole["amount"]) == ("allow", pytest.approx(limit))
+        assert reserve(http, "a").json()["decision"] == "wait"
+        assert reserve(http, "b").json()["decision"] == "deny"
+
+
+def test_a_reservation_whose_answer_came_too_late_is_settled_all_the_same(tmp_path: Path) -> None:
+    async def run(url: str) -> None:
+        async with Predictions(url, deadline_s=0.0005, rest_s=0.001) as hasty:
+            made = [await hasty.reserve(REQUEST, client="hasty") for _ in range(30)]
+            await asyncio.sleep(1.0)
+            assert all(one.allowed and one.id for one in made)
+            await asyncio.sleep(0.5)
+            for one in made:
+                await hasty.settle(one, completion_tokens=3)
+        async with Predictions(url, deadline_s=0.0005, allow_unbooked=False) as strict:
+            refused = await strict.reserve(REQUEST, client="strict")
+            assert (refused.allowed, refused.id) == (False, None)
+            assert refused.wait_s is not None
+
+    with service("--no-log-requests") as (http, _):
+        asyncio.run(run(str(http.base_url)))
+        account = http.get("/v1/budgets").json().get("hasty", {"held": 0.0, "num_reserved": 0, "num_settled": 0})
+        assert account["held"] == 0.0
+        assert account["num_reserved"] == account["num_settled"]
+
+
+def test_a_refused_key_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def run(url: str) -> None:
+        async with Predictions(url, api_key="wrong", deadline_s=20.0) as predictions:
+            for _ in range(3):
+                assert (await predictions.reserve(REQUEST)).source == "fallback:refused"
+
+    with service("--no-log-requests", environment={"MOPE_API_KEYS": "right"}) as (http, _):
+        asyncio.run(run(str(http.base_url)))
+    assert [record.getMessage() for record in caplog.records if "refuses the API key" in record.getMessage()] == [
+        f"{str(http.base_url).rstrip('/')}/v1/ refuses the API key: no predictions and no budgets"
+    ]

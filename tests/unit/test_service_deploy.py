@@ -111,7 +111,7 @@ def test_one_key_is_enough_for_prometheus_and_the_service() -> None:
 def test_the_client_of_the_how_to_runs_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("httpx2")
     first, second = re.findall(r"^```python\n(.*?)^```$", HOW_TO, flags=re.MULTILINE | re.DOTALL)
-    block = f"{first}\n{second}".replace(str(PORT), "9").replace("deadline_s=0.05", "deadline_s=5.0")
+    block = f"{first}\n{second}".replace(str(PORT), "9").replace("deadline_s=0.2", "deadline_s=5.0")
     namespace: dict[str, Any] = {}
     exec("async def run():\n" + textwrap.indent(f"{block}\nreturn reservation", "    "), namespace)
     reservation = asyncio.run(namespace["run"]())
@@ -137,7 +137,12 @@ def test_the_gateways_how_to_names_what_the_hook_reads() -> None:
     folder = ROOT / "serving_hooks" / "gateways"
     how_to, source = ((folder / name).read_text(encoding="utf-8") for name in ("README.md", "litellm.py"))
     rows = re.findall(r"^\| `(MOPE_\w+)` \|[ `]*([^|` ]*)[ `]*\|", how_to, flags=re.MULTILINE)
-    assert dict(rows) == {"MOPE_URL": f"http://127.0.0.1:{PORT}", "MOPE_API_KEY": "", "MOPE_DEADLINE_MS": "100"}
+    assert dict(rows) == {
+        "MOPE_URL": f"http://127.0.0.1:{PORT}",
+        "MOPE_API_KEY": "",
+        "MOPE_DEADLINE_MS": "1000",
+        "MOPE_DOWN": "allow",
+    }
     for name, default in rows:
         assert f'"{name}"' in source
         assert default in source
