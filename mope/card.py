@@ -342,9 +342,8 @@ def _making(config: Facts, metrics: Facts, provenance: Facts) -> str:
 
 def _taught(config: Facts, settings: Facts) -> Iterator[str]:
     """Who taught it, if it was."""
-    model = settings.get("model", {})
+    model, share = settings.get("model", {}), settings.get("fit", {}).get("teacher_weight", 0.0)
     if teacher := model.get("teacher"):
-        share = settings.get("fit", {}).get("teacher_weight", 0.0)
         begun = "its vectors were distilled" if config["preset"] == "micro" else "its trunk was cut"
         begun = "" if model.get("encoder") else f": {begun} from that predictor's trunk"
         beside = "".join(f", beside it {_code(name)}" for name in model.get("co_teachers", ()))
@@ -352,6 +351,11 @@ def _taught(config: Facts, settings: Facts) -> Iterator[str]:
         yield (
             f"**Teacher**: {_code(teacher)}{beside}{begun}; {_percent(share)} of the loss followed {whose}, the rest "
             "the true lengths."
+        )
+    elif others := model.get("co_teachers"):
+        yield (
+            f"**Teachers**: {', '.join(map(_code, others))}, each for the data sets that it learned from, where "
+            f"{_percent(share)} of the loss followed the mean of their distributions, the rest the true lengths."
         )
 
 

@@ -30,7 +30,7 @@ WIDTH_STEP = 8  # batches are padded to a multiple of this: few shapes, so that 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a teacher says of each row.
+    """What a teacher says of each row; NaN where it says nothing.
 
     Attributes:
         log_mix_RN: log probability of each bin in its mixture, float16.

@@ -32,8 +32,8 @@ class ModelConfig(Frozen):
     )
     co_teachers: tuple[str, ...] = Field(
         (),
-        description="further ones, folders or recipes, that teach beside it: each is asked for the rows of the data "
-        "sets that it learned from, and what they say is averaged",
+        description="further ones, folders or recipes, beside it or alone: each is asked for the rows of the data sets "
+        "that it learned from, and what they say is averaged; rows that nobody learned from teach by their lengths",
     )
     static_size: int = Field(128, ge=2, description="numbers per token in the table of micro")
     static_filters: int = Field(0, ge=0, description="filters over three tokens in a row beside the table of micro")

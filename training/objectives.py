@@ -8,7 +8,7 @@ Shape suffixes: B rows, D draws, K experts, N bins (the body's and one for the t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -179,7 +179,7 @@ class DistillationObjective:
 
     From the teacher: the Kullback-Leibler divergence of the mixtures over the bins and of the gates, and the squared
     difference of the cumulative distributions in tokens, which is what CRPS is against a label. Where a batch brings
-    no teacher, as in validation, the labels' loss alone.
+    no teacher, as in validation, and for rows of which it says NaN, the labels' loss alone.
 
     Args:
         labels: the loss of the labels.
@@ -198,24 +198,32 @@ class DistillationObjective:
         teacher_gate_BK: Tensor | None = None,
     ) -> Loss:
         """Mean loss over the rows, for a network with heads."""
-        own = self._own(gate_BK, heads_BKN, labels)
         if teacher_mix_BN is None or teacher_gate_BK is None:
-            return own
+            return self._own(gate_BK, heads_BKN, labels)
         if heads_BKN is None:
             raise ConfigError("a student has heads; got a network with none")
+        is_taught_B = ~teacher_mix_BN[:, 0].isnan()
+        share_B = self._weight * is_taught_B
+        teacher_mix_BN, teacher_gate_BK = (
+            torch.where(is_taught_B.unsqueeze(-1), said, 0.0) for said in (teacher_mix_BN, teacher_gate_BK)
+        )
+        own = self._own(gate_BK, heads_BKN, replace(labels, weight_B=labels.weight_B * (1 - share_B)))
+        whole, labels = labels.weight_B.sum(), replace(labels, weight_B=labels.weight_B * share_B)
         log_mix_BN = F.log_softmax(heads_BKN, dim=-1)
         parts = dict(own.parts)
-        taught = labels.weight_B.new_zeros(())
+        total = own.total
         if gate_BK is not None:
             log_gate_BK = F.log_softmax(gate_BK, dim=-1)
             log_mix_BN = log_mix_BN + log_gate_BK.unsqueeze(-1)
             parts["teacher_gate"] = labels.mean(_divergence(log_gate_BK, teacher_gate_BK))
-            taught = taught + self._own.gate_weight * parts["teacher_gate"]
+            total = total + self._own.gate_weight * parts["teacher_gate"]
         log_mix_BN = torch.logsumexp(log_mix_BN, dim=1)
         parts["teacher_mixture"] = labels.mean(_divergence(log_mix_BN, teacher_mix_BN))
         parts["teacher_crps"] = labels.mean(self._own.distance(log_mix_BN, teacher_mix_BN) / labels.scale_B)
-        taught = taught + parts["teacher_mixture"] + self._own.crps_weight * parts["teacher_crps"]
-        return Loss((1 - self._weight) * own.total + self._weight * taught, parts)
+        total = total + parts["teacher_mixture"] + self._own.crps_weight * parts["teacher_crps"]
+        of_teacher = labels.weight_B.sum() / whole
+        shares = {name: 1 - of_teacher if name in own.parts else of_teacher for name in parts}
+        return Loss(total, {name: part / shares[name].clamp(min=1e-6) for name, part in parts.items()})
 
 
 def _divergence(log_p_BC: Tensor, log_teacher_BC: Tensor) -> Tensor:

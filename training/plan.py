@@ -214,10 +214,10 @@ def make_plan(config: TrainConfig, *, measure_s: float | None = None) -> Plan:
 
 def _trunk(model: ModelConfig, teachers: Sequence[NamedTeacher], label_tokenizer: str) -> tuple[Trunk, Grid | None]:
     """The trunk and its teacher's grid; a teacher that is still to be trained lends its encoder alone."""
-    for other in teachers[1:]:
-        if other.config is not None:
+    for other in teachers:
+        if other.config is not None and not other.gives_trunk:
             Teacher(other.folder).check_tokens(label_tokenizer)
-    first = teachers[0] if teachers else None
+    first = next((teacher for teacher in teachers if teacher.gives_trunk), None)
     if first is None or first.config is None:
         lender = None if first is None or model.encoder is not None else load_recipe(first.name).model
         origin = lender or model

@@ -124,7 +124,7 @@ def _train(
     if output.exists():
         console().print(f"the predictor in {output} will be replaced at the end", highlight=False)
     teachers = _teachers(config, output, resume=resume, overwrite=overwrite, command=command)
-    teacher = teachers[0] if teachers else None
+    teacher = teachers[0] if config.model.teacher is not None else None
     source = find_trunk(config.model, teacher)
     data = RunRows.read(config, source.tokenizer_json, work)
     for line in data.lines():
@@ -139,10 +139,10 @@ def _train(
     goes_on = begin(work, shaping, command, resume=resume)
     if resume and not goes_on:
         console().print(f"nothing to resume in {work}: starting anew", highlight=False)
-    if teacher is not None:
+    if teachers:
         table = rows.split("train")
-        of_each = data.sources_of(table)
-        targets = lessons(teachers, table, of_each, data.fingerprints, Grid.of(prepared.config), config.data.cache_dir)
+        of_each, own = data.sources_of(table), Grid.of(prepared.config)
+        targets = lessons(teachers, teacher, table, of_each, data.fingerprints, own, config.data.cache_dir)
         prepared = replace(prepared, train=replace(prepared.train, targets=targets))
     whole = whole_run(prepared, config)
     networks, fits = train_mope(prepared, source, config.fit, work, resume=resume, teacher=teacher, whole=whole)
@@ -230,7 +230,7 @@ def _teachers(
         if folder.resolve() == output.resolve():
             raise ConfigError(f"--output {output} is the teacher itself, which would be replaced; choose another")
         teacher = Teacher(folder, model.num_layers, inference_device(config.fit))
-        if position == 0:
+        if named.gives_trunk:
             teacher.check(model, config.data.label_tokenizer)
         else:
             teacher.check_tokens(config.data.label_tokenizer)

@@ -184,16 +184,18 @@ class Teacher:
 
 def lessons(
     teachers: Sequence[Teacher],
+    first: Teacher | None,
     table: RowTable,
     sources: Sequence[str],
     fingerprints: Mapping[str, str],
     grid: Grid,
     cache_dir: Path,
 ) -> Targets:
-    """What several teachers say of rows: the mean over those that learned from a row's data set, else the first's.
+    """What several teachers say of rows: the mean over those that learned from a row's data set.
 
     Args:
         teachers: who is asked.
+        first: the one of them who is asked where none learned from a row's data set; None: such rows get NaN.
         table: the rows.
         sources: the name of each row's data set.
         fingerprints: of each data set.
@@ -207,8 +209,11 @@ def lessons(
         rows = np.flatnonzero(named == source)
         if not len(rows):
             continue
-        asked = [teacher for teacher in teachers if teacher.learned_from(source)] or list(teachers[:1])
+        asked = [teacher for teacher in teachers if teacher.learned_from(source)] or [first]
         for teacher in asked:
+            if teacher is None:
+                mix_RN[rows] = gate_RK[rows] = np.nan
+                continue
             said = teacher.answers(table.take(rows), grid, fingerprint, cache_dir)
             mix_RN[rows] += np.exp(said.log_mix_RN.astype(np.float32)) / len(asked)
             gate_RK[rows] += np.exp(said.log_gate_RK.astype(np.float32)) / len(asked)

@@ -31,6 +31,11 @@ class NamedTeacher:
     config: PredictorConfig | None
 
     @property
+    def gives_trunk(self) -> bool:
+        """Whether it is `--teacher`, who settles the grid and gives its trunk, too."""
+        return self.flag == "--teacher"
+
+    @property
     def folder(self) -> Path:
         """Where the saved predictor lies."""
         return Path(self.name).expanduser()
@@ -52,7 +57,7 @@ class NamedTeacher:
             )
         others = []
         if packaged.folder_of(self.name):
-            without = ", which has no PyTorch weights to teach with" if self.flag == "--teacher" else ""
+            without = ", which has no PyTorch weights to teach with" if self.gives_trunk else ""
             others.append(f"not the packaged predictor{without}")
         if (self.folder / "files.json").exists():
             others.append(f"not the folder of that name: type {self.flag} ./{self.name} for it")
@@ -64,19 +69,14 @@ class NamedTeacher:
 
 
 def named_teachers(model: ModelConfig) -> list[NamedTeacher]:
-    """The teachers that a model is to have, the first of them `--teacher`; none if it has none.
+    """The teachers that a model is to have, `--teacher` before the others; none if it has none.
 
     Raises:
         ArtifactError: a folder that holds no saved predictor, or one without the weights to teach with.
-        ConfigError: co-teachers without a teacher, or a name that is neither a recipe's nor a folder's.
+        ConfigError: a name that is neither a recipe's nor a folder's.
     """
-    if model.teacher is None:
-        if model.co_teachers:
-            given = ", ".join(model.co_teachers)
-            raise ConfigError(f"--co-teachers teach beside a --teacher; got {given} and no teacher")
-        return []
-    names = [("--teacher", model.teacher), *(("--co-teachers", name) for name in model.co_teachers)]
-    return [_named(flag, name) for flag, name in names]
+    first = [("--teacher", model.teacher)] if model.teacher is not None else []
+    return [_named(flag, name) for flag, name in (*first, *(("--co-teachers", name) for name in model.co_teachers))]
 
 
 def _named(flag: str, name: str) -> NamedTeacher:
@@ -89,8 +89,9 @@ def _named(flag: str, name: str) -> NamedTeacher:
             f"folder of a predictor that mope-train saved, or one of the recipes {', '.join(recipe_names())}"
         )
     config = artifact.check(folder)
-    if flag != "--teacher":  # which gives its trunk, too; of others only their answers are wanted
-        return NamedTeacher(flag, name, config)
+    named = NamedTeacher(flag, name, config)
+    if not named.gives_trunk:  # only its answers are wanted
+        return named
     recipe = artifact.recipe_of(folder)
     artifact.check_weights(
         folder,
@@ -98,4 +99,4 @@ def _named(flag: str, name: str) -> NamedTeacher:
         "a teacher",
         f"type {flag} {recipe} for the recipe, which is then trained first" if recipe else "",
     )
-    return NamedTeacher(flag, name, config)
+    return named

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_train_run import settings, write_chats
 
-from mope import LengthPredictor, packaged
+from mope import LengthPredictor, artifact, packaged
 from mope.backends.static_encoder import StaticEncoder
 from mope.backends.torch_backend import TorchBackend
 from mope.errors import ArtifactError, ConfigError
@@ -189,10 +189,14 @@ def test_a_teacher_is_asked_only_for_rows_like_those_that_it_learned_from(
 
     sources = ["here"] * 30 + ["there"] * 10
     asked = (table, sources, {"here": "1", "there": "2"}, grid, config.data.cache_dir)
-    alone = np.exp(lessons([first], *asked).log_mix_RN.astype(float))
-    both = np.exp(lessons([first, Loud(teacher)], *asked).log_mix_RN.astype(float))
+    loud = Loud(teacher)
+    alone = np.exp(lessons([first], first, *asked).log_mix_RN.astype(float))
+    both = np.exp(lessons([first, loud], first, *asked).log_mix_RN.astype(float))
     np.testing.assert_allclose(both[:30], alone[:30], rtol=2e-2, atol=1e-6)
     np.testing.assert_allclose(both[30:, 0], 1.0, rtol=2e-2)  # the first did not learn from rows of "there"
+    beside_none = lessons([loud], None, *asked)
+    assert np.isnan(beside_none.log_mix_RN[:30]).all() and np.isnan(beside_none.log_gate_RK[:30]).all()
+    np.testing.assert_array_equal(np.exp(beside_none.log_mix_RN[30:].astype(float)), both[30:])
     assert not first.learned_from("there")
     assert first.learned_from(config.data.source)
 
@@ -225,9 +229,27 @@ def test_a_mixture_on_another_grid_keeps_its_masses(weights: list[float], border
     assert masses[:upto].sum() == pytest.approx(p[:4].sum(), rel=5e-3)
 
 
-def test_teachers_beside_none(config: TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="teach beside a --teacher"):
-        train(student(config, co_teachers=("somewhere",)), tmp_path / "out")
+def test_a_student_of_co_teachers_alone_has_a_grid_of_its_own(
+    teacher: Path, config: TrainConfig, tmp_path: Path
+) -> None:
+    """It learns rows that no teacher knows from their lengths: all of them, where none knows any."""
+    foreign = Path(shutil.copytree(teacher, tmp_path / "foreign"))
+    provenance = json.loads((foreign / "provenance.json").read_text())
+    artifact.write_json(foreign / "provenance.json", {**provenance, "data": {"elsewhere": "0"}})
+    artifact.seal(foreign)
+    own = config.model.model_copy(update={"num_experts": 2, "boundaries": (), "num_bins": 20, "teacher": None})
+    maes = {}
+    for name, folder in {"knows": teacher, "foreign": foreign}.items():
+        model = own.model_copy(update={"co_teachers": (str(folder),)})
+        result = train(config.model_copy(update={"model": model}), tmp_path / name)
+        assert result is not None
+        found = result.metrics["test"]["all_turns"]
+        assert "teacher" not in found
+        assert found["mope"]["mae"] < 0.75 * found["constant"]["mae"]
+        assert LengthPredictor.from_pretrained(result.folder).config.num_experts == 2
+        assert "**Teachers**: `" in (result.folder / "README.md").read_text()
+        maes[name] = found["mope"]["mae"]
+    assert maes["knows"] != maes["foreign"]
 
 
 @pytest.mark.parametrize(
@@ -249,8 +271,6 @@ def test_a_student_that_cannot_learn_from_its_teacher_is_told_why(
 def test_a_teacher_with_another_tokenizer_or_none_at_all(teacher: Path, config: TrainConfig, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(teacher, tmp_path / "copy"))
     saved = json.loads((copy / "config.json").read_text())
-    from mope import artifact
-
     artifact.write_json(copy / "config.json", {**saved, "label_tokenizer": "o200k_base"})
     artifact.seal(copy)
     with pytest.raises(ConfigError, match="type --label-tokenizer o200k_base"):

@@ -195,7 +195,7 @@ SERVING_ONLY = (
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--co-teachers", "demo"], "--co-teachers teach beside a --teacher; got demo and no teacher"),
+        (["--co-teachers", "nowhere"], f"--co-teachers nowhere: {NO_TEACHER}; expected the folder"),
         (["--teacher", "nowhere"], f"--teacher nowhere: {NO_TEACHER}; expected the folder"),
         (["--teacher", "chat-smal"], f"--teacher chat-smal: {NO_TEACHER} (did you mean 'chat-small'?)"),
         (["--teacher", "demo", "--co-teachers", "dem,x"], f"--co-teachers dem: {NO_TEACHER} (did you mean 'demo'?)"),

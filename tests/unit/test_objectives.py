@@ -292,6 +292,27 @@ def test_the_teacher_s_part_is_a_divergence_of_mixtures_and_gates_and_a_distance
     assert parts["teacher_crps"].item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_rows_of_which_the_teacher_says_nothing_are_learned_from_their_labels_alone():
+    gate, heads, *_ = distributions(3)
+    mix, taught_gate = distributions(3, seed=1)[2:]
+    nothing = [torch.full_like(said, torch.nan) for said in (mix, taught_gate)]
+    alone, silent = distill(0.7, gate, heads), distill(0.7, gate, heads, *nothing)
+    assert silent.total.item() == pytest.approx(alone.total.item())
+    assert silent.parts["mixture"].item() == pytest.approx(alone.parts["mixture"].item())
+    partly = [said.clone() for said in (mix, taught_gate)]
+    for said in partly:
+        said[1] = torch.nan
+    totals = {
+        tokens: distill(1.0, gate, heads.requires_grad_(), *partly, tokens=tokens).total
+        for tokens in [(4.0, 15.0, 30.0), (4.0, 2.0, 30.0), (9.0, 15.0, 2.0)]
+    }
+    asked, other_second, other_rest = totals.values()
+    assert other_second.item() != pytest.approx(asked.item())
+    assert other_rest.item() == pytest.approx(asked.item())
+    asked.backward()
+    assert heads.grad.isfinite().all() and (heads.grad.abs().sum((1, 2)) > 0).all()
+
+
 def test_labels_and_teacher_share_the_loss_by_weight_and_without_a_teacher_labels_are_all():
     gate, heads, *_ = distributions(3)
     taught = distributions(3, seed=1)[2:]
