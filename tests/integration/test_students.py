@@ -195,7 +195,8 @@ def test_a_teacher_is_asked_only_for_rows_like_those_that_it_learned_from(
     np.testing.assert_allclose(both[:30], alone[:30], rtol=2e-2, atol=1e-6)
     np.testing.assert_allclose(both[30:, 0], 1.0, rtol=2e-2)  # the first did not learn from rows of "there"
     beside_none = lessons([loud], None, *asked)
-    assert np.isnan(beside_none.log_mix_RN[:30]).all() and np.isnan(beside_none.log_gate_RK[:30]).all()
+    assert np.isnan(beside_none.log_mix_RN[:30]).all()
+    assert np.isnan(beside_none.log_gate_RK[:30]).all()
     np.testing.assert_array_equal(np.exp(beside_none.log_mix_RN[30:].astype(float)), both[30:])
     assert not first.learned_from("there")
     assert first.learned_from(config.data.source)
