@@ -365,14 +365,16 @@ def _read(sources: Sequence[str], api_key: str | None) -> Counters:
 
 def _print(headings: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
     shown = Table(box=box.SIMPLE_HEAD, show_footer=False)
+    names, *others = zip(headings, *lines, strict=True)
+    kept = [names, *(column for column in others if any(column[1:]))]  # for people: what nobody has says nothing
+    headings, *lines = map(list, zip(*kept, strict=True))
     for place, heading in enumerate(headings):
         shown.add_column(heading.replace("_", " "), justify="left" if place == 0 else "right", overflow="fold")
-    ratios = {len(headings) - 3: "{:.1%}", len(headings) - 2: "{:.2f}", len(headings) - 1: "{:.1%}"}
+    forms = {"share": "{:.1%}", "expected_by_true": "{:.2f}", "within_q90": "{:.1%}"}
     for line in lines:
         cells = [
-            "-" if value is None else ratios[place].format(value) if place in ratios else f"{value:,.10g}"
-            for place, value in enumerate(line)
-            if place
+            "-" if value is None else forms.get(heading, "{:,.10g}").format(value)
+            for heading, value in zip(headings[1:], line[1:], strict=True)
         ]
         shown.add_row(Text(str(line[0])), *cells)
     Console(width=None if sys.stdout.isatty() else 200).print(shown)

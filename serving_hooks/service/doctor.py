@@ -128,6 +128,14 @@ def running(url: str, api_key: str | None) -> list[Finding]:
     if late > 0.01 * all_of_them:
         text = f"{late:.0f} of {all_of_them:.0f} predictions came too late: raise --deadline-ms, or serve chat-micro"
         found.append(Finding(part, "warning", text))
+    try:
+        accounts = fetch_json(f"{url}/v1/budgets", api_key)
+    except ServerError as error:
+        meaning = "it cannot reach its books: reservations are allowed unbooked" if error.status == 503 else str(error)
+        found.append(Finding(part, "failed", f"{url}/v1/budgets: {meaning}"))
+    else:
+        if accounts:
+            found.append(Finding(part, "ok", f"its books can be read: {len(accounts)} accounts"))
     return found
 
 

@@ -163,6 +163,7 @@ COUNTS = {
     (COLUMNS["response_tokens"], "=cmd()"): 100,
     (COLUMNS["covered"], "acme/alice"): 10,
     (COLUMNS["within"], "acme/alice"): 9,
+    (COLUMNS["cached_tokens"], "acme/alice"): 0,
 }
 
 
@@ -176,6 +177,7 @@ def test_the_command_writes_a_table_csv_and_json(tmp_path: Path, capsys: pytest.
     assert "acme/alice" in shown
     assert "1.10" in shown
     assert "90.0%" in shown
+    assert "cached" not in shown  # nobody used any: a column for a file, not for a terminal
     assert main(["report", "--metrics", now, "--since", then, "--by", "group", "--format", "csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["group"] for row in rows] == ["acme", "'=cmd()", "(all)"]

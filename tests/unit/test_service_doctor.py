@@ -17,6 +17,7 @@ from mope.serving_hooks.service.memory import Memory
 from mope.serving_hooks.service.metrics import ServiceMetrics
 
 READY = json.dumps({"status": "ready"})
+UP = {"/ready": (200, READY), "/v1/budgets": (200, "{}")}
 
 
 def metrics(**sources: int) -> str:
@@ -32,7 +33,7 @@ def metrics(**sources: int) -> str:
 @pytest.mark.parametrize(
     ("answers", "status", "expected"),
     [
-        ({"/ready": (200, READY), "/metrics": (200, metrics(model=5))}, "ok", "chat-small; 5 predictions made"),
+        ({**UP, "/metrics": (200, metrics(model=5))}, "ok", "chat-small; 5 predictions made"),
         ({"/ready": (503, "{}")}, "failed", "it starts or ends, ask again"),
         ({"/ready": (200, json.dumps({"status": "up"}))}, "failed", "is no mope serve"),
         ({}, "failed", "/ready"),
@@ -49,10 +50,26 @@ def test_a_service_that_runs(answers: dict[str, tuple[int, str]], status: str, e
 
 
 def test_predictions_that_come_too_late_are_told() -> None:
-    with answering({"/ready": (200, READY), "/metrics": (200, metrics(model=50, deadline=5))}) as url:
+    with answering({**UP, "/metrics": (200, metrics(model=50, deadline=5))}) as url:
         first, second = doctor.running(url, None)
     assert (first.status, second.status) == ("ok", "warning")
     assert "5 of 55 predictions came too late: raise --deadline-ms, or serve chat-micro" in second.text
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "expected"),
+    [
+        ((200, json.dumps({"team-a": {}, "team-b": {}})), "ok", "its books can be read: 2 accounts"),
+        ((503, "{}"), "failed", "it cannot reach its books"),
+        ((500, "{}"), "failed", "/v1/budgets: HTTP 500"),
+    ],
+)
+def test_the_books_of_a_service_that_runs(answer: tuple[int, str], status: str, expected: str) -> None:
+    with answering({**UP, "/metrics": (200, metrics(model=5)), "/v1/budgets": answer}) as url:
+        first, books = doctor.running(url, None)
+    assert first.status == "ok"
+    assert books.status == status
+    assert expected in books.text
 
 
 def test_nobody_at_the_port_is_one_line() -> None:
