@@ -774,3 +774,91 @@ def test_the_latency_predictor_is_asked_in_its_form() -> None:
     }
     short = latency_request(prediction, prompt_tokens=1, kv_cache=0.0, waiting=0, running=0, length="median")
     assert (short["num_tokens_generated"], short["prefix_cache_score"]) == (100, 0.0)
+
+
+# -- the page
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", HOW_TO[HOW_TO.index("\n## Hints") :], flags=re.MULTILINE | re.DOTALL
+    )
+
+
+def test_the_pages_gateway_passes_requests_on(service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached: list[Any] = []
+
+    async def stack(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        body = b""
+        while (message := await receive())["type"] == "http.request":
+            body += message["body"]
+            if not message["more_body"]:
+                break
+        reached.append((scope["path"], scope["query_string"], dict(scope["headers"]), body))
+        await send({"type": "http.response.start", "status": 201, "headers": [(b"x-of", b"the stack")]})
+        for part in (b"data: 1\n\n", b"data: 2\n\n"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    start = next(block for block in blocks("bash") if "MOPE_HINTS" in block)
+    (keys,) = re.findall(r"^echo '(.*)' > keys.json$", start, flags=re.MULTILINE)
+    (tmp_path / "keys.json").write_text(keys, encoding="utf-8")
+    (settings,) = re.findall(r"^(MOPE_.*) uvicorn gateway:app", start, flags=re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    for name, value in (setting.split("=", 1) for setting in settings.split()):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MOPE_URL", service)
+    monkeypatch.setenv("MOPE_SECRET", SECRET)
+    monkeypatch.setenv("MOPE_DEADLINE_MS", "20000")
+    (source,) = (block for block in blocks("python") if block.startswith("# gateway.py"))
+
+    with in_a_thread(lambda: stack) as behind:
+
+        def gateway() -> Any:
+            names: dict[str, Any] = {}
+            exec(compile(source.replace("http://127.0.0.1:8000", behind), "gateway.py", "exec"), names)
+            return names["app"]
+
+        with in_a_thread(gateway) as url:
+            sent = {"authorization": "Bearer sk-bob", FAIRNESS: "acme/alice", "x-mine": "1"}
+            answer = httpx.post(
+                f"{url}/v1/chat/completions?a=b%20c", json=CHAT, headers=sent, timeout=60, trust_env=False
+            )
+            models = httpx.get(f"{url}/v1/models", timeout=60, trust_env=False)
+    assert (answer.status_code, answer.text, answer.headers["x-of"]) == (201, "data: 1\n\ndata: 2\n\n", "the stack")
+    path, query, headers, body = reached[0]
+    assert (path, query) == ("/v1/chat/completions", b"a=b%20c")
+    assert headers[FAIRNESS.encode()] == headers[OLD_FAIRNESS.encode()] == b"acme/bob"
+    assert (headers[b"x-mine"], headers[b"authorization"]) == (b"1", b"Bearer sk-bob")
+    assert headers[b"content-length"] == str(len(body)).encode()
+    assert osl_of(body)
+    assert models.status_code == 201
+    assert reached[1][2][FAIRNESS.encode()] == b"(anonymous)"
+
+
+def test_the_page_asks_the_latency_predictor_as_it_says() -> None:
+    (source,) = (block for block in blocks("python") if "latency_request" in block)
+    names: dict[str, Any] = {}
+    exec(source, names)
+    LatencyQuestion.model_validate(names["asked"])
+    told = HOW_TO[HOW_TO.index("| field of `/predict`") : HOW_TO.index("A gateway of your own may ask")]
+    assert set(re.findall(r"`(\w+_\w+)`", told)) == set(LatencyQuestion.model_fields)
+
+
+def test_the_page_has_the_variables_and_the_names_of_the_code() -> None:
+    part = HOW_TO[HOW_TO.index("\n## Hints") :]
+    rows = dict(re.findall(r"^\| `(MOPE_\w+)` \|[ `]*([^|` ]*)[ `]*\|", part, flags=re.MULTILINE))
+    fields = HintsConfig.model_fields
+    assert rows == {key: str(fields[name].get_default() or "").strip() for name, key in VARIABLES.items()} | {
+        "MOPE_HINTS": ""
+    }
+    for header in (*hints.FAIRNESS_ID, hints.AIBRIX_USER):
+        assert f"header `{header.decode()}`" in part
+    assert f"`{'.'.join(OSL)}`" in part
+    for path in hints.GENERATING:
+        assert f"`{path}`" in part
+    sources = re.findall(r"@([0-9a-f]{7}):([\w./-]+)", part)
+    assert len(sources) > 12
+    assert all("/" in path for _, path in sources)
