@@ -236,7 +236,7 @@ class HintsMiddleware(BodyMiddleware):
             return post
         if self._asked is None:
             self._asked = _predictions(self._config)
-        prediction = await self._asked.predict({name: value for name, value in found.items() if name != OSL[0]})
+        prediction = await self._asked.predict(found)
         self.guard.good()
         if not prediction.made:
             return post

@@ -298,6 +298,7 @@ UNTOUCHED = [
     b'{"prompt": "Hi", "nvext": {"agent_hints": {"osl": 12}}}',
     b'{"prompt": "Hi", "nvext": {"agent_hints": {"osl": 0}}}',
     b'{"prompt": "Hi", "nvext": {"agent_hints": {"osl": "long"}}}',
+    b'{"prompt": "Hi", "nvext": {"agent_hints": {"osl": {}}}}',
     b'{"prompt": "Hi", "nvext": {"agent_hints": {}}, "nvext": {}}',
     b'{"prompt": "Hi", "\\u006evext": {"agent_hints": {"osl": 12}}}',
     b'{"prompt": "Hi", "deep": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
@@ -453,6 +454,19 @@ def test_a_fault_of_ours_costs_a_hint_and_is_told_once(
     assert len(caplog.records) == 1
 
 
+def test_once_it_is_broken_bodies_pass_unread_and_clients_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Predictions, "predict", lambda *_: pytest.fail("asked"))
+    middleware = HintsMiddleware(Engine(), by_header("llm-d", "dynamo"))
+    data = json.dumps(CHAT).encode()
+    passed(middleware, b"[]")
+    middleware.guard.fail(RuntimeError("ours"), "testing")
+    body, headers, engine = passed(
+        middleware, data, headers=[(b"x-tenant", b"acme/alice"), (FAIRNESS.encode(), b"eve")]
+    )
+    assert (body, headers[FAIRNESS]) == (data, "acme/alice")
+    assert len(engine.received) == 4  # chunks as they came, and the disconnect
+
+
 def test_a_fault_behind_is_not_ours(dynamo: HintsConfig) -> None:
     engine = Engine(error=KeyError("theirs"))
     middleware = HintsMiddleware(engine, dynamo)
@@ -518,6 +532,11 @@ def test_forged_names_are_replaced_on_every_path(sent: dict[str, str]) -> None:
     assert names_of(by_header("llm-d"), headers, **sent) == [alice, alice, "tenant-d"]
     assert names_of(by_header("aibrix"), headers, **sent) == ["tenant-a", "tenant-b", "tenant-c", alice]
     assert names_of(by_header("llm-d", "aibrix"), headers, **sent) == [alice, alice, alice]
+
+
+def test_names_that_fit_into_a_header_are_told_as_they_are() -> None:
+    name = "a.b-c_d/e@example.com:8(1)"
+    assert names_of(by_header("aibrix"), [(b"x-tenant", name.encode())]) == [name]
 
 
 def test_those_without_a_name_share_one_and_aibrix_hears_none() -> None:
