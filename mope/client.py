@@ -169,7 +169,7 @@ class Predictions:
         allow_unbooked: bool = True,
         max_connections: int = 100,
     ) -> None:
-        httpx = require("httpx2", "mope.client")
+        httpx = require("httpx2", "mope.client", "client")
         if not isinstance(url, str) or not url.startswith(("http://", "https://")) or not url.partition("://")[2]:
             raise ConfigError(f"url: got {url!r}; expected an address such as http://127.0.0.1:8400")
         for name, value in (("deadline_s", deadline_s), ("observe_timeout_s", observe_timeout_s), ("rest_s", rest_s)):
