@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from ports import free_port
 
 from mope import LengthPredictor
 from mope.serving_hooks.service.app import create_app
+from mope.serving_hooks.service.cli import listen
 from mope.serving_hooks.service.config import ServeConfig
 from mope.serving_hooks.service.desk import Desk
 from mope.serving_hooks.service.keys import Keys
@@ -47,7 +47,7 @@ class Service:
         self.desk = Desk(self.predictor, self._config, "chat-micro")
         config = uvicorn.Config(create_app(self.desk, self._keys), log_config=None, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
-        listening = socket.create_server(("127.0.0.1", self.port))
+        listening = listen("127.0.0.1", self.port)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]})
         self._thread.start()
         while not self._server.started:
