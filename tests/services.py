@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -44,14 +45,19 @@ class Service:
         return int(self.desk.metrics.learned._value.get())
 
     def start(self) -> None:
-        self.desk = Desk(self.predictor, self._config, "chat-micro")
+        listening = listen("127.0.0.1", self.port)
+        self._thread = threading.Thread(target=self._run, args=(listening,))
+        self._thread.start()
+        while self._server is None or not self._server.started:
+            if not self._thread.is_alive():
+                raise AssertionError("the service did not start")
+            time.sleep(0.005)
+
+    def _run(self, listening: socket.socket) -> None:
+        self.desk = Desk(self.predictor, self._config, "chat-micro")  # its books belong to this thread
         config = uvicorn.Config(create_app(self.desk, self._keys), log_config=None, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
-        listening = listen("127.0.0.1", self.port)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]})
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.005)
+        self._server.run(sockets=[listening])
 
     def stop(self) -> None:
         if self._server is not None:

@@ -341,15 +341,14 @@ def test_what_is_cut_forced_empty_or_unpredicted(monkeypatch: pytest.MonkeyPatch
         assert taught.expected(Carried(), "a").tokens is not None  # the running mean goes on
 
 
-def test_an_id_that_is_forgotten_or_sent_twice_is_counted_and_holds_nothing_up() -> None:
+def test_an_id_that_is_forgotten_or_sent_twice_is_counted_and_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lengths, "REST_S", 60.0)
     with serving() as service:
         (name,) = waiting(service)
         taught = Lengths(teacher=Teacher(service.url))
-        started = time.monotonic()
         for one in ("forgotten", name, name, "x" * 500):
             taught.observe(Carried(answering=answering_of(one)), "a", 7, censored=False)
         until(lambda: taught.num_observed + taught.num_lost == 4)
-        assert time.monotonic() - started < 3 * REST_S + SLACK_S
         taught.close()
         assert (taught.num_observed, taught.num_lost) == (1, 3)
 
