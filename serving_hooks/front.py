@@ -20,6 +20,7 @@ import numpy as np
 from mope.client import Prediction
 from mope.corrector import HIGH, as_carried
 from mope.errors import UserError
+from mope.llm_names import KNOWN_FAMILIES
 from mope.request import Request
 from mope.serving import ServingPredictor
 from mope.serving_hooks.bodies import Asked, Kind, read
@@ -293,6 +294,8 @@ def _telling(
     """The first name that says something about the LLM; else the last."""
     usable = [name for name in names if name and not any("\ud800" <= letter <= "\udfff" for letter in name)]
     for name in usable:
-        if predictor.encoder.llms.find(name) if predictor is not None else remote is not None and describe(name).family:
+        if predictor is not None and predictor.encoder.llms.find(name):
+            return name
+        if remote is not None and describe(name).family in KNOWN_FAMILIES:
             return name
     return usable[-1] if usable else None

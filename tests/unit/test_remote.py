@@ -82,9 +82,9 @@ def options(url: str, **changes: Any) -> HookOptions:
     return HookOptions.read({"predictor": url, "deadline_ms": 60_000, "identity": "header", **changes}, "here")
 
 
-def front(url: str, **changes: Any) -> Front:
+def front(url: str, names: tuple[str, ...] = ("tiny",), **changes: Any) -> Front:
     chosen = options(url, **changes)
-    return Front.load(chosen, Identity(chosen, secret=b"", logger=LOGGER), ("tiny",), logger=LOGGER)
+    return Front.load(chosen, Identity(chosen, secret=b"", logger=LOGGER), names, logger=LOGGER)
 
 
 async def ask(made: Front, body: Any = CHAT, kind: Any = "chat", client: str = "acme/alice") -> Carried:
@@ -135,6 +135,14 @@ def test_nothing_is_loaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.corrector is None
     assert "a service" in str(made)
     assert Steward(options(url)).lengths.corrector is None
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [(("/models/snapshot", "qwen3-8b"), "qwen3-8b"), (("Qwen/Qwen3-8B", "gpt-4"), "Qwen/Qwen3-8B"), (("a", "b"), "b")],
+)
+def test_the_llm_is_the_first_name_that_tells_its_family(names: tuple[str, ...], taken: str) -> None:
+    assert front("http://127.0.0.1:9", names).target_llm == taken
 
 
 def test_of_several_answers_the_mean_is_told_and_none_is_observed() -> None:
