@@ -140,7 +140,7 @@ class Predictions:
 
     `reserve` and `settle` do the same with a budget. None of them raises anything for what a service or a network
     does, nor for a body that the service refuses. After five failures in a row the service is not asked for `rest_s`,
-    so that a dead one costs no time.
+    and then by one request at a time until it answers, so that a dead one costs no time.
 
     Args:
         url: of the service, such as `http://127.0.0.1:8400`.
@@ -169,7 +169,7 @@ class Predictions:
         allow_unbooked: bool = True,
         max_connections: int = 100,
     ) -> None:
-        httpx = require("httpx2", "mope.client")
+        httpx = require("httpx2", "mope.client", "client")
         if not isinstance(url, str) or not url.startswith(("http://", "https://")) or not url.partition("://")[2]:
             raise ConfigError(f"url: got {url!r}; expected an address such as http://127.0.0.1:8400")
         for name, value in (("deadline_s", deadline_s), ("observe_timeout_s", observe_timeout_s), ("rest_s", rest_s)):
@@ -345,8 +345,10 @@ class Predictions:
 
     async def _post(self, path: str, content: bytes, timeout_s: float) -> tuple[Any, str]:
         """What the service answers, and an empty text; or None and what happened instead."""
-        if time.monotonic() < self._rests_until_s:
+        if (now_s := time.monotonic()) < self._rests_until_s:
             return None, "unreachable"
+        if self._failures >= FAILURES_IN_A_ROW:  # one asks after a rest, and the others rest until it is answered
+            self._rests_until_s = now_s + self.rest_s
         try:
             status, text = await asyncio.wait_for(self._read_response(path, content), timeout_s)
         except (asyncio.TimeoutError, TimeoutError):  # one class only since Python 3.11
@@ -383,7 +385,7 @@ class Predictions:
     def _well(self) -> None:
         if self._failures >= FAILURES_IN_A_ROW:
             _logger.warning("predictions come from %s again", self._http.base_url)
-        self._failures = 0
+        self._failures, self._rests_until_s = 0, 0.0
 
     def _failed(self, reason: str) -> str:
         self._failures += 1

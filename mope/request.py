@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mope.errors import DataError
@@ -19,6 +19,7 @@ MAX_EARLIER_ANSWERS = 8  # earlier answers whose lengths are kept, counted from 
 RESULTS = ("function_call_output", "custom_tool_call_output")  # items of the Responses API
 TOOL_CHOICES = ("", "auto", "required", "named", "none")
 TOKEN_UNITS = ("own", "cl100k_base")
+AS_READ = "mope_request"  # field of a body to `mope serve`: the request as `Request.to_json` gives it, and nothing else
 
 # who speaks, in the words of OpenAI, Google and ShareGPT -> OpenAI's
 ROLES = {
@@ -143,6 +144,33 @@ class Request:
             other_chars=max(0, num_chars - len(prompt) - len(system) - len(before)),
             **flags,
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that say something, as plain JSON values; `from_json` gives an equal request. Microseconds."""
+        told = ((name, getattr(self, name)) for name in _DEFAULTS)
+        return {
+            name: list(value) if type(value) is tuple else value for name, value in told if value != _DEFAULTS[name]
+        }
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> Request:
+        """A request from what `to_json` gave. Whether its values are of the right kind is for `as_request` to say.
+
+        Raises:
+            DataError: no prompt, or a field that a request does not have.
+        """
+        wrong = sorted(map(str, given.keys() - _DEFAULTS.keys())) or ([] if "prompt" in given else ["no prompt"])
+        if wrong:
+            raise DataError(f"a request as it was read has {wrong[0][:40]!r}; known are {', '.join(_DEFAULTS)}")
+        values: dict[str, Any] = {
+            name: clean(value) if isinstance(value, str) else value for name, value in given.items()
+        }
+        if isinstance(answers := values.get("answer_estimates"), list):
+            values["answer_estimates"] = tuple(answers)
+        return cls(**values)
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Request)}  # by name; the prompt has none
 
 
 def role_of(message: Mapping[str, Any]) -> Any:

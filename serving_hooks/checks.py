@@ -5,7 +5,9 @@ Looks at files, ports and packages; starts nothing that stays. Knows no engine.
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import socket
 import statistics
 import time
@@ -13,13 +15,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from mope.errors import UserError
+from mope.errors import ServerError, UserError
 from mope.fairness.stores import MEMORY, StoreConfig, address, has_password
-from mope.serving_hooks import secret
+from mope.request import Request
+from mope.serving_hooks import remote, secret
+from mope.serving_hooks.fetch import DEADLINE_S, fetch, readable
 from mope.serving_hooks.identity import ApiKeys
+from mope.serving_hooks.metrics import own_version
 from mope.serving_hooks.options import PASSWORD_SHOWN, HookOptions
 
 Status = Literal["ok", "note", "warning", "failed"]
@@ -30,6 +36,7 @@ _LIKE = 0.8  # how much a flag is like another, of 1, to be taken for it
 _FASTEST = "chat-micro"
 FASTER = f'raise deadline_ms, or take "predictor": "{_FASTEST}", which is faster'
 _LOCAL = ("127.0.0.1", "::1", "localhost")
+_PREDICTOR = re.compile(r'^mope_info\{[^}\n]*\bpredictor="((?:[^"\\]|\\.)*)"', re.MULTILINE)  # of a service's metrics
 
 
 class Finding(NamedTuple):
@@ -82,12 +89,14 @@ def predictor(name: str, deadline_ms: float, part: str = "predictors") -> Findin
     """Whether a predictor loads here, and whether one prediction meets the deadline.
 
     Args:
-        name: packaged predictor, folder or Hub id.
+        name: packaged predictor, folder, Hub id, or address of a service.
         deadline_ms: how long a request waits for its prediction, in milliseconds.
         part: where the finding belongs.
     """
     from mope.predictor import LengthPredictor
 
+    if remote.is_address(name):
+        return _service(name, deadline_ms, part)
     if name == "none":
         return Finding(part, "note", "predictor none: clients take turns by a running mean of their answers")
     try:
@@ -112,6 +121,54 @@ def predictor(name: str, deadline_ms: float, part: str = "predictors") -> Findin
     advice = "raise deadline_ms" if name == _FASTEST else FASTER
     text += f". That is longer than deadline_ms, {deadline_ms:g}, so most requests go without a prediction: {advice}"
     return Finding(part, "warning", text)
+
+
+def _service(url: str, deadline_ms: float, part: str) -> Finding:
+    """Whether a service answers, accepts the key, and predicts within the deadline."""
+    try:
+        fetch(f"{remote.base_of(url)}/ready")
+    except ServerError as error:
+        text = (
+            f"{url}: {error}. Requests go on without predictions until it answers; to start it: mope serve chat-small"
+        )
+        return Finding(part, "failed", text)
+    try:
+        shown = fetch(f"{remote.base_of(url)}/metrics", remote.api_key())
+    except ServerError as error:
+        if error.status == 401:
+            text = f"{url} does not accept the API key: put one that it knows into the variable {remote.API_KEY}"
+            return Finding(part, "failed", text)
+        shown = ""
+    try:
+        sources, taken = asyncio.run(_asked(url))
+    except UserError as error:
+        return Finding(part, "failed", f"{url}: {error}")
+    if (wrong := next((source for source in sources if source != "model"), None)) is not None:
+        text = f"{url} makes no predictions ({wrong}): is it a mope serve of release {own_version()} or newer?"
+        return Finding(part, "failed", text)
+    named = _PREDICTOR.search(shown)
+    by = readable(named[1]) if named else "a predictor that it does not name"
+    taken_ms = 1000 * statistics.median(taken)
+    text = f"{url}: predictions by {by}, {taken_ms:.2f} ms each"
+    if taken_ms <= deadline_ms:
+        return Finding(part, "ok", text)
+    text += f". That is longer than deadline_ms, {deadline_ms:g}, so most requests go without a prediction: raise "
+    return Finding(part, "warning", f"{text}deadline_ms, run the service nearer, or have it serve {_FASTEST}")
+
+
+async def _asked(url: str) -> tuple[list[str], list[float]]:
+    """What a service predicts from, and seconds that each prediction took."""
+    service = remote.RemotePredictor(url, deadline_s=DEADLINE_S, places=1)
+    sources, taken = [], []
+    for number in range(_NUM_TIMED):
+        started = time.perf_counter()
+        found = await service.predict(Request(prompt=_PROMPT.format(number)), deadline_s=DEADLINE_S)
+        taken.append(time.perf_counter() - started)
+        sources.append(found.source)
+        if found.source != "model":
+            break
+    await service.aclose()
+    return sources, taken[1:] or taken  # the first one connects
 
 
 def no_predictions(predicts: bool, outcomes: Mapping[str, float], engine: str) -> str | None:
@@ -169,6 +226,11 @@ def options(chosen: HookOptions) -> list[Finding]:
         found.append(Finding(part, "note", "store and state: the file keeps this replica's books, Redis those of all"))
     if chosen.metrics_port is not None:
         found += _metrics(chosen, part)
+    if remote.is_address(chosen.predictor):
+        parts = urlsplit(chosen.predictor)
+        if parts.scheme == "http" and parts.hostname not in _LOCAL:
+            text = f"predictor: texts of requests and the API key travel to {parts.hostname} without TLS"
+            found.append(Finding(part, "warning", text))
     if chosen.predicted_admission and chosen.kv_margin < 1:
         found.append(
             Finding(part, "note", f"kv_margin {chosen.kv_margin:g}: admits more than is predicted to fit, and preempts")

@@ -12,12 +12,15 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mope.corrector import as_carried
+from mope.client import Prediction
+from mope.corrector import HIGH, as_carried
 from mope.errors import UserError
+from mope.llm_names import KNOWN_FAMILIES
 from mope.request import Request
 from mope.serving import ServingPredictor
 from mope.serving_hooks.bodies import Asked, Kind, read
@@ -25,17 +28,20 @@ from mope.serving_hooks.carried import Carried, pack
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.identity import Headers, Identity
 from mope.serving_hooks.options import NO_PREDICTOR, HookOptions
+from mope.serving_hooks.remote import RemotePredictor, answering_of, is_address, look
 from mope.serving_hooks.turns import Turns
+from mope.target_llm import describe
 
 if TYPE_CHECKING:
     from mope.prediction import LengthPrediction
     from mope.predictor import LengthPredictor
 
 BOUNDS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the latency's histogram
-# what became of predictions, by the source that `LengthPrediction` names
+# what became of predictions, by the source that `LengthPrediction` and `mope.client` name
 OUTCOMES = {
     "model": "made",
     "fallback:deadline": "late",
+    "fallback:timeout": "late",
     "fallback:queue full": "overload",
     "fallback:error": "failed",
     "fallback:no text": "no_text",
@@ -43,6 +49,7 @@ OUTCOMES = {
 
 
 PLACES_ON_CPU, PLACES_ON_GPU = 4, 64  # predictions at the same time: what keeps threads busy and fills batches
+PLACES_REMOTE = 64  # the same of a service, which is asked over as many connections
 MOST_WAITING, MOST_IN_ALL = 64, 1024  # predictions that wait for one client, and for all
 
 
@@ -51,15 +58,16 @@ class Predicted(NamedTuple):
 
     Attributes:
         tokens: expected tokens of an answer.
-        high: its 90 % quantile in tokens.
-        raw: before any correction and the request's cap, see `mope.serving_hooks.carried.pack`.
-        answering: the LLM and how it is asked, see `mope.corrector.Answering.write`.
+        high: its 90 % quantile in tokens; None where a service does not say it.
+        raw: before any correction and the request's cap, see `mope.serving_hooks.carried.pack`; None from a service.
+        answering: the LLM and how it is asked, see `mope.corrector.Answering.write`. From a service: what the answer is
+            observed with, see `mope.serving_hooks.remote.answering_of`.
     """
 
     tokens: float
-    high: float
-    raw: str
-    answering: str
+    high: float | None
+    raw: str | None
+    answering: str | None
 
 
 class Front:
@@ -68,11 +76,16 @@ class Front:
     Attributes:
         options: how.
         target_llm: the LLM that answers, as the predictor is told; None if nobody names it.
-        corrector: of the predictor; None without one.
+        corrector: of the predictor; None without one, and where a service predicts.
     """
 
     def __init__(
-        self, options: HookOptions, identity: Identity, predictor: LengthPredictor | None, names: Sequence[str] = ()
+        self,
+        options: HookOptions,
+        identity: Identity,
+        predictor: LengthPredictor | None,
+        names: Sequence[str] = (),
+        remote: RemotePredictor | None = None,
     ) -> None:
         """Starts the predictor's threads.
 
@@ -82,18 +95,20 @@ class Front:
             predictor: answers; None for no predictions.
             names: what the server calls its LLM. The first that the predictor knows something about is taken, else the
                 last; unless `options.target_llm` names another.
+            remote: answers in place of a predictor.
         """
         self.options, self._identity = options, identity
-        self.target_llm = options.target_llm or _telling(names, predictor)
+        self.target_llm = options.target_llm or _telling(names, predictor, remote)
         facts = {name: getattr(options, name) for name in ("llm_family", "llm_size", "llm_reasoning", "llm_year")}
         self._facts = {name: fact for name, fact in facts.items() if fact is not None}
         if predictor is not None and predictor.encoder.knows("counts_own"):
             self._facts["token_unit"] = "own"  # an engine counts the tokens of its LLM
-        self._predictor = predictor
+        self._predictor, self._remote = predictor, remote
         self.corrector = predictor.corrector if predictor is not None else None
-        self._serving = ServingPredictor(predictor) if predictor is not None else None
+        self._serving = ServingPredictor(predictor) if predictor is not None else remote
         on_cpu = predictor is None or predictor.device == "cpu"
-        self._turns = Turns(PLACES_ON_CPU if on_cpu else PLACES_ON_GPU, MOST_WAITING, MOST_IN_ALL)
+        places = PLACES_REMOTE if remote is not None else PLACES_ON_CPU if on_cpu else PLACES_ON_GPU
+        self._turns = Turns(places, MOST_WAITING, MOST_IN_ALL)
         self._requests: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self._latencies = [0] * (len(BOUNDS_S) + 1)
@@ -103,7 +118,16 @@ class Front:
     def load(
         cls, options: HookOptions, identity: Identity, names: Sequence[str] = (), *, logger: logging.Logger
     ) -> Front:
-        """With the predictor that the options name. Reads from the disk. One that cannot be loaded is logged."""
+        """With the predictor that the options name. Reads from the disk. One that cannot be loaded is logged.
+
+        Raises:
+            UserError: the predictor is a service, and a package that asks it or a usable key is missing. Whether the
+                service answers is logged.
+        """
+        if is_address(options.predictor):
+            remote = RemotePredictor(options.predictor, deadline_s=options.deadline_ms / 1000, places=PLACES_REMOTE)
+            look(options.predictor, logger)
+            return cls(options, identity, None, names, remote)
         predictor: LengthPredictor | None = None
         if options.predictor != NO_PREDICTOR:
             from mope.predictor import LengthPredictor
@@ -177,13 +201,15 @@ class Front:
             tasks = (self._answer(self._serving, request, client) for request in asked.requests)
             answers = list(await asyncio.gather(*tasks))
         found = [answer for answer in answers if answer is not None and answer.source == "model"]
-        predicted = self._joined(found) if found else None
+        predicted = self._joined(found, asked.num_answers) if found else None
         seconds = time.perf_counter() - started
         self._latencies[bisect_left(BOUNDS_S, seconds)] += 1
         self._latency_s += seconds
         return predicted
 
-    async def _answer(self, serving: ServingPredictor, request: Request, client: str | None) -> LengthPrediction | None:
+    async def _answer(
+        self, serving: ServingPredictor | RemotePredictor, request: Request, client: str | None
+    ) -> LengthPrediction | Prediction | None:
         deadline_s = self.options.deadline_ms / 1000
         came_s = time.monotonic()
         try:
@@ -203,7 +229,10 @@ class Front:
         self._outcomes[OUTCOMES.get(answer.source, "failed")] += 1
         return answer
 
-    def _joined(self, answers: Sequence[LengthPrediction]) -> Predicted | None:
+    def _joined(self, found: Sequence[LengthPrediction | Prediction], num_answers: int) -> Predicted | None:
+        if said := [answer for answer in found if isinstance(answer, Prediction)]:
+            return self._said(said, num_answers)
+        answers = [answer for answer in found if not isinstance(answer, Prediction)]
         raw = [answer.raw_cumulative for answer in answers if answer.raw_cumulative is not None]
         answering, cap = answers[0].answering, answers[0].max_tokens
         if self.corrector is None or not raw or answering is None:
@@ -211,6 +240,20 @@ class Front:
         raw_E = raw[0] if len(raw) == 1 else as_carried(np.mean(raw, axis=0))
         tokens, high = self.corrector.expected(raw_E, answering, cap)
         return Predicted(tokens, high, pack(raw_E), answering.write())
+
+    def _said(self, answers: Sequence[Prediction], num_answers: int) -> Predicted:
+        """What a service predicts. It takes one observation for a prediction.
+
+        Of several answers to one request the shortest ends first. It alone would be learned, so none is.
+        """
+        first = answers[0]
+        name = first.id if num_answers == 1 and self.options.recalibrate else None
+        return Predicted(
+            fmean(answer.mean for answer in answers),
+            first.quantiles.get(HIGH) if len(answers) == 1 else None,
+            None,
+            answering_of(name) if name is not None else None,
+        )
 
     def snapshot(self) -> dict[str, Any]:
         """Counters so far.
@@ -237,18 +280,22 @@ class Front:
 
     def __str__(self) -> str:
         who = f"clients by {self._identity}"
-        if self._predictor is None:
+        if self._serving is None:
             return f"{who}; no predictions"
         llm = self.target_llm or "an LLM that nobody names"
         deadline = f"within {self.options.deadline_ms:g} ms"
-        return f"{who}; lengths by {self.options.predictor} ({self._predictor.backend_reason}) {deadline}, for {llm}"
+        where = "a service" if self._predictor is None else self._predictor.backend_reason
+        return f"{who}; lengths by {self.options.predictor} ({where}) {deadline}, for {llm}"
 
 
-def _telling(names: Sequence[str], predictor: LengthPredictor | None) -> str | None:
+def _telling(
+    names: Sequence[str], predictor: LengthPredictor | None, remote: RemotePredictor | None = None
+) -> str | None:
     """The first name that says something about the LLM; else the last."""
     usable = [name for name in names if name and not any("\ud800" <= letter <= "\udfff" for letter in name)]
-    if predictor is not None:
-        for name in usable:
-            if predictor.encoder.llms.find(name):
-                return name
+    for name in usable:
+        if predictor is not None and predictor.encoder.llms.find(name):
+            return name
+        if remote is not None and describe(name).family in KNOWN_FAMILIES:
+            return name
     return usable[-1] if usable else None

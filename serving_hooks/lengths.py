@@ -1,26 +1,29 @@
 """How long an answer is taken to be, and what finished requests teach, for the hook of any engine.
 
 Predictions are corrected by `mope.corrector`, the same as in Python, and learned from in a thread of its own. That
-thread also corrects predictions that are needed some steps later, between two lessons and many in a row. For requests
-without a prediction there is a running mean of each client's answers, as in VTC's artifact (p becomes
-(4 p + n) / 5). Knows no engine.
+thread also corrects predictions that are needed some steps later, between two lessons and many in a row. Predictions of
+a service come corrected, and the thread tells the service how long answers were. For requests without a prediction
+there is a running mean of each client's answers, as in VTC's artifact (p becomes (4 p + n) / 5). Knows no engine.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
+from math import inf
 from typing import Any, NamedTuple, TypeVar
 
 from mope.corrector import Answering, Corrector
-from mope.errors import DataError, UserError
+from mope.errors import DataError, ServerError, UserError
 from mope.grid import Array
 from mope.recalibration import Recalibrator
 from mope.serving_hooks.carried import Carried, unpack
+from mope.serving_hooks.remote import REST_S, Teacher, name_of
 
 _MAX_CLIENTS = 10_000  # with a running mean of their own
 _MAX_MEAN = 10_000_000  # response tokens of a running mean that is restored
@@ -54,22 +57,25 @@ class Lengths:
 
     Attributes:
         corrector: corrects predictions; None where they are taken as the front end says them.
+        teacher: tells a service that predicts what finished requests teach; None where no service does.
         num_seen: complete answers that running means were learned from, in this run.
         num_observed: finished requests that corrections were learned from, those of an earlier run included.
         num_dropped: those that were not, because learning was behind or what was carried could not be read.
         num_refused: those that were not, because their client has more than its share of the newest lessons.
         num_forced: those that were not, because their client had forced the length.
+        num_lost: those that were not, because the service did not take them: it is down, or their ids have expired.
     """
 
-    def __init__(self, corrector: Corrector | None = None) -> None:
-        self.corrector = corrector
-        self.num_observed = self.num_dropped = self.num_seen = self.num_refused = self.num_forced = 0
+    def __init__(self, corrector: Corrector | None = None, teacher: Teacher | None = None) -> None:
+        self.corrector, self.teacher = corrector, teacher
+        self.num_observed = self.num_dropped = self.num_seen = self.num_refused = self.num_forced = self.num_lost = 0
         self._means: OrderedDict[str, float] = OrderedDict()
-        self._finished: deque[tuple[str, str, int, bool, str]] = deque()
+        self._finished: deque[tuple[Carried, int, bool, str]] = deque()
         self._ahead: deque[tuple[Callable[[Any], object], Any]] = deque()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._num_offered = 0
+        self._until_s = inf  # when what is left to tell a service is given up
 
     def expected(self, carried: Carried, client: str, max_tokens: int | None = None) -> Expected:
         """How long an answer is taken to be. Some ten microseconds, and a millisecond where an LLM is new.
@@ -114,7 +120,10 @@ class Lengths:
             self._means[client] = float(tokens) if mean is None else mean + _SHARE * (tokens - mean)
             if len(self._means) > _MAX_CLIENTS:
                 self._means.popitem(last=False)
-        if self.corrector is None or carried.raw is None or carried.answering is None:
+        if self.teacher is not None:
+            if name_of(carried.answering) is None:
+                return
+        elif self.corrector is None or carried.raw is None or carried.answering is None:
             return
         self._num_offered += 1
         if self._num_offered > _ALL_OF and self._num_offered % _ONE_IN:
@@ -122,9 +131,14 @@ class Lengths:
         if len(self._finished) >= _MAX_WAITING:
             self.num_dropped += 1
             return
-        self._finished.append((carried.raw, carried.answering, tokens, censored, client))
+        self._finished.append((carried, tokens, censored, client))
         if self._thread is None:
             self._start()
+
+    @property
+    def learns(self) -> bool:
+        """Whether finished requests teach a predictor, here or elsewhere."""
+        return self.corrector is not None or self.teacher is not None
 
     @property
     def corrects(self) -> bool:
@@ -155,27 +169,47 @@ class Lengths:
         """Looks now and then, so that the scheduling thread has nobody to wake."""
         while not (self._closed.wait(_LOOK_EVERY_S) and not self._finished):
             self._do_ahead()
-            while self._finished and self.corrector is not None:
+            while self._finished and self.learns:
                 self._do_ahead()
-                raw, answering, tokens, censored, client = self._finished.popleft()
                 try:
-                    read = self._read(Carried(raw=raw, answering=answering))
-                    if read is None:
-                        self.num_dropped += 1
-                        continue
-                    if self.corrector.observe(read[0], read[1], tokens, censored=censored, client=client):
+                    if self._taught(*self._finished.popleft()):
                         self.num_observed += 1
                     else:
                         self.num_refused += 1
                 except DataError:  # no distribution
                     self.num_dropped += 1
+                except ServerError as error:
+                    self.num_lost += 1
+                    # a service that answers is asked on; one that does not gets a rest, during which lessons wait
+                    if error.status is None and self._closed.wait(REST_S):
+                        self._until_s = 0.0
                 except Exception:
                     logger.exception("mope stops learning from finished requests; predictions are used as they come")
-                    self.corrector = None
+                    self.corrector = self.teacher = None
                     return
+                if time.monotonic() > self._until_s:
+                    self.num_lost += len(self._finished)
+                    self._finished.clear()
+
+    def _taught(self, carried: Carried, tokens: int, censored: bool, client: str) -> bool:
+        """Whether a finished request was learned from.
+
+        Raises:
+            DataError: what was carried cannot be read.
+            ServerError: the service did not take it.
+        """
+        name = name_of(carried.answering)
+        if self.teacher is not None and name is not None:
+            return self.teacher.observe(name, tokens, censored=censored, client=client)
+        read = self._read(carried)
+        if self.corrector is None or read is None:
+            raise DataError("no distribution")
+        return self.corrector.observe(*read, tokens, censored=censored, client=client)
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Learns what is left to learn, and stops."""
+        """Learns what is left to learn, and stops. What a service does not take in half the time is given up."""
+        if self.teacher is not None:
+            self._until_s = time.monotonic() + timeout_s / 2
         self._closed.set()
         if self._thread is not None:
             self._thread.join(timeout_s)

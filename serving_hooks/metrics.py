@@ -221,16 +221,15 @@ class StewardCollector:
         skipped = CounterMetricFamily(
             "mope_not_learned",
             "Finished requests that were not learned from: learning was `behind`, the client has taught its `share`, "
-            "or it `forced` the length.",
+            "it `forced` the length, or they were `lost`, because a service that predicts did not take them.",
             labels=["reason"],
         )
         skipped.add_metric(["behind"], lengths.num_dropped)
         skipped.add_metric(["share"], lengths.num_refused)
         skipped.add_metric(["forced"], lengths.num_forced)
+        skipped.add_metric(["lost"], lengths.num_lost)
         yield skipped
-        yield GaugeMetricFamily(
-            "mope_learning", "1 while predictions are recalibrated.", value=float(lengths.corrector is not None)
-        )
+        yield GaugeMetricFamily("mope_learning", "1 while predictions are recalibrated.", value=float(lengths.learns))
 
     def _clients(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily

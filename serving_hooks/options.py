@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from mope import packaged
 from mope.errors import ConfigError, UserError
 from mope.fairness import FairnessConfig, load_profile
+from mope.serving_hooks import remote
 from mope.target_llm import MAX_SIZE
 
 _BARE = re.compile(r"[\w.-]+")  # a name without a folder or an organisation
@@ -55,7 +56,9 @@ class HookOptions(FairnessConfig):
         "servers on several machines; by default one is drawn and kept next to `state` or in a private folder",
     )
     predictor: str = Field(
-        "chat-small", description="packaged predictor, folder or Hub id that predicts lengths; `none` for no prediction"
+        "chat-small",
+        description="packaged predictor, folder or Hub id that predicts lengths; `http://HOST:PORT` of a `mope serve` "
+        "that several servers share; `none` for no prediction",
     )
     target_llm: str | None = Field(
         None, description="name of the LLM for the predictor; by default what the server says"
@@ -157,6 +160,8 @@ class HookOptions(FairnessConfig):
         except UserError as error:
             return f"profile: {error}"
         name = self.predictor
+        if (wrong := remote.mistake(name)) is not None:
+            return f"predictor: {wrong}"
         here = Path(name).exists() or (packaged.PREDICTORS / name).exists()
         if name != NO_PREDICTOR and _BARE.fullmatch(name) and not here:
             return f"predictor: {packaged.not_found(name)}"

@@ -21,6 +21,7 @@ from mope.fairness.stores import Store, StoreConfig, address, has_password, open
 from mope.serving_hooks.carried import Carried
 from mope.serving_hooks.lengths import Expected, Lengths
 from mope.serving_hooks.options import NO_PREDICTOR, PASSWORD_SHOWN, HookOptions
+from mope.serving_hooks.remote import is_address, teacher
 from mope.serving_hooks.state import Keeper, books_and_lessons, take_up
 from mope.serving_hooks.tallies import Tallies, Tally
 
@@ -78,7 +79,7 @@ class Steward:
             clock: seconds, only for latencies; where ranks must agree, see `exact`.
 
         Raises:
-            ConfigError: the options name a profile that cannot be read.
+            ConfigError: the options name a profile that cannot be read, or the key for a service cannot be sent.
         """
         self.options = options
         self.clock = clock
@@ -90,7 +91,7 @@ class Steward:
             max_clients=options.max_clients,
         )
         self.policy = Policy(options, ledger=ledger, ticket=Held)
-        self.lengths = Lengths(_corrector(options))
+        self.lengths = _lengths(options)
         self.tallies = Tallies(options.metrics_clients)
         self.held: dict[str, Held] = {}
         self.num_invalid = 0  # requests whose client or size could not be used as it came
@@ -99,7 +100,7 @@ class Steward:
         self._keeper: Keeper | None = None
         if options.state is not None:
             if not take_up(options.state, "books", self._restore):
-                self.lengths = Lengths(_corrector(options))  # the same for what was taken of a damaged file
+                self.lengths = _lengths(options)  # the same for what was taken of a damaged file
             self._keeper = Keeper(
                 options.state,
                 lambda: books_and_lessons(ledger, self.lengths.to_json),
@@ -310,9 +311,13 @@ class Steward:
             self.policy.ledger.close(request_id)
 
 
+def _lengths(options: HookOptions) -> Lengths:
+    return Lengths(_corrector(options), teacher(options.predictor, recalibrate=options.recalibrate))
+
+
 def _corrector(options: HookOptions) -> Corrector | None:
     """What corrects predictions here; None where nothing is predicted or corrected, or the predictor cannot be read."""
-    if not options.recalibrate or options.predictor == NO_PREDICTOR:
+    if not options.recalibrate or options.predictor == NO_PREDICTOR or is_address(options.predictor):
         return None
     try:
         return Corrector.load(options.predictor)

@@ -133,12 +133,16 @@ def listen(host: str, port: int) -> socket.socket:
         ConfigError: the address is not this machine's, or the port is taken.
     """
     try:
-        return socket.create_server(
+        listening = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=BACKLOG
         )
     except (OSError, OverflowError) as error:
         said = getattr(error, "strerror", None) or error
         raise ConfigError(f"--host {host} --port {port}: {said}; choose another port, or 0 for a free one") from error
+    # connections inherit it. asyncio sets it only where it made the socket, and a response in two parts then waits some
+    # 40 ms for the client's delayed acknowledgement
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 def _log_config(config: ServeConfig) -> dict[str, object]:

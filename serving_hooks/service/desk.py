@@ -24,7 +24,7 @@ from mope.inputs import as_request
 from mope.log_answers import CUT, answers_of, at, finish_of, usage_of
 from mope.prediction_batch import PredictionBatch
 from mope.reader import MAX_TOKENS, is_forced, shown
-from mope.request import Request
+from mope.request import AS_READ, Request
 from mope.serving import ServingPredictor
 from mope.serving_hooks.front import PLACES_ON_CPU, PLACES_ON_GPU
 from mope.serving_hooks.service import traces
@@ -97,7 +97,7 @@ class Desk:
         )
 
     def read(self, body: Any) -> Request:
-        """One request, as `LengthPredictor.predict_batch` reads it.
+        """One request, as `LengthPredictor.predict_batch` reads it, or as a hook of an engine has read it already.
 
         Raises:
             DataError: it cannot be read; the message says what was expected.
@@ -107,11 +107,14 @@ class Desk:
                 'a request is an object such as {"prompt": "..."} or {"messages": [...]}, as OpenAI and Anthropic have '
                 f"it; got {shown(body)}"
             )
+        as_read = isinstance(body.get(AS_READ), Mapping)
+        if as_read:
+            body = body[AS_READ]
         if self._unit is not None and body.get("token_unit") is None:
             body = {**body, "token_unit": self._unit}
         if self.config.target_llm is not None and not any(body.get(name) for name in ("target_llm", "model")):
             body = {**body, "target_llm": self.config.target_llm}
-        return as_request(body)
+        return as_request(Request.from_json(body) if as_read else body)
 
     async def predict(
         self, bodies: Sequence[Any], client: str | None, deadline_s: float, came_s: float
@@ -242,15 +245,13 @@ class Desk:
         if not isinstance(body, Mapping) or "request" not in body:
             raise DataError(f"a reservation is an object such as {_RESERVE_EXAMPLE}; got {shown(body)}")
         payer, name, given = (body.get(key) for key in ("client", "id", "prompt_tokens"))
-        payer = client or "" if payer is None else payer
-        for key, value, most in (("client", payer, MAX_CLIENT), ("id", "" if name is None else name, MAX_ID)):
-            if not isinstance(value, str) or len(value) > most or not value.isprintable():
-                raise DataError(f"{key} is a text of at most {most} printable characters; got {shown(value)}")
+        payer = _name("client", client or "" if payer is None else payer, MAX_CLIENT)
+        _name("id", "" if name is None else name, MAX_ID)
         if name == "":
             raise DataError("id is empty; leave it out, or send one that no other request has")
         if given is not None and (type(given) is not int or not 0 <= given <= MAX_TOKENS):
             raise DataError(f"prompt_tokens is a whole number from 0 to {MAX_TOKENS:,}; got {shown(given)}")
-        if payer != (client or "") and self.config.gateways and client not in self.config.gateways:
+        if payer != (client or "") and not self._speaks_for_others(client):
             raise DataError(f"client: this key reserves for {shown(client)} alone (--gateways); got {shown(payer)}")
         request = self.read(body["request"])
         end_s = came_s + deadline_s - min(MARGIN_S, MARGIN_SHARE * deadline_s)
@@ -295,7 +296,8 @@ class Desk:
             raise UnknownId(f"no reservation has the id {shown(name)}: it was forgotten or never made")
         self.metrics.settled(found)
         first = found["state"] != "already" and self.memory.find(name, client) is not None
-        learned = self.observe(body, client)["learned"] if first else False
+        taught = {key: value for key, value in body.items() if key != "client"}  # the reservation says whose it is
+        learned = self.observe(taught, client)["learned"] if first else False
         return {**found, "learned": learned}
 
     def observe(self, body: Any, client: str | None) -> dict[str, Any]:
@@ -303,7 +305,8 @@ class Desk:
 
         Args:
             body: `id` or `prediction`, and what was generated: `completion_tokens`, a `usage` block, or the whole
-                `response`.
+                `response`. `client` may name whose request it was: it counts as that client's and teaches as that
+                client's, if the one who says so may speak for others (`gateways`).
             client: who says so. It may observe its own predictions alone.
 
         Returns:
@@ -321,6 +324,7 @@ class Desk:
         if not isinstance(name, str):
             raise DataError(f"id is the id of a prediction, a text; got {shown(name)}; expected {_EXAMPLE}")
         tokens, cut = _generated(body)
+        sender = _name("client", body.get("client") or "", MAX_CLIENT)
         found = self.memory.find(name, client)
         if found is None:
             self.metrics.not_learned.labels("unknown").inc()
@@ -329,7 +333,8 @@ class Desk:
         if tokens == 0:
             return {"id": name, "learned": False, "reason": "no tokens were generated"}
         more = self._used(body, tokens)
-        self.metrics.observed(found.payer, tokens, found.mean, found.high, made=found.made, more=more)
+        taught = sender if sender and self._speaks_for_others(client) else found.payer
+        self.metrics.observed(taught, tokens, found.mean, found.high, made=found.made, more=more)
         traces.finished(tokens, more, finish_of(body))
         if tokens < found.free_from:
             self.metrics.not_learned.labels("forced").inc()
@@ -337,11 +342,15 @@ class Desk:
         if cut is None:
             cut = found.max_tokens is not None and tokens >= found.max_tokens
         raw_E = np.frombuffer(found.raw, dtype=np.float32).astype(np.float64)
-        if self.predictor.corrector.observe(raw_E, found.answering, tokens, censored=cut, client=found.payer):
+        if self.predictor.corrector.observe(raw_E, found.answering, tokens, censored=cut, client=taught):
             self.metrics.learned.inc()
             return {"id": name, "learned": True, "reason": ""}
         self.metrics.not_learned.labels("share").inc()
         return {"id": name, "learned": False, "reason": "this client has taught its share"}
+
+    def _speaks_for_others(self, client: str | None) -> bool:
+        """Whether a client may name others for whom it reserves or observes."""
+        return not self.config.gateways or client in self.config.gateways
 
     def _used(self, body: Mapping[str, Any], tokens: int) -> dict[str, float]:
         """What else an observation says was used."""
@@ -405,6 +414,12 @@ _EXAMPLE = '{"id": "...", "completion_tokens": 231} or {"id": "...", "usage": {.
 
 
 _RESERVE_EXAMPLE = '{"client": "team-a", "request": {"model": "...", "messages": [...]}}'
+
+
+def _name(key: str, value: Any, most: int) -> str:
+    if not isinstance(value, str) or len(value) > most or not value.isprintable():
+        raise DataError(f"{key} is a text of at most {most} printable characters; got {shown(value)}")
+    return value
 
 
 def _prompt_tokens(body: Mapping[str, Any]) -> int | None:

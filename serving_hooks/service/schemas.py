@@ -182,6 +182,12 @@ OBSERVE_BODY: dict[str, Any] = {
                         "usage": {"type": "object", "description": "a usage block of OpenAI or Anthropic as it is"},
                         "response": {"type": "object", "description": "the whole response, in place of usage"},
                         "finish_reason": {"type": "string", "description": "why the answer ended, such as stop"},
+                        "client": {
+                            "type": "string",
+                            "maxLength": 200,
+                            "description": "whose request it was, from a key that may speak for others; by default the "
+                            "client of the API key",
+                        },
                     },
                     "additionalProperties": True,
                 },
@@ -241,7 +247,8 @@ RESERVE_BODY: dict[str, Any] = {
     }
 }
 SETTLE_BODY: dict[str, Any] = copy.deepcopy(OBSERVE_BODY)
-del SETTLE_BODY["requestBody"]["content"]["application/json"]["schema"]["properties"]["prediction"]
+for _name in ("prediction", "client"):
+    del SETTLE_BODY["requestBody"]["content"]["application/json"]["schema"]["properties"][_name]
 SETTLE_BODY["requestBody"]["content"]["application/json"]["schema"]["properties"]["id"]["description"] = (
     "of a reservation"
 )

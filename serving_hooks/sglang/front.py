@@ -27,6 +27,7 @@ from mope.serving_hooks.carried import Carried, seals, without_ours
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.lengths import Lengths
 from mope.serving_hooks.options import HookOptions
+from mope.serving_hooks.remote import teacher
 from mope.serving_hooks.sglang import compat
 from mope.serving_hooks.sglang.policy import ATTRIBUTE
 from mope.serving_hooks.sglang.settings import VARIABLE, read_options
@@ -84,7 +85,10 @@ class FrontEnd:
         names = [str(name) for name in (server_args.model_path, server_args.served_model_name) if name]
         self.front = Front.load(options, identity, names, logger=logger)
         # the front end predicts with the corrector that learns here: its predictions come corrected
-        self.lengths = Lengths(self.front.corrector if options.recalibrate else None)
+        self.lengths = Lengths(
+            self.front.corrector if options.recalibrate else None,
+            teacher(options.predictor, recalibrate=options.recalibrate),
+        )
         self._keeper: Keeper | None = None
         if options.state is not None:
             path = _kept_beside(options.state)
@@ -94,6 +98,7 @@ class FrontEnd:
                 lambda: in_pieces({"lengths": self.lengths.to_json()}),
                 lambda: (self.lengths.num_seen, self.lengths.num_observed),
             )
+        if self._keeper is not None or self.lengths.teacher is not None:
             atexit.register(self._close)
         if server_args.enable_metrics:
             from mope.serving_hooks.front_metrics import front_collector

@@ -144,6 +144,25 @@ def test_after_a_rest_the_server_is_asked_again() -> None:
     with_server(handle, use)
 
 
+def test_after_a_rest_one_request_asks_and_the_others_do_not_wait() -> None:
+    seen: list[bytes] = []
+
+    async def handle(request: bytes, writer: asyncio.StreamWriter) -> None:
+        seen.append(request)
+        await asyncio.sleep(60)
+
+    async def use(url: str) -> None:
+        async with Predictions(url, rest_s=0.2, deadline_s=0.1) as predictions:
+            await asyncio.gather(*(predictions.predict("Hi") for _ in range(FAILURES_IN_A_ROW)))
+            await asyncio.sleep(0.3)
+            seen.clear()
+            found = await asyncio.gather(*(predictions.predict("Hi") for _ in range(50)))
+            assert sorted(one.source for one in found) == ["fallback:timeout"] + 49 * ["fallback:unreachable"]
+            assert len(seen) <= 1  # none on a machine that is busy
+
+    with_server(handle, use)
+
+
 async def never(request: bytes, writer: asyncio.StreamWriter) -> None:
     await asyncio.sleep(60)
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from mope.corrector import Answering
 from mope.errors import ConfigError, DataError
 from mope.reader import is_forced
 from mope.serving_hooks.identity import digest
-from mope.serving_hooks.service import traces
+from mope.serving_hooks.service import cli, traces
 from mope.serving_hooks.service.config import ServeConfig
 from mope.serving_hooks.service.desk import Desk, UnknownId
 from mope.serving_hooks.service.keys import Keys
@@ -85,6 +86,13 @@ def test_ids_are_long_and_differ() -> None:
     names = {memory.add(remembered()) for _ in range(10_000)}
     assert len(names) == 10_000
     assert min(map(len, names)) >= 16
+
+
+def test_a_response_in_two_parts_does_not_wait_for_an_acknowledgement() -> None:
+    with cli.listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 # -- keys
