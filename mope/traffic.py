@@ -1,4 +1,4 @@
-"""An expert that learns the traffic it serves: Bayesian linear regression of log length on a few traits of each request.
+"""An expert that learns the traffic it serves: Bayesian linear regression of log length on traits of each request.
 
 Traits are a fixed projection of what the network made of a request, in small whole numbers. Of finished requests only
 sums of traits and residuals are kept, also in whole numbers: they add up exactly, wherever the requests were served.
@@ -222,7 +222,11 @@ def _evidence(count: float, squares: float, scale: float) -> float:
     """Log probability of residuals, their variance integrated out."""
     shape = SHAPE + 0.5 * count
     return (
-        lgamma(shape) - lgamma(SHAPE) + SHAPE * log(scale) - shape * log(scale + 0.5 * squares) - 0.5 * count * log(2 * pi)
+        lgamma(shape)
+        - lgamma(SHAPE)
+        + SHAPE * log(scale)
+        - shape * log(scale + 0.5 * squares)
+        - 0.5 * count * log(2 * pi)
     )
 
 
