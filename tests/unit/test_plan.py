@@ -149,7 +149,7 @@ def test_teachers_are_named_loaded_and_checked(
     assert second == (
         "--co-teachers chat-small: the recipe (not the packaged predictor; "
         "not the folder of that name: type --co-teachers ./chat-small for it), which is trained first, after the "
-        "teachers of its own: chat-minilm"
+        "teachers of its own: chat-e5, chat-minilm"
     )
     assert third.startswith(f"--co-teachers ./chat-small: {saved}")
     with pytest.raises(ConfigError, match="counts tokens with 'cl100k_base'; type --label-tokenizer cl100k_base"):

@@ -26,7 +26,7 @@ def write(path: Path, text: str) -> str:
 
 def test_the_recipes_that_are_promised_are_there() -> None:
     assert recipe_names() == [
-        "chat-base", "chat-micro", "chat-minilm", "chat-small", "demo", "lmsys-base", "lmsys-small",
+        "chat-base", "chat-e5", "chat-micro", "chat-minilm", "chat-small", "demo", "lmsys-base", "lmsys-small",
         "sharegpt-base", "sharegpt-micro", "sharegpt-minilm", "sharegpt-small",
     ]  # fmt: skip
 
