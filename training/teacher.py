@@ -246,7 +246,7 @@ def on_grid(log_mix_RN: Array, own: Grid, other: Grid) -> Targets:
 
 def _log(probabilities: Array) -> Array:
     """Logarithms in float16; what is below `LEAST` counts as that."""
-    return np.log(np.maximum(probabilities, LEAST)).astype(np.float16)
+    return np.log(np.maximum(probabilities, LEAST)).astype(np.float16, order="C")  # as safetensors writes it
 
 
 def mixture_targets(raw: RawOutputs) -> Targets:

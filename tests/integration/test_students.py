@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,23 @@ def test_a_teacher_is_asked_only_for_rows_like_those_that_it_learned_from(
     np.testing.assert_array_equal(np.exp(beside_none.log_mix_RN[30:].astype(float)), both[30:])
     assert not first.learned_from("there")
     assert first.learned_from(config.data.source)
+
+
+def test_what_a_teacher_said_on_another_grid_is_kept_as_it_was_said(
+    teacher: Path, config: TrainConfig, tmp_path: Path
+) -> None:
+    first = Teacher(teacher)
+    table = build_rows(resolve_label_tokenizer(config.data, first.tokenizer_json, tmp_path)).rows.split("train")
+    own = Grid.of(first.settings)
+    for grid in (
+        own,
+        replace(own, boundaries=(own.edges[3],), edges=own.edges[2:], num_body_bins=own.num_body_bins - 2),
+    ):
+        asked = (table.take(np.arange(30)), grid, "these rows", tmp_path)
+        said, kept = first.answers(*asked), first.answers(*asked)
+        np.testing.assert_array_equal(kept.log_mix_RN, said.log_mix_RN)
+        np.testing.assert_array_equal(kept.log_gate_RK, said.log_gate_RK)
+        np.testing.assert_allclose(np.exp(kept.log_mix_RN.astype(float)).sum(axis=1), 1.0, atol=2e-2)
 
 
 def test_a_predictor_that_was_exported_for_serving_can_teach_beside_another() -> None:
