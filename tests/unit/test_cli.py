@@ -72,6 +72,11 @@ def test_version(run: Run, capsys: Any) -> None:
     assert capsys.readouterr().out == f"mope {version('mope-llm')}\n"
 
 
+def test_the_package_is_the_command_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "mope", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"mope {version('mope-llm')}\n")
+
+
 def test_no_command_and_an_unknown_one_are_mistakes(run: Run) -> None:
     assert "COMMAND" in mistake(run())
     line = mistake(run("predct"))
