@@ -260,7 +260,7 @@ def test_a_student_of_co_teachers_alone_has_a_grid_of_its_own(
     maes = {}
     for name, folder in {"knows": teacher, "foreign": foreign}.items():
         model = own.model_copy(update={"co_teachers": (str(folder),)})
-        result = train(config.model_copy(update={"model": model}), tmp_path / name)
+        result = train(config.model_copy(update={"model": model}), tmp_path / f"taught-by-{name}")
         assert result is not None
         found = result.metrics["test"]["all_turns"]
         assert "teacher" not in found
