@@ -199,7 +199,7 @@ def learned(directions: Directions, own: Moments, relatives: Moments | None = No
         relatives: of other targets' answers, for the prior.
     """
     precision_DD = np.diag(directions.noise / directions.variance_D)
-    mean_D = np.zeros(directions.num_traits)
+    mean_D: Array = np.zeros(directions.num_traits)
     if relatives is not None and relatives.total > 0:
         share = RELATIVES_COUNT / (RELATIVES_COUNT + relatives.total)
         precision_DD = precision_DD + share * relatives.scatter_DD

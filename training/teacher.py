@@ -209,11 +209,11 @@ def lessons(
         rows = np.flatnonzero(named == source)
         if not len(rows):
             continue
-        asked = [teacher for teacher in teachers if teacher.learned_from(source)] or [first]
+        asked = [teacher for teacher in teachers if teacher.learned_from(source)]
+        if not asked and first is None:
+            mix_RN[rows] = gate_RK[rows] = np.nan
+        asked = asked or ([first] if first is not None else [])
         for teacher in asked:
-            if teacher is None:
-                mix_RN[rows] = gate_RK[rows] = np.nan
-                continue
             said = teacher.answers(table.take(rows), grid, fingerprint, cache_dir)
             mix_RN[rows] += np.exp(said.log_mix_RN.astype(np.float32)) / len(asked)
             gate_RK[rows] += np.exp(said.log_gate_RK.astype(np.float32)) / len(asked)
