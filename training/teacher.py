@@ -43,6 +43,7 @@ from mope.training.prepare import Grid
 from mope.training.routing import collect
 
 LEAST = 1e-12  # probability that a teacher gives any bin
+FORM = "2"  # of kept answers; those of form 1 may be transposed
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class Teacher:
             fingerprint: of the data set that the rows are from.
             cache_dir: where the answers are kept, for a run that is resumed and for other students.
         """
-        asked = [file_sha256(self.folder / "files.json"), repr(grid), fingerprint, *table.strings("row_id")]
+        asked = [FORM, file_sha256(self.folder / "files.json"), repr(grid), fingerprint, *table.strings("row_id")]
         name = hashlib.sha256("\n".join(asked).encode()).hexdigest()[:32]
         cache = cache_dir / "teachers" / f"{name}.safetensors"
         if cache.exists():
