@@ -131,8 +131,12 @@ def running(url: str, api_key: str | None) -> list[Finding]:
     try:
         accounts = fetch_json(f"{url}/v1/budgets", api_key)
     except ServerError as error:
-        meaning = "it cannot reach its books: reservations are allowed unbooked" if error.status == 503 else str(error)
-        found.append(Finding(part, "failed", f"{url}/v1/budgets: {meaning}"))
+        if error.status == 404:
+            found.append(Finding(part, "warning", f"{url} is an older release that does not show its books; update it"))
+        else:
+            unbooked = "it cannot reach its books: reservations are allowed unbooked"
+            meaning = unbooked if error.status == 503 else str(error)
+            found.append(Finding(part, "failed", f"{url}/v1/budgets: {meaning}"))
     else:
         if accounts:
             found.append(Finding(part, "ok", f"its books can be read: {len(accounts)} accounts"))

@@ -62,6 +62,7 @@ def test_predictions_that_come_too_late_are_told() -> None:
         ((200, json.dumps({"team-a": {}, "team-b": {}})), "ok", "its books can be read: 2 accounts"),
         ((503, "{}"), "failed", "it cannot reach its books"),
         ((500, "{}"), "failed", "/v1/budgets: HTTP 500"),
+        ((404, "{}"), "warning", "does not show its books"),
     ],
 )
 def test_the_books_of_a_service_that_runs(answer: tuple[int, str], status: str, expected: str) -> None:
