@@ -45,11 +45,6 @@ ROUTER_PARTS = {
     "rules": "rules for what a prompt asks for in so many words",
     "lookup": "a look-up of training prompts with similar embeddings",
 }
-EXPERTS_WORTH = (
-    "beside one head of their kind and size, several made errors that could hardly be told apart from its own, and "
-    "gave the answers a slightly better likelihood (project's log of experiments, 2026-11-26). One head alone: "
-    "`--num-experts 1`."
-)
 COMBINATIONS = {
     "top1": "the expert that the router prefers answers alone",
     "mixture": "all experts answer, weighted by the router",
@@ -328,7 +323,6 @@ def _making(config: Facts, metrics: Facts, provenance: Facts) -> str:
         f"**Experts**: {'; '.join(_buckets(config['boundaries']))} tokens.",
         f"**Router**: {'; '.join(parts)}." if parts else "",
         f"**Combination**: {config['combination']}: {COMBINATIONS[config['combination']]}." if parts else "",
-        f"**What experts are worth**: {EXPERTS_WORTH}" if parts else "",
         f"**Distribution**: {config['num_body_bins']} log-spaced bins up to {top:,.0f} tokens, above that a Pareto "
         f"tail of index {config['tail_index']:.2f}, fitted to the training answers.",
         "**Calibration**: the cumulative probabilities are mapped to what was observed on the validation split, "

@@ -177,6 +177,10 @@ def test_every_number_comes_from_the_run():
     assert numbers(text) - allowed == set()
 
 
+def test_a_rival_that_the_run_did_not_measure_is_not_spoken_of():
+    assert not re.search(r"single head|one head", card(), re.IGNORECASE)
+
+
 def test_front_matter_is_what_the_hub_reads():
     data = ModelCard(card(datasets=["lmsys/lmsys-chat-1m"], is_public=True)).data
     assert (data.license, data.library_name, data.datasets) == ("apache-2.0", "mope", ["lmsys/lmsys-chat-1m"])
