@@ -81,7 +81,7 @@ LOOKUP_NOTE = (
 
 
 def snippet(name: str) -> str:
-    """Python that loads the predictor and asks it, as the card shows it; a run can execute it.
+    """Python that loads the predictor and asks it, as the card shows it.
 
     Args:
         name: what `LengthPredictor.from_pretrained` is given: a folder or a Hub id.

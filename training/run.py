@@ -7,7 +7,6 @@ predictor is written whole at the end.
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -20,7 +19,7 @@ import torch
 from mope import artifact
 from mope.artifact import weight_files
 from mope.backends.torch_backend import TorchBackend
-from mope.card import render_card, snippet, write_card
+from mope.card import PROMPT, render_card, write_card
 from mope.config import PredictorConfig
 from mope.console import console, working
 from mope.errors import ConfigError
@@ -202,8 +201,7 @@ def _train(
         )
         write_card(folder, card)
     end(work, finished=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # what the card shows must run
-        exec(compile(snippet(str(output)), "the model card's snippet", "exec"), {})
+    LengthPredictor.from_pretrained(output).predict(PROMPT)  # what the card shows must run
     print_metrics(metrics, console(), short=True)
     for line in verdict(metrics):
         console().print(line, highlight=False, soft_wrap=True)
