@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mope import artifact
-from mope.epochs import Target
 from mope.grid import Array, cdf_at
 from mope.prediction_batch import LEAST_TAIL_INDEX, MOST_TAIL_INDEX, TAIL_SHARE
 from mope.recalibration import Recalibrator
+from mope.time_windows import Target
 
 if TYPE_CHECKING:
     from mope.config import PredictorConfig

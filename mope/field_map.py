@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 from mope.config import Frozen
 from mope.errors import ConfigError, DataError
 from mope.flags import flag_name
-from mope.log_answers import CALLS, FINISH, RESPONSES, THOUGHTS, TOKEN_LISTS, USAGE, Answer
+from mope.log_answers import CALLS, FINISH, RESPONSES, THOUGHTS, TOKEN_LISTS, USAGE, LoggedAnswer
 from mope.log_records import CONVERSATIONS, GROUP_COLUMNS, ID_COLUMNS, MORE, PROMPTS, Logged, canonical, logged, named
 from mope.reader import TEXTS, parsed
 from mope.record_files import Findings
@@ -284,7 +284,7 @@ def opened(record: Mapping[str, Any], call: Logged) -> dict[str, Any]:
     return flat
 
 
-def _choice(answer: Answer) -> dict[str, Any]:
+def _choice(answer: LoggedAnswer) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": answer.text}
     if answer.thoughts:
         message["reasoning_content"] = answer.thoughts

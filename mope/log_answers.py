@@ -30,7 +30,7 @@ class Usage(NamedTuple):
     unreadable: str = ""
 
 
-class Answer(NamedTuple):
+class LoggedAnswer(NamedTuple):
     """One answer of an LLM.
 
     Attributes:
@@ -239,7 +239,7 @@ def finish_of(place: Mapping[str, Any]) -> str | None:
     return status.lower() if isinstance(status, str) and status.lower() in CUT else None
 
 
-def answers_of(response: Any) -> tuple[Answer, ...]:
+def answers_of(response: Any) -> tuple[LoggedAnswer, ...]:
     """The answers in a response: one, or one of each choice. Empty if it holds none.
 
     Args:
@@ -247,7 +247,7 @@ def answers_of(response: Any) -> tuple[Answer, ...]:
     """
     response = unstreamed(parsed(response))
     if isinstance(response, str):
-        return (Answer(text=response),)
+        return (LoggedAnswer(text=response),)
     if isinstance(response, list):
         return _of_list(response)
     if not isinstance(response, Mapping):
@@ -258,9 +258,9 @@ def answers_of(response: Any) -> tuple[Answer, ...]:
     ):
         found = (message_answer(response),)
     if not found and isinstance(response.get("text"), str):
-        found = (_with_thoughts(Answer(text=response["text"]), response),)
+        found = (_with_thoughts(LoggedAnswer(text=response["text"]), response),)
     if not found and any(name in response for name in ("finish_reason", "meta_info", "done_reason")):
-        found = (Answer(),)
+        found = (LoggedAnswer(),)
     if len(found) != 1:
         return found
     (answer,) = found
@@ -268,7 +268,7 @@ def answers_of(response: Any) -> tuple[Answer, ...]:
     return (answer._replace(finish=answer.finish or finish_of(response), usage=usage),)
 
 
-def _of_fields(place: Mapping[str, Any]) -> tuple[Answer, ...]:
+def _of_fields(place: Mapping[str, Any]) -> tuple[LoggedAnswer, ...]:
     """The answers under the first of `RESPONSES` that holds any."""
     for name in RESPONSES:
         value = parsed(place.get(name))
@@ -288,7 +288,7 @@ def _of_fields(place: Mapping[str, Any]) -> tuple[Answer, ...]:
     return ()
 
 
-def _of_list(listed: Sequence[Any]) -> tuple[Answer, ...]:
+def _of_list(listed: Sequence[Any]) -> tuple[LoggedAnswer, ...]:
     if _are_items(listed):
         return (_gathered(listed),)
     return tuple(message_answer(one) for one in listed if isinstance(one, Mapping) and role_of(one) in ASSISTANT)
@@ -305,18 +305,18 @@ def _are_items(value: Any) -> bool:
     )
 
 
-def _choice(choice: Mapping[str, Any]) -> Answer:
+def _choice(choice: Mapping[str, Any]) -> LoggedAnswer:
     """A choice of OpenAI's, or a candidate of Google's."""
     said = next((one for name in ("message", "content") if isinstance(one := parsed(choice.get(name)), Mapping)), None)
     if said is not None:
         answer = message_answer(said)
     else:
         text = choice.get("text")
-        answer = _with_thoughts(Answer(text=text if isinstance(text, str) else None), choice)
+        answer = _with_thoughts(LoggedAnswer(text=text if isinstance(text, str) else None), choice)
     return answer._replace(finish=finish_of(choice), usage=usage_of(choice))
 
 
-def message_answer(message: Mapping[str, Any]) -> Answer:
+def message_answer(message: Mapping[str, Any]) -> LoggedAnswer:
     """A message of an assistant as an answer: OpenAI's, Anthropic's, Google's, or a part of a span."""
     content = message.get("content", message.get("parts", message.get("value")))
     content = parsed(content) if not isinstance(content, str) else content
@@ -327,11 +327,11 @@ def message_answer(message: Mapping[str, Any]) -> Answer:
     else:
         refusal = message.get("refusal")
         text = content if isinstance(content, str) and content else refusal if isinstance(refusal, str) else ""
-        answer = Answer(text=text or (content if isinstance(content, str) else ""))
+        answer = LoggedAnswer(text=text or (content if isinstance(content, str) else ""))
     return _with_thoughts(answer, message)._replace(finish=finish_of(message), usage=usage_of(message))
 
 
-def _with_thoughts(answer: Answer, place: Mapping[str, Any]) -> Answer:
+def _with_thoughts(answer: LoggedAnswer, place: Mapping[str, Any]) -> LoggedAnswer:
     """An answer with the thoughts and tool calls that stand beside its text."""
     thoughts, hidden = answer.thoughts, answer.hidden
     if not thoughts:
@@ -367,7 +367,7 @@ def _call(call: Mapping[str, Any]) -> str:
     return json.dumps({"name": name, "arguments": parsed(given)}, ensure_ascii=False, default=str)
 
 
-def _gathered(parts: Sequence[Any]) -> Answer:
+def _gathered(parts: Sequence[Any]) -> LoggedAnswer:
     """One answer of content parts or of items of the Responses API."""
     texts: list[str] = []
     thoughts: list[str] = []
@@ -399,7 +399,7 @@ def _gathered(parts: Sequence[Any]) -> Answer:
             texts.append(str(code.get("code", "")))
         elif kind != "tool_result" and (said := _part_text(part, ("text", "content", "refusal"))):
             texts.append(said)
-    return Answer("\n".join(texts), "\n".join(thoughts), "\n".join(calls), hidden, finish)
+    return LoggedAnswer("\n".join(texts), "\n".join(thoughts), "\n".join(calls), hidden, finish)
 
 
 def _part_text(part: Mapping[str, Any], names: Sequence[str]) -> str:

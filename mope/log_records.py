@@ -18,7 +18,7 @@ from mope.log_answers import (
     THOUGHTS,
     TOKEN_LISTS,
     USAGE,
-    Answer,
+    LoggedAnswer,
     Usage,
     answers_of,
     at,
@@ -74,7 +74,7 @@ class Logged(NamedTuple):
 
     family: str
     request: Record
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[LoggedAnswer, ...] = ()
     usage: Usage = Usage()
     finish: str | None = None
     failed: bool = False
@@ -285,7 +285,7 @@ def _flat(record: Record) -> Logged | None:
     return found
 
 
-def _completed(answer: Answer, record: Record) -> Answer:
+def _completed(answer: LoggedAnswer, record: Record) -> LoggedAnswer:
     usage = answer.usage if answer.usage.tokens is not None else usage_of(record)
     return answer._replace(finish=answer.finish or finish_of(record), usage=usage)
 

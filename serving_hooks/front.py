@@ -53,7 +53,7 @@ PLACES_REMOTE = 64  # the same of a service, which is asked over as many connect
 MOST_WAITING, MOST_IN_ALL = 64, 1024  # predictions that wait for one client, and for all
 
 
-class Predicted(NamedTuple):
+class FrontPrediction(NamedTuple):
     """What is predicted for the answers of one HTTP request: of a batch, for an answer drawn from it.
 
     Attributes:
@@ -185,7 +185,7 @@ class Front:
         """What a request asks for."""
         return read(kind, body, self.target_llm, **self._facts)
 
-    async def predict(self, asked: Asked, client: str | None = None) -> Predicted | None:
+    async def predict(self, asked: Asked, client: str | None = None) -> FrontPrediction | None:
         """What is predicted for a request, within the deadline; None if nothing is.
 
         Args:
@@ -229,7 +229,7 @@ class Front:
         self._outcomes[OUTCOMES.get(answer.source, "failed")] += 1
         return answer
 
-    def _joined(self, found: Sequence[LengthPrediction | Prediction], num_answers: int) -> Predicted | None:
+    def _joined(self, found: Sequence[LengthPrediction | Prediction], num_answers: int) -> FrontPrediction | None:
         if said := [answer for answer in found if isinstance(answer, Prediction)]:
             return self._said(said, num_answers)
         answers = [answer for answer in found if not isinstance(answer, Prediction)]
@@ -239,16 +239,16 @@ class Front:
             return None
         raw_E = raw[0] if len(raw) == 1 else as_carried(np.mean(raw, axis=0))
         tokens, high = self.corrector.expected(raw_E, answering, cap)
-        return Predicted(tokens, high, pack(raw_E), answering.write())
+        return FrontPrediction(tokens, high, pack(raw_E), answering.write())
 
-    def _said(self, answers: Sequence[Prediction], num_answers: int) -> Predicted:
+    def _said(self, answers: Sequence[Prediction], num_answers: int) -> FrontPrediction:
         """What a service predicts. It takes one observation for a prediction.
 
         Of several answers to one request the shortest ends first. It alone would be learned, so none is.
         """
         first = answers[0]
         name = first.id if num_answers == 1 and self.options.recalibrate else None
-        return Predicted(
+        return FrontPrediction(
             fmean(answer.mean for answer in answers),
             first.quantiles.get(HIGH) if len(answers) == 1 else None,
             None,

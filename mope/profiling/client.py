@@ -86,7 +86,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Answer:
+class StreamedAnswer:
     """One answer that has arrived.
 
     Attributes:
@@ -188,7 +188,7 @@ class Server:
                             f"{max_tokens} tokens were asked for"
                         )
 
-    async def answer(self, prompt: str, max_tokens: int) -> Answer:
+    async def answer(self, prompt: str, max_tokens: int) -> StreamedAnswer:
         """Ask for a completion and await it.
 
         Raises:
@@ -198,7 +198,7 @@ class Server:
         await self.stream(prompt, max_tokens, stream)
         return self.understood(stream, prompt)
 
-    def understood(self, stream: Stream, prompt: str) -> Answer:
+    def understood(self, stream: Stream, prompt: str) -> StreamedAnswer:
         """What arrived, understood; where the server sends no usage, a piece counts as a token.
 
         Raises:
@@ -209,7 +209,7 @@ class Server:
             raise ServerError("the server sent an empty answer; expected a token at least")
         usage = usage or {}
         num_words = prompt.count(" ") + 1 - UNENDING.count(" ") - 1
-        return Answer(
+        return StreamedAnswer(
             _counted(usage, "prompt_tokens") or round(self._overhead_tokens + self._tokens_per_word * num_words),
             _counted(usage, "completion_tokens") or len(arrivals),
             stream.sent_s,

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from mope.errors import ServerError
-from mope.profiling.client import Answer, Server, Stream
+from mope.profiling.client import Server, Stream, StreamedAnswer
 from mope.profiling.config import ProfilingConfig
 
 MIN_STEPS = 4  # of a measurement of decoding; of fewer, the first and the last weigh too much
@@ -81,7 +81,7 @@ class Measurements:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What will be measured, once what the server can't hold is left out."""
 
     prompt_tokens: tuple[int, ...]
@@ -94,7 +94,7 @@ class Plan:
         return len(self.prompt_tokens) + len(self.decoding)
 
 
-def planned(config: ProfilingConfig, max_model_len: int | None, capacity_tokens: int | None) -> Plan:
+def planned(config: ProfilingConfig, max_model_len: int | None, capacity_tokens: int | None) -> SweepPlan:
     """What of a config's settings fits into the server.
 
     Args:
@@ -126,7 +126,7 @@ def planned(config: ProfilingConfig, max_model_len: int | None, capacity_tokens:
             f"the server takes {max_model_len} tokens per request, too few for any --prompt-tokens or "
             f"--context-tokens with --decode-tokens {config.decode_tokens}; give smaller ones"
         )
-    return Plan(prompts, decoding, tuple(notes))
+    return SweepPlan(prompts, decoding, tuple(notes))
 
 
 def num_tokens_asked(config: ProfilingConfig, num_running: int, context_tokens: int) -> int:
@@ -141,7 +141,7 @@ def num_tokens_asked(config: ProfilingConfig, num_running: int, context_tokens: 
 async def measure(
     server: Server,
     config: ProfilingConfig,
-    plan: Plan,
+    plan: SweepPlan,
     found: Measurements,
     advance: Callable[[int], None],
 ) -> None:
@@ -213,7 +213,7 @@ class _Sweep:
         self._found.notes.append(reason)
         self._found.complete = False
 
-    async def warm_up(self, plan: Plan) -> None:
+    async def warm_up(self, plan: SweepPlan) -> None:
         """Ask what will be asked, so that nothing is compiled or allocated while time is taken."""
         for size in (plan.prompt_tokens[0], plan.prompt_tokens[-1]):
             await self._server.answer(self._server.prompt(size), 2)
@@ -272,7 +272,7 @@ class _Sweep:
         )
 
 
-async def _all(awaited: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+async def _all(awaited: Sequence[Coroutine[Any, Any, StreamedAnswer]]) -> list[StreamedAnswer]:
     """All answers; if one fails, the others are given up before the error is passed on."""
     tasks = [asyncio.ensure_future(one) for one in awaited]
     try:
@@ -283,7 +283,7 @@ async def _all(awaited: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def steps_together(answers: Sequence[Answer], wanted_context: int) -> list[Steps]:
+def steps_together(answers: Sequence[StreamedAnswer], wanted_context: int) -> list[Steps]:
     """Times of the steps in which all requests decoded, in pieces of some steps each.
 
     The window goes from the last request's first token to the first request's last. Within it, each request's pieces

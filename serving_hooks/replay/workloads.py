@@ -42,7 +42,7 @@ class Arrival(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
+class Size:
     """A distribution of tokens: lognormal, rounded and cut, or a single number where `spread` is 0.
 
     Attributes:
@@ -65,8 +65,8 @@ class Lengths:
 
 # A lognormal near the shares of ShareGPT's test answers below 121.5, 268.5 and 570.5 tokens, which are 26, 56 and 92 %,
 # where the best constant is wrong by 153 tokens, as it is there (model_cards/results/2026-11-26-chat-small-pieces)
-CHAT_RESPONSE = Lengths(211, 0.75, least=2, most=2048)
-CHAT_PROMPT = Lengths(150, 1.0, least=8, most=1500)  # many short ones, some with a document in them; ours
+CHAT_RESPONSE = Size(211, 0.75, least=2, most=2048)
+CHAT_PROMPT = Size(150, 1.0, least=8, most=1500)  # many short ones, some with a document in them; ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,8 @@ class Client:
 
     name: str
     phases: tuple[Phase, ...]
-    prompt: Lengths
-    response: Lengths
+    prompt: Size
+    response: Size
     weight: float = 1.0
     adapter: str | None = None
 
@@ -215,7 +215,10 @@ class Workload:
 def _steady(rates: Sequence[float], prompt: int = 256, response: int = 256) -> tuple[Client, ...]:
     return tuple(
         Client(
-            name=f"client-{number}", phases=(Phase.steady(rate),), prompt=Lengths(prompt), response=Lengths(response)
+            name=f"client-{number}",
+            phases=(Phase.steady(rate),),
+            prompt=Size(prompt),
+            response=Size(response),
         )
         for number, rate in enumerate(rates)
     )
@@ -273,15 +276,15 @@ def _vtc() -> list[Workload]:
         (
             "poisson-short-long", "many short requests, few long ones",
             (
-                Client(name="short", phases=short.phases, prompt=Lengths(64), response=Lengths(64)),
-                Client(name="long", phases=long.phases, prompt=Lengths(256), response=Lengths(256)),
+                Client(name="short", phases=short.phases, prompt=Size(64), response=Size(64)),
+                Client(name="long", phases=long.phases, prompt=Size(256), response=Size(256)),
             ), 10, {"published": True},
         ),
         (
             "poisson-short-long-2", "long prompts with short answers, and the reverse",
             (
-                Client(name="long-prompts", phases=short.phases, prompt=Lengths(512), response=Lengths(32)),
-                Client(name="long-answers", phases=long.phases, prompt=Lengths(32), response=Lengths(512)),
+                Client(name="long-prompts", phases=short.phases, prompt=Size(512), response=Size(32)),
+                Client(name="long-answers", phases=long.phases, prompt=Size(32), response=Size(512)),
             ), 10, {"published": True},
         ),
         (

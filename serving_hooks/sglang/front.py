@@ -34,7 +34,7 @@ from mope.serving_hooks.sglang.settings import VARIABLE, read_options
 from mope.serving_hooks.state import Keeper, in_pieces, take_up
 
 if TYPE_CHECKING:
-    from mope.serving_hooks.front import Predicted
+    from mope.serving_hooks.front import FrontPrediction
     from mope.serving_hooks.identity import Headers
 
 CONVERSATIONS: dict[str, Kind] = {  # paths whose JSON says more than the text that SGLang makes of it
@@ -137,7 +137,7 @@ class FrontEnd:
 
     async def _predicted(
         self, obj: Any, path: str, body: Mapping[str, Any], texts: Sequence[str], client: str | None
-    ) -> list[Predicted | None]:
+    ) -> list[FrontPrediction | None]:
         if path in CONVERSATIONS:
             asked = [self.front.read(CONVERSATIONS[path], body)]
         elif path in _HEALTH:

@@ -33,7 +33,7 @@ from mope.serving_hooks.asgi import (
 )
 from mope.serving_hooks.bodies import CHARS_PER_TOKEN, Asked, Kind, kind_of, readable, size_tokens
 from mope.serving_hooks.carried import seals, without_ours
-from mope.serving_hooks.front import Front, Predicted
+from mope.serving_hooks.front import Front, FrontPrediction
 from mope.serving_hooks.front_metrics import FrontCollector, FrontWriter, front_collector
 from mope.serving_hooks.guard import Guard
 from mope.serving_hooks.identity import Identity
@@ -335,7 +335,7 @@ class PriorityMiddleware(_VllmMiddleware):
         return start, sending
 
 
-def _cost(asked: Asked, size: int, predicted: Predicted | None, options: HookOptions) -> float:
+def _cost(asked: Asked, size: int, predicted: FrontPrediction | None, options: HookOptions) -> float:
     """What a request is taken to cost, in weighted tokens."""
     tokens = options.default_tokens if predicted is None else predicted.tokens
     if asked.max_tokens is not None:

@@ -26,9 +26,9 @@ from rich.table import Table
 from scipy.special import ndtr
 
 from mope.console import console
-from mope.epochs import Target
 from mope.grid import Array, body_edges, cdf_at, quantiles_at, tail_edges
 from mope.recalibration import Recalibrator
+from mope.time_windows import Target
 
 BODY = body_edges(2000, 64)
 EDGES = np.concatenate([BODY, tail_edges(float(BODY[-1]), 32_768, 16)])

@@ -27,8 +27,8 @@ from mope.training.data.problems import Problems
 from mope.training.data.public import PublicLengths, group_of
 from mope.training.data.public_fetch import OPTIONAL, REQUIRED, SCHEMA, fetch, path_of
 from mope.training.data.public_readers import (
-    Answer,
     CapRule,
+    RecordedAnswer,
     RepositoryFile,
     ends_like_json,
     ends_like_prose,
@@ -106,10 +106,10 @@ def test_paths_of_a_set_and_the_llm_they_name(name: str, path: str, llm: str | N
 
 
 @pytest.fixture
-def read(tmp_path: Path) -> Callable[[str, dict[str, str]], list[Answer]]:
+def read(tmp_path: Path) -> Callable[[str, dict[str, str]], list[RecordedAnswer]]:
     """The answers that a set's reader finds in files given by path and content."""
 
-    def call(name: str, contents: dict[str, str]) -> list[Answer]:
+    def call(name: str, contents: dict[str, str]) -> list[RecordedAnswer]:
         files = []
         for number, (path, content) in enumerate(contents.items()):
             found = SETS[name].files.fullmatch(path)
@@ -128,9 +128,9 @@ def test_just_eval_takes_the_llm_from_the_generator_or_the_file(read: Any) -> No
         {"id": 9, "instruction": "What?", "output": None},
     ]
     assert read("just_eval", {"leaderboard/outputs/llama.to_eval.json": json.dumps(records)}) == [
-        Answer(prompt_id="7", prompt="Hi?", target_llm="Llama-2-chat", text="Hello."),
-        Answer(prompt_id="8", prompt="Who?", target_llm="llama", text="Me an... (truncated)", is_cut=True),
-        Answer(prompt_id="9", prompt="What?", target_llm="llama", text=""),
+        RecordedAnswer(prompt_id="7", prompt="Hi?", target_llm="Llama-2-chat", text="Hello."),
+        RecordedAnswer(prompt_id="8", prompt="Who?", target_llm="llama", text="Me an... (truncated)", is_cut=True),
+        RecordedAnswer(prompt_id="9", prompt="What?", target_llm="llama", text=""),
     ]
 
 
@@ -145,9 +145,9 @@ def test_arena_hard_joins_answers_to_questions_in_any_order(read: Any) -> None:
     assert read(
         "arena-hard-v0.1", {f"{folder}/model_answer/m.jsonl": answers, f"{folder}/question.jsonl": questions}
     ) == [
-        Answer(prompt_id="q2", prompt="Ask 2", target_llm="m", text="Two."),
-        Answer(prompt_id="q9", prompt="", target_llm="m", text="No question."),
-        Answer(prompt_id="q1", prompt="Ask 1", target_llm="m", text=""),
+        RecordedAnswer(prompt_id="q2", prompt="Ask 2", target_llm="m", text="Two."),
+        RecordedAnswer(prompt_id="q9", prompt="", target_llm="m", text="No question."),
+        RecordedAnswer(prompt_id="q1", prompt="Ask 1", target_llm="m", text=""),
     ]
 
 
@@ -158,8 +158,8 @@ def test_zeroeval(read: Any) -> None:
         {"session_id": "t#4", "chat_history": [prompt], "output": [None]},
     ]
     assert read("zeroeval_crux", {"result_dirs/crux/gemma@together.json": json.dumps(records)}) == [
-        Answer(prompt_id="3", prompt=prompt, target_llm="gemma@together", text='{"answer": "3"}'),
-        Answer(prompt_id="t#4", prompt=prompt, target_llm="gemma@together", text=""),
+        RecordedAnswer(prompt_id="3", prompt=prompt, target_llm="gemma@together", text='{"answer": "3"}'),
+        RecordedAnswer(prompt_id="t#4", prompt=prompt, target_llm="gemma@together", text=""),
     ]
 
 
@@ -220,8 +220,8 @@ def test_a_file_that_is_not_json_is_named(read: Any) -> None:
 # --- caps -------------------------------------------------------------------------------------------------------------
 
 
-def answer_of(llm: str = "llama", text: str = "x", **fields: Any) -> Answer:
-    return Answer(prompt_id="1", prompt="p", target_llm=llm, text=text, **fields)
+def answer_of(llm: str = "llama", text: str = "x", **fields: Any) -> RecordedAnswer:
+    return RecordedAnswer(prompt_id="1", prompt="p", target_llm=llm, text=text, **fields)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def answer_of(llm: str = "llama", text: str = "x", **fields: Any) -> Answer:
         ("gpteacher_roleplay", answer_of("gpt-4", "and then"), 9_999, False),
     ],
 )  # fmt: skip
-def test_caps_of_the_sets(name: str, answer: Answer, num_tokens: int, is_cut: bool) -> None:
+def test_caps_of_the_sets(name: str, answer: RecordedAnswer, num_tokens: int, is_cut: bool) -> None:
     assert SETS[name].cap_rule.is_cut_off(answer, num_tokens) is is_cut
 
 

@@ -20,7 +20,7 @@ from mope.training.data.chat_readers import apart, group_of_text
 from mope.training.data.config import DataConfig
 from mope.training.data.modern_sets import MODERN_SETS
 from mope.training.data.public_fetch import path_of
-from mope.training.data.public_readers import Answer, RepositoryFile
+from mope.training.data.public_readers import RecordedAnswer, RepositoryFile
 from mope.training.data.public_sets import PUBLIC_SETS, PublicSet, public_sets
 from mope.training.data.puzzle_readers import planbench_problem
 from mope.training.licences import data_licences
@@ -48,10 +48,10 @@ def openai(text: str, finish: str = "stop", **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def read(tmp_path: Path) -> Callable[..., list[Answer]]:
+def read(tmp_path: Path) -> Callable[..., list[RecordedAnswer]]:
     """The answers of a set in some files; files that the set does not read are passed over."""
 
-    def call(name: str, files: dict[str, str]) -> list[Answer]:
+    def call(name: str, files: dict[str, str]) -> list[RecordedAnswer]:
         public, found = SETS[name], []
         for number, (path, content) in enumerate(sorted(files.items())):
             match = public.files.fullmatch(path)
@@ -405,7 +405,7 @@ def test_thoughts_are_told_apart(text: str, thoughts: str, answer: str) -> None:
 # --- from answers to rows ---------------------------------------------------------------------------------------------
 
 
-def fetched(public: PublicSet, answers: list[Answer], folder: Path) -> list[dict[str, Any]]:
+def fetched(public: PublicSet, answers: list[RecordedAnswer], folder: Path) -> list[dict[str, Any]]:
     """The rows that fetching would write of some answers."""
     path = path_of(public, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -413,8 +413,8 @@ def fetched(public: PublicSet, answers: list[Answer], folder: Path) -> list[dict
     return list(pq.read_table(path).to_pylist())
 
 
-def answer(prompt: str = "Why?", **more: Any) -> Answer:
-    return Answer(**{"prompt_id": "p", "prompt": prompt, "target_llm": "gpt-4o", "text": "one two", **more})
+def answer(prompt: str = "Why?", **more: Any) -> RecordedAnswer:
+    return RecordedAnswer(**{"prompt_id": "p", "prompt": prompt, "target_llm": "gpt-4o", "text": "one two", **more})
 
 
 def test_thoughts_and_usage_are_written(tmp_path: Path) -> None:

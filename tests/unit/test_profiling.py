@@ -19,7 +19,7 @@ from mope.errors import DataError, ServerError
 from mope.fairness.engine_costs import Load
 from mope.fairness.mapper import MetricsMapper
 from mope.fairness.profiles import FittedProfile, load_profile
-from mope.profiling.client import Answer, capacity_tokens
+from mope.profiling.client import StreamedAnswer, capacity_tokens
 from mope.profiling.config import ProfilingConfig
 from mope.profiling.fit import fit_prefill, fit_steps, nonnegative, saturation
 from mope.profiling.sweep import Prefill, Steps, num_tokens_asked, planned, steps_together
@@ -348,8 +348,8 @@ def test_errors_are_those_of_settings_that_the_fit_has_not_seen() -> None:
     assert fit.errors.p90 > 0.5 * unseen
 
 
-def answer(first_s: float, gap_s: float, num: int, prompt: int = 100) -> Answer:
-    return Answer(prompt, num, 0.0, tuple(first_s + gap_s * index for index in range(num)))
+def answer(first_s: float, gap_s: float, num: int, prompt: int = 100) -> StreamedAnswer:
+    return StreamedAnswer(prompt, num, 0.0, tuple(first_s + gap_s * index for index in range(num)))
 
 
 def test_steps_are_taken_from_where_all_decode() -> None:
@@ -364,7 +364,7 @@ def test_steps_are_taken_from_where_all_decode() -> None:
 
 
 def test_pieces_of_several_tokens_count_as_many() -> None:
-    twos = Answer(100, 80, 0.0, tuple(0.1 + 0.02 * index for index in range(40)))
+    twos = StreamedAnswer(100, 80, 0.0, tuple(0.1 + 0.02 * index for index in range(40)))
     (one, *_) = steps_together([twos], 100)
     assert one.seconds == pytest.approx(0.01)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from raw_predictions import carried
 
 from mope.serving_hooks.carried import Carried
-from mope.serving_hooks.front import Predicted
+from mope.serving_hooks.front import FrontPrediction
 from mope.serving_hooks.options import HookOptions
 from mope.serving_hooks.sglang import front
 from mope.serving_hooks.sglang.policy import ATTRIBUTE
@@ -77,11 +77,11 @@ class Manager:
         setattr(self, ATTRIBUTE, end)
         self.end = end
 
-    async def predict(self, asked: Any, client: str | None = None) -> Predicted | None:
+    async def predict(self, asked: Any, client: str | None = None) -> FrontPrediction | None:
         self.asked.extend(asked.requests)
         length = len(asked.requests[0].prompt) if asked.requests else 0
         said = carried(None, float(length))
-        return Predicted(float(length), 2.0 * length, said.raw or "", said.answering or "") if length else None
+        return FrontPrediction(float(length), 2.0 * length, said.raw or "", said.answering or "") if length else None
 
     async def generate_request(self, obj: Any, request: Any = None) -> Any:
         self.reached.append(obj)
@@ -199,7 +199,7 @@ def test_a_fault_costs_one_request_its_prediction_and_not_its_client(caplog: pyt
     manager = Manager("answer", options={"identity": "header"})
     predict = manager.predict
 
-    async def failing(asked: Any, client: str | None = None) -> Predicted | None:
+    async def failing(asked: Any, client: str | None = None) -> FrontPrediction | None:
         if asked.requests[0].prompt == "bad":
             raise RuntimeError("a fault on purpose")
         return await predict(asked, client)
@@ -263,8 +263,8 @@ def test_whatever_a_caller_sends_nobody_else_is_named_and_it_stays_on(parameters
 def test_predictions_that_are_no_numbers_are_none() -> None:
     manager = Manager(options={"identity": "none"})
 
-    async def nonsense(asked: Any, client: str | None = None) -> Predicted:
-        return Predicted(float("nan"), float("nan"), "x", "x|y")
+    async def nonsense(asked: Any, client: str | None = None) -> FrontPrediction:
+        return FrontPrediction(float("nan"), float("nan"), "x", "x|y")
 
     manager.end.front.predict = nonsense  # type: ignore[method-assign]
     asked = obj(text="x", sampling_params={})

@@ -19,8 +19,8 @@ from mope.serving_hooks.replay.workloads import (
     WORKLOADS,
     Arrival,
     Client,
-    Lengths,
     Phase,
+    Size,
     find,
     read_trace,
 )
@@ -29,7 +29,7 @@ NAMES = list(WORKLOADS)
 
 
 def client(*phases: Phase) -> Client:
-    return Client(name="c", phases=phases, prompt=Lengths(10), response=Lengths(10))
+    return Client(name="c", phases=phases, prompt=Size(10), response=Size(10))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,7 +103,7 @@ def test_poisson_arrivals_have_the_spacing_of_a_poisson_process() -> None:
 )  # fmt: skip
 @settings(max_examples=50)
 def test_lengths_stay_within_their_limits(median: float, spread: float, least: int, most: int, seed: int) -> None:
-    drawn = Lengths(median, spread, least, most).draw(np.random.default_rng(seed), 50)
+    drawn = Size(median, spread, least, most).draw(np.random.default_rng(seed), 50)
     assert all(least <= length <= most for length in drawn)
 
 
@@ -189,7 +189,7 @@ def test_a_trace_without_requests_or_without_a_file_is_an_error(tmp_path: Path) 
 
 
 def chats(number: int) -> list[Arrival]:
-    lengths = Lengths(CHAT_RESPONSE.median, CHAT_RESPONSE.spread, most=100_000).draw(np.random.default_rng(5), number)
+    lengths = Size(CHAT_RESPONSE.median, CHAT_RESPONSE.spread, most=100_000).draw(np.random.default_rng(5), number)
     return [Arrival(0.0, "a", 10, length) for length in lengths]
 
 

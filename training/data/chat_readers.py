@@ -12,7 +12,7 @@ from typing import Any
 
 from mope.target_llm import describe
 from mope.training.data import splits
-from mope.training.data.public_readers import Answer, RepositoryFile, id_of, read_arena_hard
+from mope.training.data.public_readers import RecordedAnswer, RepositoryFile, id_of, read_arena_hard
 
 LONGEST_SAMPLE = 14_998  # of CASTILLO: longer ones never ended
 LONG_SAMPLE = 8_499  # nor did longer ones than this, where lengths scatter far more than their mean
@@ -40,7 +40,7 @@ def thinks(llm: str) -> bool | None:
     return True if describe(llm).thinking else None
 
 
-def read_castillo(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_castillo(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """Lists of records with `prompt_text` and `output_sizes`, up to ten samples in the LLM's own tokens.
 
     Samples that never ended are dropped, as CASTILLO's paper does: from 14,999 tokens on, and above 8,499 where the
@@ -52,7 +52,7 @@ def read_castillo(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             sizes = [size for size in record.get("output_sizes") or () if count_of(size)]
             scattered = float(record.get("output_std") or 0) > 2 * float(record.get("output_mean") or 0)
             most = LONG_SAMPLE if scattered else LONGEST_SAMPLE
-            yield Answer(
+            yield RecordedAnswer(
                 prompt_id=str(record.get("prompt_id")),
                 prompt=text_of(record.get("prompt_text")),
                 target_llm=text_of(record.get("model")).replace("--", "/", 1),
@@ -65,7 +65,7 @@ def read_castillo(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             )
 
 
-def arena_hard_in(language: str, *, hides_thoughts: bool = False) -> Callable[..., Iterator[Answer]]:
+def arena_hard_in(language: str, *, hides_thoughts: bool = False) -> Callable[..., Iterator[RecordedAnswer]]:
     """A reader of files like those of arena-hard, whose questions are in a language.
 
     Args:
@@ -73,14 +73,14 @@ def arena_hard_in(language: str, *, hides_thoughts: bool = False) -> Callable[..
         hides_thoughts: LLMs whose names say that they think did so, and only their visible answer is there.
     """
 
-    def read(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+    def read(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
         for answer in read_arena_hard(files):
             yield replace(answer, language=language, thinking=thinks(answer.target_llm) if hides_thoughts else None)
 
     return read
 
 
-def read_benchpress(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_benchpress(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """`evals/default.json` with the prompts, and a file per LLM with a list of runs under each prompt's id.
 
     The thoughts of reasoning LLMs are what the recorded usage has more than the answer. APIs that leave them out of
@@ -97,7 +97,7 @@ def read_benchpress(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
         for prompt_id, run in _runs(file.json()):
             prompt, category = prompts.get(prompt_id, ("", ""))
             thought = describe(file.llm).thinking
-            yield Answer(
+            yield RecordedAnswer(
                 prompt_id=prompt_id,
                 prompt=prompt,
                 target_llm=file.llm,
@@ -121,7 +121,7 @@ def _runs(content: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from _runs(inner)
 
 
-def read_speechmap(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_speechmap(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """Lines with a `question` and an OpenAI `response`; a translation has the split of its English original."""
     originals: dict[str, str] = {}
     for file in files:
@@ -135,7 +135,7 @@ def read_speechmap(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             prompt = text_of(record.get("question"))
             yield of_response(
                 record.get("response"),
-                Answer(
+                RecordedAnswer(
                     prompt_id=f"{category}:{question_id}",
                     prompt=prompt,
                     target_llm=text_of(record.get("model")),
@@ -147,7 +147,7 @@ def read_speechmap(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             )
 
 
-def of_response(response: Any, answer: Answer) -> Answer:
+def of_response(response: Any, answer: RecordedAnswer) -> RecordedAnswer:
     """The answer with what an OpenAI response says: text, thoughts, usage, and whether it was cut off."""
     choices = response.get("choices") if isinstance(response, Mapping) else None
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], Mapping) else {}
@@ -168,7 +168,7 @@ def of_response(response: Any, answer: Answer) -> Answer:
     )
 
 
-def read_misguided(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_misguided(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """`results` with a prompt, an LLM, a list of outputs and, for some LLMs, a list of their thoughts."""
     for file in files:
         content = file.json()
@@ -177,7 +177,7 @@ def read_misguided(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             outputs = record.get("output") or []
             for number, text in enumerate(outputs if isinstance(outputs, list) else [outputs]):
                 thought = text_of(thoughts[number]) if isinstance(thoughts, list) and number < len(thoughts) else ""
-                yield Answer(
+                yield RecordedAnswer(
                     prompt_id=str(record.get("prompt_id")),
                     prompt=text_of(record.get("prompt")),
                     target_llm=llm,
@@ -187,14 +187,14 @@ def read_misguided(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
                 )
 
 
-def read_shaberi(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_shaberi(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """Lines with `Question` and `ModelAnswer`, the LLM in the file's name; thoughts may begin the answer."""
     for file in files:
         task = file.name.split("/")[-2]
         for record in file.records(lines=True):
             prompt = text_of(record.get("Question"))
             thoughts, text = apart(text_of(record.get("ModelAnswer")))
-            yield Answer(
+            yield RecordedAnswer(
                 prompt_id=f"{task.partition('__')[2]}:{id_of(prompt)[:10]}",
                 prompt=prompt,
                 target_llm=file.llm,
@@ -212,11 +212,11 @@ def apart(text: str) -> tuple[str, str]:
     return (thoughts.replace("<think>", "", 1).strip(), answer.strip()) if mark else ("", text)
 
 
-def read_complexbench(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_complexbench(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """Lines with `instruction` and `generated`."""
     for file in files:
         for record in file.records():
-            yield Answer(
+            yield RecordedAnswer(
                 prompt_id=str(record.get("main_id")),
                 prompt=text_of(record.get("instruction")),
                 target_llm=file.llm,
@@ -225,7 +225,7 @@ def read_complexbench(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             )
 
 
-def read_bullshit(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_bullshit(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """Files of questions, and lines with a question's id, `response_text` and the usage that was recorded.
 
     The name of an LLM says at which effort it was asked: `vendor/llm@reasoning=low`.
@@ -243,7 +243,7 @@ def read_bullshit(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             seen.add((prompt_id, llm))
             thought_tokens = count_of(record.get("response_reasoning_tokens"))
             finish = record.get("response_finish_reason")
-            yield Answer(
+            yield RecordedAnswer(
                 prompt_id=prompt_id,
                 prompt=prompts.get(prompt_id, ""),
                 target_llm=llm,
@@ -265,7 +265,7 @@ def _questions(content: Any) -> Iterator[tuple[str, str]]:
             yield from _questions(inner)
 
 
-def read_spiral(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_spiral(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """Run -> file of prompts -> chat -> a list with one `transcript`; each answer is a turn with its history.
 
     All turns of a chat, of whatever LLM, have the split of its first message.
@@ -281,7 +281,7 @@ def read_spiral(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
                 if message.get("role") == "user":
                     prompt = text
                 elif message.get("role") == "assistant":
-                    yield Answer(
+                    yield RecordedAnswer(
                         prompt_id=f"{chat_id}:{run}:{number}",
                         prompt=prompt,
                         target_llm=text_of(chat.get("evaluated_model")),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from mope.errors import DataError
-from mope.log_answers import Answer, message_answer
+from mope.log_answers import LoggedAnswer, message_answer
 from mope.log_records import GROUP_COLUMNS, ID_COLUMNS
 from mope.reader import parsed
 from mope.request import ROLES, clean, content_of, message_text, results_in, role_of
@@ -153,7 +153,7 @@ class Message(NamedTuple):
 
     role: str
     text: str
-    answer: Answer | None = None
+    answer: LoggedAnswer | None = None
     num_results: int = 0
 
 
@@ -182,7 +182,7 @@ def read_messages_of(value: Any, location: str, problems: Problems) -> list[Mess
         role, text = ROLES.get(said, said), tidy(raw, location, problems)
         answer = None
         if role == "assistant":
-            answer = Answer(text) if len(message) == 2 and isinstance(content_of(message), str) else None
+            answer = LoggedAnswer(text) if len(message) == 2 and isinstance(content_of(message), str) else None
             answer = answer or tidied(message_answer(message), raw, text, location, problems)
         elif said not in ROLES:
             problems.add(reasons.OTHER_SPEAKER, location)
@@ -190,7 +190,7 @@ def read_messages_of(value: Any, location: str, problems: Problems) -> list[Mess
     return messages
 
 
-def tidied(answer: Answer, raw: str | None, text: str, location: str, problems: Problems) -> Answer:
+def tidied(answer: LoggedAnswer, raw: str | None, text: str, location: str, problems: Problems) -> LoggedAnswer:
     """An answer with clean texts; `text` is its clean text where that was `raw`."""
     visible = answer.text
     if visible is not None:
@@ -221,7 +221,7 @@ def pair_up(
                 turn = next_turn(position - 1, prompt, previous_prompt, num_prompts, before, answers)
                 turn.num_tool_results, turn.last_is_tool_result = num_results, last_results > 0
                 turn.context_chars = num_chars
-                turns.append(_with_answer(turn, answer or Answer(text), location, problems))
+                turns.append(_with_answer(turn, answer or LoggedAnswer(text), location, problems))
             elif position or not repeated:
                 problems.add(reasons.STRAY_ANSWER, location)
             answers.append(text)
@@ -252,7 +252,7 @@ def next_turn(
     )
 
 
-def _with_answer(turn: Turn, answer: Answer, location: str, problems: Problems) -> Turn:
+def _with_answer(turn: Turn, answer: LoggedAnswer, location: str, problems: Problems) -> Turn:
     """A turn with an answer of a conversation; recorded usage of the message goes before its text."""
     turn.answer, turn.thoughts, turn.calls = answer.text, answer.thoughts, answer.calls
     turn.censored = answer.cut

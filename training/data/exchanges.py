@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from mope.errors import DataError
-from mope.log_answers import Answer, Usage, at
+from mope.log_answers import LoggedAnswer, Usage, at
 from mope.log_losses import lost
 from mope.log_records import GROUP_COLUMNS, PROMPTS, Logged, logged
 from mope.reader import is_forced, number, parsed, read_flags, read_messages
@@ -130,7 +130,7 @@ def _turns(found: Logged, turn: Turn, location: str, problems: Problems) -> list
     Raises:
         Unusable: there is none.
     """
-    answers = found.answers or (Answer(finish=found.finish),)
+    answers = found.answers or (LoggedAnswer(finish=found.finish),)
     asked_for = max(number(found.request.get(name)) or 1 for name in ("n", "best_of"))
     several = len(answers) > 1 or asked_for > 1
     turns: list[Turn] = []
@@ -165,7 +165,7 @@ def _turns(found: Logged, turn: Turn, location: str, problems: Problems) -> list
     return turns
 
 
-def _turn(turn: Turn, choice: int, answer: Answer, usage: Usage, found: Logged, several: bool) -> Turn:
+def _turn(turn: Turn, choice: int, answer: LoggedAnswer, usage: Usage, found: Logged, several: bool) -> Turn:
     """The turn of one answer, with the length that is recorded for it, or the texts to count.
 
     Raises:
@@ -173,7 +173,7 @@ def _turn(turn: Turn, choice: int, answer: Answer, usage: Usage, found: Logged, 
     """
     made = replace(
         turn, choice=choice, answer=answer.text,
-        thoughts=answer.thoughts, calls=answer.calls, censored=answer.cut or Answer(finish=found.finish).cut,
+        thoughts=answer.thoughts, calls=answer.calls, censored=answer.cut or LoggedAnswer(finish=found.finish).cut,
     )  # fmt: skip
     known = bool(made.texts())
     if usage.tokens or (usage.tokens == 0 and not known):

@@ -11,7 +11,7 @@ import re
 from mope.training.data import chat_readers as chats
 from mope.training.data import puzzle_readers as puzzles
 from mope.training.data.public_labels import OWN_TOKENS
-from mope.training.data.public_readers import Answer, CapRule, Reader, ends_like_prose, ends_with_box
+from mope.training.data.public_readers import CapRule, Reader, RecordedAnswer, ends_like_prose, ends_with_box
 from mope.training.data.public_sets import NO_CAP, PublicSet
 
 _LINEAGE = ("fairydreaming/lineage-bench-results", "f1fdd924")
@@ -39,7 +39,7 @@ def _first_part(prompt_id: str) -> str:
     return prompt_id.partition(":")[0]
 
 
-def _penfever_cap(answer: Answer) -> int | None:
+def _penfever_cap(answer: RecordedAnswer) -> int | None:
     return 2048 if answer.target_llm.lower().startswith(("llama-3-", "llama3-")) else 4096
 
 

@@ -28,7 +28,7 @@ from mope.errors import DataError
 from mope.files import replaced
 from mope.training.data.formats import tidy
 from mope.training.data.problems import Problems
-from mope.training.data.public_readers import Answer, RepositoryFile
+from mope.training.data.public_readers import RecordedAnswer, RepositoryFile
 from mope.training.data.public_sets import PublicSet
 from mope.training.data.tokens import TokenCounter
 
@@ -189,7 +189,7 @@ def _write(public: PublicSet, files: Sequence[RepositoryFile], path: Path, count
     )
 
 
-def _row(public: PublicSet, answer: Answer, num_tokens: Mapping[str, int]) -> dict[str, object]:
+def _row(public: PublicSet, answer: RecordedAnswer, num_tokens: Mapping[str, int]) -> dict[str, object]:
     """Columns of an answer; those that are left out are not known."""
     if answer.sizes:
         length = int(median(answer.sizes))
@@ -224,7 +224,7 @@ def _row(public: PublicSet, answer: Answer, num_tokens: Mapping[str, int]) -> di
     }
 
 
-def _tidied(answers: Iterable[Answer]) -> Iterator[Answer]:
+def _tidied(answers: Iterable[RecordedAnswer]) -> Iterator[RecordedAnswer]:
     """Answers without the NULs and lone surrogates that neither Arrow nor tokenizers take."""
     uncounted = Problems()
 
@@ -245,8 +245,8 @@ def _tidied(answers: Iterable[Answer]) -> Iterator[Answer]:
         )
 
 
-def _batches(answers: Iterable[Answer]) -> Iterator[list[Answer]]:
-    batch: list[Answer] = []
+def _batches(answers: Iterable[RecordedAnswer]) -> Iterator[list[RecordedAnswer]]:
+    batch: list[RecordedAnswer] = []
     num_chars = 0
     for answer in answers:
         batch.append(answer)

@@ -27,7 +27,7 @@ _ZEROEVAL_QUESTION = re.compile(r"## Question:\s*(.*?)\s*## Instruction", re.DOT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class RecordedAnswer:
     """What one LLM answered to one prompt.
 
     Attributes:
@@ -127,7 +127,7 @@ class RepositoryFile:
             raise DataError(f"{self.name} is not JSON: {error}") from error
 
 
-Reader = Callable[[Sequence[RepositoryFile]], Iterator[Answer]]
+Reader = Callable[[Sequence[RepositoryFile]], Iterator[RecordedAnswer]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +142,12 @@ class CapRule:
         is_finished: whether a text ends like a finished answer.
     """
 
-    cap_of: Callable[[Answer], int | None]
+    cap_of: Callable[[RecordedAnswer], int | None]
     is_finished: Callable[[str], bool]
     unfinished_share: float = UNFINISHED_SHARE
     sure_share: float = 1.0
 
-    def is_cut_off(self, answer: Answer, num_tokens: int) -> bool:
+    def is_cut_off(self, answer: RecordedAnswer, num_tokens: int) -> bool:
         """Whether an answer of this many tokens would have been longer."""
         if answer.is_cut is not None:
             return answer.is_cut
@@ -187,13 +187,13 @@ def zeroeval_question(prompt: str) -> str:
     return found.group(1) if found else prompt
 
 
-def read_just_eval(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_just_eval(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """A list of `instruction` and `output` per LLM; the LLM is what `generator` says, else the file's name."""
     for file in files:
         for record in file.records():
             generator, text = str(record.get("generator", "")), _text(record.get("output"))
             named, _, settings = generator.partition(".p=")  # "zephyr-7b-beta.p=1.0.t=0.0"
-            yield Answer(
+            yield RecordedAnswer(
                 prompt_id=str(record.get("id")),
                 prompt=_text(record.get("instruction")),
                 target_llm=named if settings and "/" not in named else file.llm,
@@ -202,7 +202,7 @@ def read_just_eval(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             )
 
 
-def read_arena_hard(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_arena_hard(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """`question.jsonl` with the first turn of each prompt, and a file of answers per LLM."""
     prompts: dict[str, str] = {}
     for file in files:
@@ -214,14 +214,16 @@ def read_arena_hard(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             for record in file.records():
                 prompt_id, choices = str(record.get("question_id")), record.get("choices")
                 text = _content(choices[0]) if choices else ""
-                yield Answer(prompt_id=prompt_id, prompt=prompts.get(prompt_id, ""), target_llm=file.llm, text=text)
+                yield RecordedAnswer(
+                    prompt_id=prompt_id, prompt=prompts.get(prompt_id, ""), target_llm=file.llm, text=text
+                )
 
 
-def read_zeroeval(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_zeroeval(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """A list per LLM with the prompt in `chat_history` and the answer in `output`, each a list of one text."""
     for file in files:
         for record in file.records():
-            yield Answer(
+            yield RecordedAnswer(
                 prompt_id=str(record.get("id", record.get("session_id"))),
                 prompt=_first(record.get("chat_history")),
                 target_llm=file.llm,
@@ -229,16 +231,16 @@ def read_zeroeval(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             )
 
 
-def read_skythought(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_skythought(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """Lines with a `question` and, in `code`, a list of answers."""
     for file in files:
         for record in file.records():
             prompt = _text(record.get("question"))
             for text in record.get("code") or [""]:
-                yield Answer(prompt_id=id_of(prompt), prompt=prompt, target_llm=file.llm, text=_text(text))
+                yield RecordedAnswer(prompt_id=id_of(prompt), prompt=prompt, target_llm=file.llm, text=_text(text))
 
 
-def read_oasst(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_oasst(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """Reports with a list of prompts, each with answers under several sampling settings.
 
     Settings that tell the LLM something the prompt does not show (a length, humour, quality, a character) are left
@@ -256,7 +258,7 @@ def read_oasst(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
                     continue
                 sampling = result.get("sampling_params") or {}
                 temperature = 0.0 if sampling.get("do_sample") is False else sampling.get("temperature")
-                answer = Answer(
+                answer = RecordedAnswer(
                     prompt_id=id_of(prompt),
                     prompt=prompt,
                     target_llm=llm,
@@ -269,13 +271,15 @@ def read_oasst(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
                     yield replace(answer, text=text, is_cut=False if num_marks else None)
 
 
-def read_gpteacher(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_gpteacher(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """A list of `instruction`, `input` and `response`; the files say nothing of the LLM but "GPT-4"."""
     for file in files:
         for record in file.records():
             parts = (_text(record.get("instruction")), _text(record.get("input")))
             prompt = "\n\n".join(part for part in parts if part)
-            yield Answer(prompt_id=id_of(prompt), prompt=prompt, target_llm="gpt-4", text=_text(record.get("response")))
+            yield RecordedAnswer(
+                prompt_id=id_of(prompt), prompt=prompt, target_llm="gpt-4", text=_text(record.get("response"))
+            )
 
 
 def _text(value: Any) -> str:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from mope.training.data.public_labels import LABEL_TOKENIZER
 from mope.training.data.public_readers import (
-    Answer,
     CapRule,
     Reader,
+    RecordedAnswer,
     ends_like_json,
     ends_like_prose,
     ends_with_box,
@@ -34,7 +34,7 @@ def _whole(prompt: str) -> str:
     return prompt
 
 
-def _unknown(answer: Answer) -> int | None:
+def _unknown(answer: RecordedAnswer) -> int | None:
     return None
 
 
@@ -105,7 +105,7 @@ def public_sets(sets: Sequence[PublicSet] | None = None) -> list[dict[str, str]]
     ]
 
 
-def _just_eval_cap(answer: Answer) -> int | None:
+def _just_eval_cap(answer: RecordedAnswer) -> int | None:
     if answer.target_llm.startswith("gpt-"):
         return 1024
     if answer.target_llm.startswith("Yi-"):
@@ -113,11 +113,11 @@ def _just_eval_cap(answer: Answer) -> int | None:
     return 2048 if answer.target_llm == "tulu-2-dpo-7b" else None
 
 
-def _zeroeval_cap(answer: Answer) -> int | None:
+def _zeroeval_cap(answer: RecordedAnswer) -> int | None:
     return 2048 if answer.target_llm.endswith("@sambanova") else 4096
 
 
-def _skythought_cap(answer: Answer) -> int | None:
+def _skythought_cap(answer: RecordedAnswer) -> int | None:
     return 4096 if SKYTHOUGHT_SHORT.match(answer.target_llm) else 32_768
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from mope.training.data.chat_readers import apart, count_of, of_response, text_of, thinks
-from mope.training.data.public_readers import Answer, RepositoryFile, id_of
+from mope.training.data.public_readers import RecordedAnswer, RepositoryFile, id_of
 
 LINEAGE_COLUMNS = (
     "problem_size", "relation_name", "correct_answer", "quiz", "model_name", "provider_name", "reasoning_effort",
@@ -24,7 +24,7 @@ _HIDES_THOUGHTS = ("o1", "o3", "deepseek-r1", "claude-3.7-sonnet-thinking")  # L
 _PLANS = ("[STATEMENT]", "[QUERY PROBLEM]")
 
 
-def read_lineage_reasoning(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_lineage_reasoning(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """A folder per LLM and size of quiz, with pairs of files `..._request.json` and `..._response.json`."""
     requests: dict[str, Mapping[str, Any]] = {}
     for file in files:
@@ -41,7 +41,7 @@ def read_lineage_reasoning(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
         size = file.name.split("/")[-2].rpartition("_")[2]
         yield of_response(
             file.json(),
-            Answer(
+            RecordedAnswer(
                 prompt_id=id_of(prompt),
                 prompt=prompt,
                 target_llm=file.llm,
@@ -54,7 +54,7 @@ def read_lineage_reasoning(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
         )
 
 
-def read_lineage_cot(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_lineage_cot(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """Tables without a header, see `LINEAGE_COLUMNS`; LLMs whose thoughts are hidden are left out."""
     later = {file.llm for file in files if file.name.endswith(("_128.csv", "_192.csv"))}  # of `read_lineage_reasoning`
     for file in files:
@@ -66,7 +66,7 @@ def read_lineage_cot(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
                 continue
             row = dict(zip(LINEAGE_COLUMNS, cells, strict=True))
             thoughts, text = apart(row["model_response"])
-            yield Answer(
+            yield RecordedAnswer(
                 prompt_id=id_of(row["quiz"]),
                 prompt=row["quiz"],
                 target_llm=file.llm,
@@ -77,7 +77,7 @@ def read_lineage_cot(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             )
 
 
-def read_reasoning_gym(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_reasoning_gym(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """A file per LLM, difficulty and generator: `results` with a question and `completions`, or the best of them."""
     for file in files:
         parts = file.name.split("/")
@@ -90,7 +90,7 @@ def read_reasoning_gym(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             yield from _completions(record, llm, f"{difficulty}/{generator}")
 
 
-def read_math_samples(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_math_samples(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """`categories` of `datasets` of `results`, each with a question and fifty `completions`."""
     for file in files:
         parts = file.name.split("/")
@@ -101,14 +101,16 @@ def read_math_samples(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
                         yield replace(answer, temperature=0.6)
 
 
-def _completions(record: Mapping[str, Any], llm: str, task: str) -> Iterator[Answer]:
+def _completions(record: Mapping[str, Any], llm: str, task: str) -> Iterator[RecordedAnswer]:
     question = text_of(record.get("question"))
     texts = [text_of(one.get("full_model_response")) for one in record.get("completions") or (record,)]
     for text in [text for text in texts if text] or [text_of(record.get("best_full_model_response"))]:
-        yield Answer(prompt_id=id_of(question), prompt=question, target_llm=llm, text=text, language="en", task=task)
+        yield RecordedAnswer(
+            prompt_id=id_of(question), prompt=question, target_llm=llm, text=text, language="en", task=task
+        )
 
 
-def read_planbench(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_planbench(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """`instances` with a `query` and `llm_raw_response`; for some LLMs the whole OpenAI response is there, too."""
     for file in files:
         content = file.json()
@@ -116,7 +118,7 @@ def read_planbench(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
         task = f"{domain}/{rest.rpartition('/')[2].removesuffix('.json')}"
         for record in (content.get("instances") if isinstance(content, Mapping) else None) or ():
             prompt = text_of(record.get("query"))
-            plain = Answer(
+            plain = RecordedAnswer(
                 prompt_id=id_of(prompt), prompt=prompt, target_llm=file.llm, text="", language="en", task=task
             )
             whole = next((one for one in record.values() if isinstance(one, Mapping) and "choices" in one), None)
@@ -130,7 +132,7 @@ def planbench_problem(prompt: str) -> str:
     return prompt[max(0, *(prompt.rfind(mark) for mark in _PLANS)) :]
 
 
-def read_tau(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_tau(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """Trajectories with `traj`, a list of messages: every call of the agent, in reply to the message before it."""
     for file in files:
         for record in file.records():
@@ -143,7 +145,7 @@ def read_tau(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
                 calls = [call["function"] for call in message.get("tool_calls") or () if "function" in call]
                 called = [json.dumps({name: call.get(name) for name in ("name", "arguments")}) for call in calls]
                 text = "\n".join(part for part in (text_of(message.get("content")), *called) if part)
-                yield Answer(
+                yield RecordedAnswer(
                     prompt_id=f"{task_id}:{trial}:{number}",
                     prompt=text_of(before.get("content")),
                     target_llm=file.llm,
@@ -155,12 +157,12 @@ def read_tau(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
                 )
 
 
-def read_aiw(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_aiw(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """A list of trials with `prompt` and `model_response`, whose lines were joined by spaces."""
     for file in files:
         for record in file.records():
             prompt = text_of(record.get("prompt"))
-            yield Answer(
+            yield RecordedAnswer(
                 prompt_id=id_of(prompt),
                 prompt=prompt,
                 target_llm=text_of(record.get("model")),
@@ -169,7 +171,7 @@ def read_aiw(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             )
 
 
-def read_medagents(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_medagents(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """Lists of questions with `options` and the recorded completion tokens; the template around them is not there."""
     for file in files:
         dataset, name = file.name.split("/")[-2:]
@@ -180,7 +182,7 @@ def read_medagents(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             prompt = f"{text_of(record.get('question'))}\n\n{choices}".strip()
             usage = record.get("token_usage") or record.get("usage") or {}
             completion = count_of(usage.get("completion_tokens"))
-            yield Answer(
+            yield RecordedAnswer(
                 prompt_id=id_of(prompt),
                 prompt=prompt,
                 target_llm=llm,
@@ -194,13 +196,13 @@ def read_medagents(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
             )
 
 
-def read_livecodebench(files: Sequence[RepositoryFile]) -> Iterator[Answer]:
+def read_livecodebench(files: Sequence[RepositoryFile]) -> Iterator[RecordedAnswer]:
     """Lists of tasks with `question_content` and `code_list`; the thoughts of these LLMs are hidden."""
     for file in files:
         for record in file.records():
             task = "/".join(text_of(record.get(name)) for name in ("platform", "difficulty"))
             for text in (record.get("code_list") or record.get("output_list") or [""])[:1]:
-                yield Answer(
+                yield RecordedAnswer(
                     prompt_id=str(record.get("question_id")),
                     prompt=text_of(record.get("question_content")),
                     target_llm=file.llm,

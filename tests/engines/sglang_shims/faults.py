@@ -65,7 +65,7 @@ def front_raises():
 def predictor_misbehaves():
     """The predictor fails, hangs or says what is no number, as the prompt bids."""
     from mope.predictor import LengthPredictor
-    from mope.serving_hooks.front import Front, Predicted
+    from mope.serving_hooks.front import Front, FrontPrediction
 
     predict_batch, predict = LengthPredictor.predict_batch, Front.predict
 
@@ -79,6 +79,10 @@ def predictor_misbehaves():
 
     async def saying(self, asked, *rest):
         said = {"nan": float("nan"), "infinite": float("inf")}.get(asked.requests[0].prompt if asked.requests else "")
-        return await predict(self, asked, *rest) if said is None else Predicted(said, (said,) * 14, "llm|family|mode")
+        return (
+            await predict(self, asked, *rest)
+            if said is None
+            else FrontPrediction(said, (said,) * 14, "llm|family|mode")
+        )
 
     LengthPredictor.predict_batch, Front.predict = failing, saying

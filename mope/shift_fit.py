@@ -98,7 +98,7 @@ class Prior:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Fit:
+class ShiftFit:
     """What the counts say, given a prior.
 
     Attributes:
@@ -143,7 +143,7 @@ class Correction:
 
     __slots__ = ("_images", "_knots", "_pivot", "_shift", "_shifts", "_slope")
 
-    def __init__(self, fit: Fit) -> None:
+    def __init__(self, fit: ShiftFit) -> None:
         cumulative = np.concatenate([[0.0], np.cumsum(fit.shifts)])
         low, high = np.interp([0.05, 0.95], cumulative, EDGES_R)
         self._shifts = None
@@ -222,7 +222,7 @@ def bump(centre: float, width: float) -> Array:
     return np.asarray(density)
 
 
-def fit(counts: Counts, prior: Prior) -> Fit:
+def fit(counts: Counts, prior: Prior) -> ShiftFit:
     """Shift, slope, spread and distribution of r, given the counts.
 
     The likelihood is that of the predicted distribution, shifted, stretched and mixed with a share of accidents; cut
@@ -261,7 +261,7 @@ def fit(counts: Counts, prior: Prior) -> Fit:
     base_R = _spread_out(joint_CS, mass_CD)
     ended_R, cut_R = _without_accidents(ended_R, cut_R, base_R)
     learned = distribution(ended_R, cut_R, base_R, SHAPE_COUNT)
-    return Fit(
+    return ShiftFit(
         total=counts.total,
         shift=float(np.interp(0.5, learned, EDGES_R)),
         log_spread=float(joint_CS.sum(axis=1) @ _LOG_SPREADS),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mope.shift import (
+from mope.shift_fit import (
     BIN,
     CENTRES_R,
     CENTRES_X,
@@ -18,8 +18,8 @@ from mope.shift import (
     X_LOW,
     Correction,
     Counts,
-    Fit,
     Prior,
+    ShiftFit,
     bump,
     distribution,
     fit,
@@ -120,7 +120,7 @@ def test_a_fit_of_any_counts_is_finite_and_ordered(first, second, cut):
 def a_fit(learned, slope=0.0, pivot=0.0):
     expected = np.concatenate([[0.0], np.cumsum(EXPECTED)]) / EXPECTED.sum()
     shift = float(np.interp(0.5, learned, EDGES_R))
-    return Fit(400.0, shift, 0.0, slope, pivot, expected, learned, learned, bump(shift, 0.01))
+    return ShiftFit(400.0, shift, 0.0, slope, pivot, expected, learned, learned, bump(shift, 0.01))
 
 
 def test_what_was_predicted_right_is_not_corrected():
