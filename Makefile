@@ -21,7 +21,7 @@ SGLANG := runs/sglang-env
 GATEWAYS := runs/gateways-env
 TRITON := runs/triton-env
 
-.PHONY: help demo test engines engines-sglang gateways triton lint format clean
+.PHONY: help demo test engines engines-sglang gateways triton lint docs format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -60,6 +60,9 @@ lint: $(INSTALLED) build/typed ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy --package mope
 
+docs: $(INSTALLED) ## build the documentation into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: $(INSTALLED) ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -76,7 +79,7 @@ build/typed:
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install $(TORCH) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 	$(PIP) install 'pip>=23.1'
-	$(PIP) install -e '.[train,demo,export,profile,redis,serve,client,dev]' -c constraints.txt
+	$(PIP) install -e '.[train,demo,export,profile,redis,serve,client,docs,dev]' -c constraints.txt
 	@touch $@
 
 $(VLLM)/.installed: tests/engines/requirements-vllm.txt tests/engines/vllm-alias/pyproject.toml pyproject.toml

@@ -1,4 +1,4 @@
-"""Every command and every line of Python that README.md shows is tried.
+"""Every command and every line of Python that README.md and docs/ show is tried.
 
 Python blocks run, together with the blocks before them, in a folder where `runs/demo` is the tiny predictor of
 tests/data. Of the shell commands, `mope predict` runs there too; what would install or train is checked against the
@@ -22,21 +22,27 @@ from rows import say_trained_on, write_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_PREDICTOR = ROOT / "tests" / "data" / "tiny"
-PREDICTORS = ("runs/demo", "runs/sharegpt-minilm", "runs/sharegpt-small")  # where the README's own commands save
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PREDICTORS = ("runs/demo", "runs/mine", "runs/sharegpt-minilm", "runs/sharegpt-small")  # where the pages save
+PAGES = {
+    page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
+MAX_WORDS = 1300  # of the README: it is read in one go
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
     """The commands of all shell blocks: continued lines joined, `&&` taken apart, comments and prompts removed."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").replace(" && ", "\n").splitlines()
-    return [line.strip().removeprefix("$ ") for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    shell = "\n".join(block for text in PAGES.values() for block in blocks(text, "bash"))
+    lines = shell.replace("\\\n", " ").replace(" && ", "\n").splitlines()
+    shown = (line.strip().removeprefix("$ ") for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    return list(dict.fromkeys(shown))
 
 
-PYTHON_BLOCKS = blocks("python")
+PYTHON_BLOCKS = [(page, number) for page, text in PAGES.items() for number in range(len(blocks(text, "python")))]
 
 
 @pytest.fixture
@@ -50,17 +56,20 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_readme_shows_python_and_shell() -> None:
-    assert PYTHON_BLOCKS
+    assert blocks(PAGES["README.md"], "python")
     assert commands()
 
 
+def test_the_readme_is_short() -> None:
+    assert len(PAGES["README.md"].split()) <= MAX_WORDS
+
+
 @pytest.mark.usefixtures("workspace")
-@pytest.mark.parametrize("position", range(len(PYTHON_BLOCKS)))
-def test_python_block_runs(position: int) -> None:
-    namespace: dict[str, object] = {"__name__": "readme"}
-    for number, block in enumerate(PYTHON_BLOCKS[: position + 1]):
-        exec(compile(block, f"README.md, Python block {number + 1}", "exec"), namespace)
-    assert "predictor" in namespace
+@pytest.mark.parametrize(("page", "position"), PYTHON_BLOCKS)
+def test_python_block_runs(page: str, position: int) -> None:
+    namespace: dict[str, object] = {"__name__": "page"}
+    for number, block in enumerate(blocks(PAGES[page], "python")[: position + 1]):
+        exec(compile(block, f"{page}, Python block {number + 1}", "exec"), namespace)
 
 
 def program(name: str) -> Callable[[list[str]], int]:
@@ -146,8 +155,8 @@ def test_shell_command_is_right(
         monkeypatch.chdir(ROOT)
         assert call(name, [*arguments, "--cache-dir", str(workspace / "cache")], monkeypatch) == 0
         shown = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
-        assert f"```text\n{shown}\n```" in README
+        assert any(f"```text\n{shown}\n```" in text for text in PAGES.values())
     elif name in ("mope", "mope-train"):
         check_options(name, arguments, monkeypatch, capsys)
     else:
-        pytest.fail(f"README.md shows {name!r}, and this test does not know how to try it")
+        pytest.fail(f"a page shows {name!r}, and this test does not know how to try it")
