@@ -21,6 +21,7 @@ class Account:
         name: the last part of its path.
         parent: the group that it belongs to; None at the root.
         counter: charges over weight, plus lifts: what the order goes by.
+        asked: `phi` times what the admissions of all its requests cost, see `mope.fairness.overtaking`.
         ahead: what its open requests are charged, over its weight: a part of the counter that is not settled yet.
         charged: all charges of this account and those below it, after corrections; not kept at the root.
         num_waiting: waiting requests of this account and those below it.
@@ -33,6 +34,7 @@ class Account:
         "_divisor",
         "_factor",
         "ahead",
+        "asked",
         "charged",
         "counter",
         "idle",
@@ -47,7 +49,7 @@ class Account:
         exact = Fraction(str(weight)) if weight != 1 else _ONE
         self.name, self.parent = name, parent
         self._factor, self._divisor = exact.denominator, exact.numerator
-        self.counter = self.ahead = 0
+        self.counter = self.ahead = self.asked = 0
         self.charged = NOTHING
         self.num_waiting = self.num_open = 0
         self.since: int | None = None

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_valid
 
 from mope.fairness.clients import client_path
 
-PolicyName = Literal["fcfs", "vtc", "vtc-predicted", "equinox", "shortest-predicted", "deficit-round-robin"]
+PolicyName = Literal["fcfs", "vtc", "vtc-predicted", "equinox", "holistic", "shortest-predicted", "deficit-round-robin"]
 UfcVariant = Literal["discount", "subtract", "slowdown", "tokens"]
 RfcVariant = Literal["product", "sum", "share", "gpu-seconds"]
 VictimOrder = Literal["engine", "remaining", "counter"]
@@ -67,6 +67,13 @@ class FairnessConfig(BaseModel):
         ge=0,
         le=1e6,
         description="of shortest-predicted: tokens by which each later arrival is held back; 0 lets long ones starve",
+    )
+    phi: float = Field(
+        0.03,
+        ge=1e-3,
+        le=1,
+        description="of holistic: a request of cost c is passed by later requests of its client that cost c / phi at "
+        "most; 1 keeps the order of arrival",
     )
     quantum: float = Field(
         1024, gt=0, le=1e9, description="of deficit-round-robin: HF that a client of weight 1 may spend in a round"

@@ -22,11 +22,25 @@ from mope.fairness.ledger import Ledger
 from mope.fairness.tickets import Ticket
 
 _SPARE_ENTRIES = 64
-_arrival = attrgetter("arrival")
+_arrival, _place = attrgetter("arrival"), attrgetter("place")
 
 
 class Order(ABC):
-    """Waiting requests, and who of them is next."""
+    """Waiting requests, and who of them is next.
+
+    Attributes:
+        keeps_preempted: whether preempted requests wait here, and not in a lane in front of all.
+    """
+
+    keeps_preempted = False
+
+    def arrive(self, ticket: Ticket) -> None:
+        """A request waits for the first time."""
+        self.add(ticket)
+
+    def preempted(self, ticket: Ticket) -> None:
+        """A request that ran waits again; only where `keeps_preempted`."""
+        raise NotImplementedError
 
     @abstractmethod
     def add(self, ticket: Ticket) -> None:
@@ -143,7 +157,7 @@ class KeyedOrder(Order):
 
 
 class _ByClient(Order):
-    """Requests of each client in order of arrival.
+    """Requests of each client by their place, which is that of arrival unless an order says otherwise.
 
     A client's requests are a sorted list: a request that returns finds its place by bisection.
     """
@@ -157,16 +171,16 @@ class _ByClient(Order):
         queue = self._queues.get(ticket.account)
         if queue is None:
             self._queues[ticket.account] = [ticket]
-        elif queue[-1].arrival < ticket.arrival:
+        elif queue[-1].place < ticket.place:
             queue.append(ticket)
         else:
-            insort(queue, ticket, key=_arrival)
+            insort(queue, ticket, key=_place)
         self._num_waiting += 1
 
     @override
     def take(self, ticket: Ticket) -> None:
         queue = self._queues[ticket.account]
-        del queue[0 if queue[0] is ticket else bisect_left(queue, ticket.arrival, key=_arrival)]
+        del queue[0 if queue[0] is ticket else bisect_left(queue, ticket.place, key=_place)]
         if not queue:
             del self._queues[ticket.account]
         self._num_waiting -= 1

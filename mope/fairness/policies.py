@@ -1,4 +1,4 @@
-"""Who is admitted next, by name: one interface for six policies.
+"""Who is admitted next, by name: one interface for seven policies.
 
     fcfs                  in order of arrival
     vtc                   the client that has had the fewest weighted tokens, counted as they are delivered (Sheng et
@@ -6,6 +6,8 @@
     vtc-predicted         the same, charged with the predicted length at admission and corrected at the end (ibid.)
     equinox               the client with the least HF, charged with the prediction, corrected at the end
                           (arXiv 2508.16646; what is reconstructed is said in `mope.fairness.charges`)
+    holistic              as vtc-predicted across clients; within a client the shortest predicted first, with bounded
+                          overtaking (`mope.fairness.overtaking`)
     shortest-predicted    shortest predicted answer first, held back by `ageing` tokens for each earlier arrival
     deficit-round-robin   clients in turn, each for a quantum of HF; users of a group within the group's turn
 
@@ -13,8 +15,8 @@ A policy is an order (`mope.fairness.orders`), the books (`mope.fairness.ledger`
 It follows a request from arrival to end; the engine's hook tells it what happens. Knows no engine, no clock and no
 randomness: the same calls give the same answers in every process, so tensor-parallel ranks agree.
 
-A request that was preempted goes to a lane in front of all others and is not charged a second time. One that does not
-fit may be passed by others, no more than `bypass` times.
+A request that was preempted goes to a lane in front of all others, with `holistic` to the front of its client's queue,
+and is not charged a second time. One that does not fit may be passed by others, no more than `bypass` times.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from mope.fairness.costs import CostEstimator, Predicted
 from mope.fairness.engine_costs import IDLE, Load
 from mope.fairness.ledger import Ledger
 from mope.fairness.orders import CounterOrder, KeyedOrder, Order, RoundRobinOrder, counters
+from mope.fairness.overtaking import BoundedShortestOrder
 from mope.fairness.tickets import Ticket
 
 _TOKENS_ALONE: Mapping[str, Any] = {"alpha": 1.0, "beta": 0.0, "delta": 0.0, "ufc": "tokens"}
@@ -60,7 +63,7 @@ class Policy:
             ConfigError: the config names a profile that cannot be read, or other weights than the ledger has.
         """
         self.config = config = config if config is not None else FairnessConfig()
-        if config.policy.startswith("vtc"):
+        if config.policy in ("vtc", "vtc-predicted", "holistic"):
             config = config.model_copy(update=dict(_TOKENS_ALONE))
         self.estimator = CostEstimator(config=config)
         self.ledger = (
@@ -124,7 +127,7 @@ class Policy:
         ticket.charge = self._price(ticket, 0)
         self._num_arrivals += 1
         self._tickets[request_id] = ticket
-        self._order.add(ticket)
+        self._order.arrive(ticket)
         self.ledger.join(account, ticket.arrival)
         return ticket
 
@@ -150,8 +153,9 @@ class Policy:
         if ticket is None:
             raise ConfigError("no request waits that could be admitted")
         if ticket.state == "preempted":
-            self._front.remove(ticket)
-            self._adjust(ticket, self._price(ticket, ticket.generated))
+            self._leave_preempted(ticket)
+            ticket.charge = self._price(ticket, ticket.generated)
+            self._adjust(ticket, ticket.charge)
         elif ticket.state == "waiting":
             self._order.take(ticket)
             self.ledger.open(ticket.request_id, ticket.account, ticket.charge, waited=True)
@@ -186,7 +190,7 @@ class Policy:
             self.ledger.set_aside(ticket.account)
             self._unblock(ticket)
         elif ticket.state == "preempted":
-            self._front.remove(ticket)
+            self._leave_preempted(ticket)
         else:
             return
         ticket.state = "aside"
@@ -198,7 +202,7 @@ class Policy:
             return
         if self.ledger.charged(ticket.request_id) is not None:
             ticket.state = "preempted"
-            self._put_in_front(ticket)
+            self._return_preempted(ticket)
             return
         ticket.state = "waiting"
         self._order.add(ticket)
@@ -293,18 +297,36 @@ class Policy:
         self._adjust(ticket, self._price(ticket, ticket.generated))
 
     def preempt(self, request_id: str, generated: int) -> None:
-        """A running request loses its place: it is charged what it was given, and goes to the front lane."""
+        """A running request loses its place: it is charged what it was given, and waits before those that never ran.
+
+        It waits before all of them, or before those of its client where the order keeps preempted requests.
+        """
         ticket = self._tickets.get(request_id)
         if ticket is None or ticket.state != "running":
             return
         ticket.generated = generated
         ticket.state = "preempted"
         self._adjust(ticket, self._given(ticket, generated))
-        self._put_in_front(ticket)
+        self._return_preempted(ticket)
 
-    def _put_in_front(self, ticket: Ticket) -> None:
-        self._front.append(ticket)
-        self._front.sort(key=lambda other: other.arrival)
+    def _return_preempted(self, ticket: Ticket) -> None:
+        if self._order.keeps_preempted:
+            charged = self.ledger.charged(ticket.request_id) or NOTHING
+            price = self._price(ticket, ticket.generated)
+            ticket.charge = Charge(*(now - before for now, before in zip(price, charged, strict=True)))  # still to come
+            self._order.preempted(ticket)
+            self.ledger.join(ticket.account, ticket.arrival, lift=False)
+        else:
+            self._front.append(ticket)
+            self._front.sort(key=lambda other: other.arrival)
+
+    def _leave_preempted(self, ticket: Ticket) -> None:
+        if self._order.keeps_preempted:
+            self._order.drop(ticket)
+            self.ledger.leave(ticket.account)
+            self._unblock(ticket)
+        else:
+            self._front.remove(ticket)
 
     def finish(self, request_id: str, response_tokens: int, *, latency_s: float | None = None) -> Charge:
         """A request is complete: what it was charged becomes what it was given, which is returned.
@@ -389,7 +411,7 @@ class Policy:
             self.ledger.forget_aside(ticket.account)
         else:
             if ticket.state == "preempted":
-                self._front.remove(ticket)
+                self._leave_preempted(ticket)
             given = self._given(ticket, generated, computed, latency_s)
             if self._corrects:
                 self._adjust(ticket, given)
@@ -406,5 +428,7 @@ def _order(config: FairnessConfig, ledger: Ledger) -> Order:
             return KeyedOrder(lambda ticket: ticket.predicted_tokens + config.ageing * ticket.arrival)
         case "deficit-round-robin":
             return RoundRobinOrder(ledger, config.quantum)
+        case "holistic":
+            return BoundedShortestOrder(ledger, config.phi)
         case "vtc" | "vtc-predicted" | "equinox":
             return CounterOrder(ledger)

@@ -25,6 +25,7 @@ class Ticket:
         charged_tokens: response tokens that what it was charged is good for; beyond, `Policy.progress` charges more.
         cached_tokens: tokens of the prompt that the prefix cache held.
         generated: response tokens that were generated, as far as the policy was told.
+        place: where it waits among its client's requests, the least first.
         num_bypassed: admissions of later requests that it let pass because it did not fit.
         state: where it is; `aside` while it waits and cannot run, whatever its turn.
     """
@@ -38,6 +39,7 @@ class Ticket:
         "generated",
         "load",
         "num_bypassed",
+        "place",
         "predicted_tokens",
         "prompt_tokens",
         "request_id",
@@ -61,6 +63,7 @@ class Ticket:
             load,
             charge,
         )
+        self.place = (arrival, arrival)
         self.charged_tokens = 0.0
         self.cached_tokens = self.generated = self.num_bypassed = 0
         self.state: State = "waiting"

@@ -312,7 +312,7 @@ class FairQueue(RequestQueue):
     def _stands_behind(self, request: Request) -> Account | None:
         """Whose others, of those that the policy knows of, go before this request in any case; None for nobody's."""
         ledger = self._steward.policy.ledger
-        if self._ordering == "shortest-predicted":
+        if self._ordering in ("shortest-predicted", "holistic"):
             return None
         if self._ordering == "fcfs":
             return ledger.root if ledger.root.num_waiting else None

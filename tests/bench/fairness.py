@@ -23,7 +23,7 @@ from rich.table import Table
 from mope.console import console
 from mope.fairness import FairnessConfig, Policy
 
-POLICIES = ("fcfs", "vtc", "vtc-predicted", "equinox", "shortest-predicted", "deficit-round-robin")
+POLICIES = ("fcfs", "vtc", "vtc-predicted", "equinox", "holistic", "shortest-predicted", "deficit-round-robin")
 SIZES = (1_000, 10_000, 100_000)
 ROUNDS = 7
 

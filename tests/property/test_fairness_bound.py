@@ -109,7 +109,7 @@ def test_time_away_is_no_credit(name, alone, share):
     assert abs(turns.count("absent") - turns.count("busy")) <= 1
 
 
-@pytest.mark.parametrize("name", ["fcfs", "vtc", *COUNTERS, "shortest-predicted", "deficit-round-robin"])
+@pytest.mark.parametrize("name", ["fcfs", "vtc", *COUNTERS, "holistic", "shortest-predicted", "deficit-round-robin"])
 @settings(max_examples=30)
 @given(long=st.integers(1, 3000), others=st.integers(1, 8))
 def test_nobody_starves(name, long, others):
@@ -151,7 +151,7 @@ def test_inventing_users_gains_a_tenant_nothing(num_users, name):
     assert abs(turns.count("many") - turns.count("one")) <= 3  # so many requests are a turn
 
 
-@pytest.mark.parametrize("name", ["vtc", "vtc-predicted", "equinox", "deficit-round-robin"])
+@pytest.mark.parametrize("name", ["vtc", "vtc-predicted", "equinox", "holistic", "deficit-round-robin"])
 def test_who_comes_to_a_crowd_of_one_tenant_does_not_wait_for_each_of_it(name):
     queue = policy(name, quantum=30)
     for number in range(2000):
@@ -162,7 +162,7 @@ def test_who_comes_to_a_crowd_of_one_tenant_does_not_wait_for_each_of_it(name):
     assert "new" in [queue.admit().request_id for _ in range(4)]
 
 
-@pytest.mark.parametrize("name", ["vtc", "vtc-predicted", "equinox", "deficit-round-robin"])
+@pytest.mark.parametrize("name", ["vtc", "vtc-predicted", "equinox", "holistic", "deficit-round-robin"])
 def test_a_client_that_turns_out_to_be_a_group_shares_what_it_had(name):
     queue = policy(name, quantum=30)
     for number in range(300):
@@ -180,7 +180,7 @@ def test_a_client_that_turns_out_to_be_a_group_shares_what_it_had(name):
     assert shares == pytest.approx([120, 60, 60], abs=4)
 
 
-@pytest.mark.parametrize("name", ["vtc", "vtc-predicted", "equinox", "deficit-round-robin"])
+@pytest.mark.parametrize("name", ["vtc", "vtc-predicted", "equinox", "holistic", "deficit-round-robin"])
 def test_shares_follow_weights(name):
     queue = policy(name, weights={"gold": 3, "lead/miner": 0.5}, quantum=40)
     for number in range(3000):

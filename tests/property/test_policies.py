@@ -14,7 +14,7 @@ from mope.fairness.charges import MAX_TOKENS, NOTHING, UNIT
 from tests.engine_model import Engine, leaf, policy, workload
 from tests.vtc_reference import ReferenceVtc
 
-POLICIES = ("fcfs", "vtc", "vtc-predicted", "equinox", "shortest-predicted", "deficit-round-robin")
+POLICIES = ("fcfs", "vtc", "vtc-predicted", "equinox", "holistic", "shortest-predicted", "deficit-round-robin")
 NAMES = ["a", "b", "c", "t/x", "t/y", "u/v/w", None]
 
 
@@ -149,8 +149,8 @@ def test_who_is_set_aside_is_not_offered_and_keeps_its_place(data, name):
         assert [ticket.request_id for ticket in order] == undisturbed
     else:  # of clients with the same counter, another may be first
         for client in {ticket.account for ticket in order}:
-            arrivals = [ticket.arrival for ticket in order if ticket.account is client]
-            assert arrivals == sorted(arrivals)
+            places = [ticket.place for ticket in order if ticket.account is client]
+            assert places == sorted(places)
     for ticket in order:
         queue.finish(ticket.request_id, 10)
     assert queue.ledger.open_requests == ()
