@@ -136,7 +136,7 @@ def test_the_budgets_of_the_how_to_and_of_the_compose_file_can_be_read(tmp_path:
 def test_the_gateways_how_to_names_what_the_hook_reads() -> None:
     folder = ROOT / "serving_hooks" / "gateways"
     how_to, source = ((folder / name).read_text(encoding="utf-8") for name in ("README.md", "litellm.py"))
-    how_to = how_to[how_to.index("\n## LiteLLM") : how_to.index("\n## Hints")]
+    how_to = how_to[how_to.index("\n## LiteLLM") : how_to.index("\n## Ray Serve")]
     rows = re.findall(r"^\| `(MOPE_\w+)` \|[ `]*([^|` ]*)[ `]*\|", how_to, flags=re.MULTILINE)
     assert dict(rows) == {
         "MOPE_URL": f"http://127.0.0.1:{PORT}",
