@@ -203,7 +203,7 @@ class LeastTokensRouter(PowerOfTwoChoicesRequestRouter):
     failures = 0
     unpredicted = 0
 
-    def initialize_state(
+    def initialize_state(  # type: ignore[override, unused-ignore]
         self,
         url: str = "http://127.0.0.1:8400",
         deadline_ms: float = 100.0,
