@@ -19,7 +19,7 @@ from mope import artifact
 from mope.grid import Array, cdf_at
 from mope.prediction_batch import LEAST_TAIL_INDEX, MOST_TAIL_INDEX, TAIL_SHARE
 from mope.recalibration import Recalibrator
-from mope.time_windows import Target
+from mope.time_periods import Target
 
 if TYPE_CHECKING:
     from mope.config import PredictorConfig

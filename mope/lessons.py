@@ -2,7 +2,7 @@
 
 All clients of a target LLM share its corrections. So no client may have more than its share of the newest lessons, and
 lengths far above the prediction count in full only if other clients have such lengths, too. These decisions depend on
-the order of observations. What is kept of the learned observations does not, see `mope.time_windows`.
+the order of observations. What is kept of the learned observations does not, see `mope.time_periods`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from enum import Enum
 
-from mope.time_windows import Target
+from mope.time_periods import Target
 
 NEWEST = 400  # lessons of a target that shares are counted over: as many as its correction rests on
 MAX_AGE_S = 86_400.0  # older lessons do not count: clients that are gone hold up the others for a day at most

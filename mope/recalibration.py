@@ -1,6 +1,6 @@
 """Learning while serving: correcting shift, slope, spread and shape of predictions per target LLM.
 
-Turns finished requests into counts (`mope.time_windows`) and counts into corrections (`mope.shift_fit`).
+Turns finished requests into counts (`mope.time_periods`) and counts into corrections (`mope.shift_fit`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from mope.shift_fit import (
     num_alike,
     pooled_shape,
 )
-from mope.time_windows import MAX_NEWEST, Target, TimeWindows, WindowCounts, checked_time
+from mope.time_periods import MAX_NEWEST, PeriodCounts, Target, TimePeriods, checked_time
 
 VERSION = 4
 READABLE = (2, 3, 4)  # version 2 lacks the kinds of LLMs and the pools, 3 lacks lessons by client
@@ -77,7 +77,7 @@ class TargetSummary:
         target: which one.
         observations: how many are kept.
         window: how many of them count at present.
-        last_s: end of the window of the newest one, in seconds since 1970.
+        last_s: end of the period of the newest one, in seconds since 1970.
         factor: corrected over predicted median, at the usual predicted median.
         slope: how many times as strongly answers depend on the prompt as predicted.
         spread: factor by which they scatter more than predicted.
@@ -118,7 +118,7 @@ class _Profile(NamedTuple):
 class Recalibrator:
     """Corrections learned from pairs of a prediction and a true length. Safe to use from many threads.
 
-    Its memory and the time that it takes are bounded, however many LLMs are named: see `mope.time_windows.TimeWindows`.
+    Its memory and the time that it takes are bounded, however many LLMs are named: see `mope.time_periods.TimePeriods`.
 
     Merging replicas is exactly observing in one place: what is kept is a function of the set of observations, whatever
     their order and wherever they were made. The same holds once the bounds are passed. Where observations name their
@@ -153,7 +153,7 @@ class Recalibrator:
         self.num_clamped = self.num_refused = self.num_clipped = 0
         self._lessons = Lessons()
         self._lock = Lock()
-        self._windows = TimeWindows()
+        self._periods = TimePeriods()
         self._forget_derived()
         after_fork(self._renew_lock)
 
@@ -173,7 +173,7 @@ class Recalibrator:
     def __len__(self) -> int:
         """How many observations are kept."""
         with self._lock:
-            return self._windows.num_observations()
+            return self._periods.num_observations()
 
     def observe(
         self,
@@ -235,7 +235,7 @@ class Recalibrator:
                     residual, censored = min(residual, high), False
                 sums[NUM_BINS + crc32(client.encode("utf-8", "surrogatepass")) % NUM_SLOTS] = 1
             column = min(max(int((residual - LOW) / BIN), 0), NUM_BINS - 1)
-            self._windows.add(target, time_s, (int(censored) * NUM_X + row) * NUM_BINS + column, sums)
+            self._periods.add(target, time_s, (int(censored) * NUM_X + row) * NUM_BINS + column, sums)
             if told > actual_tokens:
                 self._count_clamped(told, actual_tokens)
             self._seen += 1
@@ -287,26 +287,26 @@ class Recalibrator:
         if self.unknown_llms != other.unknown_llms:
             raise ConfigError("recalibrators with different priors can't be merged; they are of different predictors")
         with other._lock:
-            added = other._windows.copy()
+            added = other._periods.copy()
         with self._lock:
-            self._windows.merge(added)
+            self._periods.merge(added)
             self._forget_derived()
 
     def summary(self) -> list[TargetSummary]:
         """What was learned about each target, for a dashboard; in the order of their names."""
         with self._lock:
-            return [self._summary(target) for target in self._windows.targets()]
+            return [self._summary(target) for target in self._periods.targets()]
 
     def _summary(self, target: Target) -> TargetSummary:
-        counts = self._read(self._windows.batches(target))
+        counts = self._read(self._periods.batches(target))
         learned = fit(counts, self._prior(target, self._relatives(target)))
         raw = distribution(counts.ended.sum(axis=0), counts.cut.sum(axis=0), np.diff(learned.expected) + 1e-9, 1e-6)
         predicted_90, corrected_90 = (np.interp(0.9, of, EDGES_R) for of in (learned.expected, learned.learned))
         return TargetSummary(
             target=target,
-            observations=self._windows.total(target),
+            observations=self._periods.total(target),
             window=counts.total,
-            last_s=self._windows.last_s(target),
+            last_s=self._periods.last_s(target),
             factor=exp(learned.shift),
             slope=1.0 + learned.slope,
             spread=exp(learned.log_spread),
@@ -320,7 +320,7 @@ class Recalibrator:
             self._forget_derived()
             return {
                 "version": VERSION,
-                **self._windows.to_json(),
+                **self._periods.to_json(),
             }
 
     def restore(self, saved: Any) -> None:
@@ -340,12 +340,12 @@ class Recalibrator:
                 )
             )
         try:
-            restored = TimeWindows.from_json(saved, NUM_CODES, NUM_SUMS if version == VERSION else NUM_BINS, NUM_SUMS)
+            restored = TimePeriods.from_json(saved, NUM_CODES, NUM_SUMS if version == VERSION else NUM_BINS, NUM_SUMS)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = error.args[0] if isinstance(error, ValueError) else repr(error)
             raise ArtifactError(f"recalibration.json can't be read: {reason}; copy the whole folder again") from error
         with self._lock:
-            self._windows = restored
+            self._periods = restored
             self._forget_derived()
 
     # what follows is called with the lock held
@@ -379,12 +379,12 @@ class Recalibrator:
     def _derive(self, target: Target) -> _Derived:
         while len(self._derived) >= MAX_DERIVED and target not in self._derived:
             self._forget(next(iter(self._derived)))
-        counts = self._read(self._windows.batches(target))
+        counts = self._read(self._periods.batches(target))
         correction = None
         relatives = self._relatives(target)
         if counts.total or relatives or (self.unknown_llms and not target.known):
             correction = Correction(fit(counts, self._prior(target, relatives)))
-        patience = min(max(self._seen // 4, 1), 64 + 16 * len(self._windows) + 4 * int(counts.total))
+        patience = min(max(self._seen // 4, 1), 64 + 16 * len(self._periods) + 4 * int(counts.total))
         derived = _Derived(correction, self._own_seen.get(target, 0), self._seen + patience)
         self._derived[target] = derived
         return derived
@@ -395,9 +395,9 @@ class Recalibrator:
             kept.pop(target, None)
 
     @staticmethod
-    def _read(newest_first: Iterable[WindowCounts]) -> Counts:
+    def _read(newest_first: Iterable[PeriodCounts]) -> Counts:
         """The observations that count at present; the last batch in part, so as to fill the window."""
-        batches: list[WindowCounts] = []
+        batches: list[PeriodCounts] = []
         shares: list[float] = []
         missing = WINDOW
         for batch in newest_first:
@@ -417,7 +417,7 @@ class Recalibrator:
             which = np.repeat(np.arange(len(batches)), [len(batch.codes) for batch in batches])
             code = (2 * which + codes // (NUM_X * NUM_BINS)) * NUM_BINS + codes % NUM_BINS
             per_bin = np.bincount(code, counts, len(batches) * 2 * NUM_BINS).reshape(-1, 2, NUM_BINS)
-            per_bin = np.maximum(per_bin, 0.0)  # the counts of what is in short windows too are taken off
+            per_bin = np.maximum(per_bin, 0.0)  # the counts of what is in short periods too are taken off
             alike = num_alike(per_bin[:, 0], per_bin[:, 1], expected_KR.sum(axis=0), PATIENCE, clients_KC)
             newer = which < alike
             codes, counts, expected_KR = codes[newer], counts[newer], expected_KR[:alike]
@@ -426,17 +426,17 @@ class Recalibrator:
 
     def _relatives(self, target: Target) -> list[tuple[float, float, _Profile]]:
         """Other targets to learn from: their weights, by how much they may differ in shift, what they are like."""
-        windows = self._windows
-        near = (*windows.of_llm(target.llm)[:MAX_SAME_LLM], *self._newest_of(target.family), *self._newest_of(None))
+        periods = self._periods
+        near = (*periods.of_llm(target.llm)[:MAX_SAME_LLM], *self._newest_of(target.family), *self._newest_of(None))
         others = [
-            (*_kinship(target, other), windows.last_window(other), other)
+            (*_kinship(target, other), periods.last_period(other), other)
             for other in dict.fromkeys(near)
             if other != target and _tells_of(other, target)
         ]
         # of equally near ones those that make room last, so that their profiles are worked out once
         nearest = heapq.nlargest(MAX_RELATIVES, others, key=lambda one: (one[0], one[2], one[3]))
         found = [(weight, width, self._profile(other)) for weight, width, _, other in nearest]
-        for pool in windows.pools(target.family):
+        for pool in periods.pools(target.family):
             if _tells_of(pool, target) and pool.mode == target.mode:
                 weight, width = _kinship(target, pool)
                 found.append((POOL_WEIGHT * weight, width, self._profile(pool, pooled=True)))
@@ -449,11 +449,11 @@ class Recalibrator:
         """Those of a family, or of all, that were observed last, as they were some observations ago at most."""
         until, found = self._newest.get(family, (-1, []))
         if self._seen > until:
-            found = self._windows.newest(family)
+            found = self._periods.newest(family)
             if len(self._newest) > MAX_DERIVED:
                 self._newest.clear()
             # few are looked at anew each time, so that no answer of theirs is missed; of many the order hardly changes
-            self._newest[family] = self._seen + (0 if len(found) < MAX_NEWEST else len(self._windows)), found
+            self._newest[family] = self._seen + (0 if len(found) < MAX_NEWEST else len(self._periods)), found
         return found
 
     def _profile(self, target: Target, *, pooled: bool = False) -> _Profile:
@@ -461,7 +461,7 @@ class Recalibrator:
         known = self._profiles.get(target)
         if known is not None and own - known.own < min(max(known.own // 4, 1), 100):
             return known
-        batches = self._windows.pooled(target) if pooled else self._windows.batches(target)
+        batches = self._periods.pooled(target) if pooled else self._periods.batches(target)
         found = fit(self._read(batches), self._prior(target, []))
         profile = _Profile(own, found.total, found.shift, found.log_spread, found.shape())
         if len(self._profiles) > MAX_DERIVED:

@@ -28,7 +28,7 @@ from scipy.special import ndtr
 from mope.console import console
 from mope.grid import Array, body_edges, cdf_at, quantiles_at, tail_edges
 from mope.recalibration import Recalibrator
-from mope.time_windows import Target
+from mope.time_periods import Target
 
 BODY = body_edges(2000, 64)
 EDGES = np.concatenate([BODY, tail_edges(float(BODY[-1]), 32_768, 16)])

@@ -11,7 +11,7 @@ from raw_predictions import CONFIG, KNOWN, corrector, lognormal
 
 from mope import lessons
 from mope.lessons import FREE, MAX_AGE_S, NEWEST, SHARE, SLACK, Lessons, Verdict
-from mope.time_windows import Target
+from mope.time_periods import Target
 
 NOW, TARGET = 1.8e9, Target("a")
 MEDIANS = np.geomspace(30, 1000, 12)

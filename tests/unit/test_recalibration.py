@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timing import least_ratio
 
-from mope import recalibration, time_windows
+from mope import recalibration, time_periods
 from mope.errors import ArtifactError, ConfigError, DataError
 from mope.grid import body_edges, cdf_at, quantiles_at, tail_edges
 from mope.recalibration import Recalibrator
-from mope.time_windows import Target
+from mope.time_periods import Target
 
 EDGES = np.concatenate([body_edges(4000, 60), tail_edges(4000.5, 131_072, 12)])
 MIDDLE = np.log(np.sqrt(EDGES[:-1] * EDGES[1:]))
@@ -93,9 +93,9 @@ def test_any_stream_leaves_a_distribution(stream, target, stated, deviation):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(observations, min_size=3, max_size=3), st.booleans())
 def test_merging_is_observing_in_one_place(streams, is_bounded):
-    tight = {"SHORT_WINDOWS": 2, "LONG_WINDOWS": 2, "MAX_CELLS": 5, "MAX_POOL_CELLS": 3}
+    tight = {"SHORT_PERIODS": 2, "LONG_PERIODS": 2, "MAX_CELLS": 5, "MAX_POOL_CELLS": 3}
     bound = tight if is_bounded else {"MAX_CELLS": 10_000}
-    with mock.patch.multiple(time_windows, **bound):
+    with mock.patch.multiple(time_periods, **bound):
         in_one_place = observed([one for stream in streams for one in stream])
         merged = observed(streams[2])
         merged.correct(EDGES, lognormal(70), A)  # what was worked out before must not linger
@@ -150,7 +150,7 @@ def test_saving_puts_into_force_what_was_put_off_which_is_an_eighth_at_most(num_
 @settings(max_examples=30, deadline=None)
 @given(observations)
 def test_memory_is_bounded(stream):
-    with mock.patch.multiple(time_windows, SHORT_WINDOWS=2, LONG_WINDOWS=3, MAX_CELLS=4):
+    with mock.patch.multiple(time_periods, SHORT_PERIODS=2, LONG_PERIODS=3, MAX_CELLS=4):
         saved = observed(stream).to_json()["targets"]
     for name, most in (("short_epochs", 2), ("long_epochs", 3)):
         assert all(len(entry[name]) <= most for entry in saved)
@@ -169,15 +169,15 @@ def test_names_that_are_only_asked_for_are_not_kept_for_ever(monkeypatch):
 
 
 def test_an_llm_that_made_room_is_still_told_of_by_its_family():
-    with mock.patch.multiple(time_windows, MAX_CELLS=20):
+    with mock.patch.multiple(time_periods, MAX_CELLS=20):
         recalibrator = Recalibrator()
         for number in range(60):  # each of them idle after a while
             target = Target(f"own-{number:02}", family="own", known=False)
             serve(recalibrator, target, 4.0, 10, seed=number, start=NOW + number * DAY // 10)
         for number in range(60, 90):
             serve(recalibrator, Target(f"x-{number}", family=f"x{number}", known=False), 1.0, 5, start=NOW + 7 * DAY)
-        assert len(recalibrator._windows) == 20
-        assert not any(target.family == "own" for target in recalibrator._windows.targets())
+        assert len(recalibrator._periods) == 20
+        assert not any(target.family == "own" for target in recalibrator._periods.targets())
         new = quantile(recalibrator, Target("own-new", family="own", known=False))
         other = quantile(recalibrator, Target("other-new", family="other", known=False))
     assert new == pytest.approx(400, rel=0.3)
@@ -204,7 +204,7 @@ def test_a_new_name_costs_no_more_beside_thousands_of_others():
         return recalibrator, some_new_names
 
     few, many = busy(60), busy(3000)
-    assert len(many[0]._windows) <= time_windows.MAX_CELLS
+    assert len(many[0]._periods) <= time_periods.MAX_CELLS
     assert least_ratio(many[1], few[1], 2.5) < 2.5  # about 1.2; it was above 10
 
 
@@ -379,8 +379,8 @@ def test_a_busy_server_forgets_within_an_hour():
     assert quantile(recalibrator, A) == pytest.approx(500, rel=0.15)
 
 
-def test_a_swapped_llm_is_noticed_within_two_windows():
-    """Forty answers to the newest epoch say more than the four hundred before."""
+def test_a_swapped_llm_is_noticed_within_two_periods():
+    """Forty answers to the newest period say more than the four hundred before."""
     recalibrator = Recalibrator()
     serve(recalibrator, A, 1.0, 400, step=15.0)
     serve(recalibrator, A, 6.0, 40, seed=1, start=NOW + 10 * 600, step=15.0)
@@ -420,7 +420,7 @@ def test_outliers_do_not_move_the_median():
 def test_aborted_answers_neither_pull_down_nor_push_up():
     recalibrator = Recalibrator()
     serve(recalibrator, A, 2.0, 400, cut=0.6)
-    counts = recalibrator._read(recalibrator._windows.batches(A))
+    counts = recalibrator._read(recalibrator._periods.batches(A))
     assert counts.cut.sum() > 0.25 * counts.total
     assert quantile(recalibrator, A) == pytest.approx(200, rel=0.15)
 
